@@ -19,6 +19,11 @@ from engine.outputs import StreamUpdate
 from engine.prompt import EngineInput, MediaItem, PagesItem
 from engine.sampling_params import SamplingParams, StructuredSpec
 
+#: The most messages, and bytes of theirs, of a prompt that the event loop makes.
+_SHORT_MESSAGES, _SHORT_BYTES = 4, 512
+#: Fields of a message that is nothing but text.
+_PLAIN = frozenset({"role", "content"})
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
@@ -148,7 +153,10 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
             # Refuses a constraint that other parameters exclude before any image is fetched.
             replace(given.params, structured=given.constraint)
         build, sources = _prompt(pipeline, given)
-        prompt = await pipeline.prepare(build, sources, params=given.params, salt=given.cache_salt)
+        short = _is_short(given)
+        prompt = await pipeline.prepare(
+            build, sources, params=given.params, salt=given.cache_salt, short=short
+        )
         text = prompt.inputs.text
         constraint = pipeline.format.constraint(given.tools, given.constraint, text, given.thinking_budget)
         # A copy is checked once more, which takes longer than all else here.
@@ -164,6 +172,24 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
         shows_thoughts=given.include_reasoning,
     )
     return RunningAnswer(prompt.inputs.token_ids, params, updates, reader, relay, given.include_timings)
+
+
+def _is_short(given: Conversation) -> bool:
+    """Return whether the event loop may make the prompt, which takes 0.1 to 0.3 ms then. To have a thread do
+    it costs as much again: two threads wake, one after the other. Tools and options are not looked into."""
+    if given.tools.functions or given.template_options or len(given.messages) > _SHORT_MESSAGES:
+        return False
+    left = _SHORT_BYTES
+    for message in given.messages:
+        if message.keys() - _PLAIN:
+            return False
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [content]
+        for part in parts:
+            # A part that shows something counts as a text of usual length.
+            text = part.get("text", " " * 64) if isinstance(part, dict) else part
+            left -= len(text) * (1 if text.isascii() else 4) if isinstance(text, str) else _SHORT_BYTES
+    return left > 0
 
 
 def _prompt(pipeline: Pipeline, given: Conversation) -> tuple[Build, list[MediaSource]]:

@@ -35,7 +35,7 @@ from engine.pooling_params import PoolingParams
 from engine.prompt import EngineInput, KeptFiles, MediaItem, PagesItem
 from engine.sampling_params import SamplingParams
 
-#: Makes a prompt of its media, one item for each source; called on a thread.
+#: Makes a prompt of its media, one item for each source; called on a thread, unless it takes little time.
 Build = Callable[[list[MediaItem | PagesItem]], EngineInput]
 
 
@@ -73,7 +73,7 @@ class Pipeline:
     Args:
         spec: the model.
         stages: its stages.
-        threads: where prompts are rendered and tokenized; never on the event loop.
+        threads: where prompts are rendered and tokenized, but for short ones.
         references: keeps media for later requests; a place of this pipeline's own if None.
 
     Attributes:
@@ -146,6 +146,7 @@ class Pipeline:
         *,
         params: SamplingParams | None = None,
         salt: str = "",
+        short: bool = False,
     ) -> EncodedPrompt:
         """Prepare a request's media, build its prompt, and encode the media.
 
@@ -154,6 +155,7 @@ class Pipeline:
             sources: the media.
             params: how much is to be generated; None for embeddings.
             salt: keeps the caches of tenants apart.
+            short: ``build`` takes less time than a thread that does it would cost.
 
         Raises:
             InvalidRequest: before any expensive work.
@@ -165,7 +167,7 @@ class Pipeline:
 
         async def prepare() -> EncodedPrompt:
             nonlocal charged
-            inputs, pixels = await self._build(build, media)
+            inputs, pixels = await self._build(build, media, short)
             inputs = replace(inputs, cache_salt=caller_salt(inputs.cache_salt))
             count, limit = len(inputs.token_ids), await self.max_model_len()
             least = 0 if params is None else params.max_tokens or 1
@@ -217,10 +219,12 @@ class Pipeline:
             )
         return _Media(resolved, files, owner, charges)
 
-    async def _build(self, build: Build, media: _Media) -> tuple[EngineInput, list[Pixels]]:
+    async def _build(
+        self, build: Build, media: _Media, short: bool = False
+    ) -> tuple[EngineInput, list[Pixels]]:
         shown = await self._shown(media)
-        began = time.perf_counter()
-        inputs = await on_thread(self._threads, build, [each.item for each in shown])
+        items, began = [each.item for each in shown], time.perf_counter()
+        inputs = build(items) if short else await on_thread(self._threads, build, items)
         current_report().took("prompt", time.perf_counter() - began)
         return inputs, _pixels(shown)
 

@@ -1,6 +1,7 @@
 """A request's way through its stages, with stages that a test plays."""
 
 import asyncio
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -11,10 +12,12 @@ import pytest
 from benchmarks.shapes import SHAPES, write_configuration
 from deployments.access import Caller, KeyConfig, visit
 from deployments.config import AppConfig, ModelSpec, ReplayConfig
+from deployments.conversations import Conversation, start
 from deployments.metrics.ingress import arrival
 from deployments.pipeline import Pipeline
 from deployments.references import ReferenceConfig, References, UnknownReference
 from deployments.stages import RowsLost, StageLost, Stages
+from deployments.tools import ToolUse
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, MediaError, Unavailable
 from engine.media.keys import kept_files
@@ -113,6 +116,35 @@ def pipeline(spec, preprocessor=None, encoder=None) -> Pipeline:
 
 def build(items):
     return EngineInput([1] * 4)
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:,0"}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "here"),
+    [
+        ([{"role": "user", "content": "What is this?"}], {}, True),
+        ([{"role": "user", "content": [IMAGE, {"type": "text", "text": "What is this?"}]}], {}, True),
+        ([{"role": "user", "content": "word " * 128}], {}, False),
+        ([{"role": "user", "content": "\u4e2d" * 130}], {}, False),
+        ([{"role": "user", "content": [IMAGE] * 8}], {}, False),
+        ([{"role": "user", "content": "?"}] * 5, {}, False),
+        ([{"role": "assistant", "content": "?", "tool_calls": []}], {}, False),
+        ([{"role": "user", "content": "?"}], {"template_options": {"long": "text"}}, False),
+        ([{"role": "user", "content": "?"}], {"tools": ToolUse(({"name": "f"},))}, False),
+    ],
+)
+async def test_threads_make_all_prompts_but_short_ones(spec, monkeypatch, messages, options, here):
+    made, threads = pipeline(spec), []
+
+    def from_messages(*args, **kwargs):
+        threads.append(threading.current_thread())
+        return build([])
+
+    monkeypatch.setattr(made.builder, "from_messages", from_messages)
+    await start(made, "one", Conversation(messages, SamplingParams(max_tokens=1), **options))
+    assert [thread is threading.current_thread() for thread in threads] == [here]
 
 
 @pytest.mark.parametrize("own_cache", [None, True, False])
