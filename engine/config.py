@@ -67,7 +67,7 @@ class EngineConfig(BaseModel):
             themselves. The answers are the same. Not for models with recurrent states.
         enforce_eager: never capture CUDA graphs.
         first_token_goal_s: seconds from a client's request to its first token that users should wait at most.
-            Under overload, encoder and engine serve requests first that can still meet it, and of 16 one that
+            Under overload, encoder and engine serve requests first that can still meet it, and of 32 one that
             no longer can. None serves all in the order of their arrival. Clocks of all hosts must agree.
         run_ahead: steps the host may enqueue before it reads sampled tokens; 0 waits for each step.
         step_timeout_s: seconds after which a step is assumed never to return; a server's engine then stops.

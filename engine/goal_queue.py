@@ -19,7 +19,7 @@ _Row: TypeAlias = tuple[int, float, int, bool, T]
 
 #: While some entries are late, one of this many that are taken is the first of these. So a late entry with n
 #: late ones before it leaves among the next ``LATE_TURN * (n + 1)``.
-LATE_TURN = 16
+LATE_TURN = 32
 
 
 def deadline_of(goal_s: float | None, share: float, asked: float | None) -> float | None:

@@ -154,7 +154,7 @@ def paged_attention(
     if not use_triton(q):
         return paged_attention_reference(q, cache, meta, scale=scale, window=window, cap=cap, out=out)
     if window is None and cap is None and meta.key_ends is None and prefill_attention.supports(q, cache):
-        long = meta.max_query_len > LONG_PROMPT
+        long = meta.max_query_len > LONG_PROMPT and not meta.many_sequences
         # When compiling ahead of time, compile the kernels for other lengths too.
         if long or is_compiling():
             out = prefill_attention_gluon(q, cache, meta, scale=scale, out=out)

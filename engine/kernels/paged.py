@@ -80,6 +80,8 @@ class AttentionMetadata:
             must not overlap. None allocates and clears them at each launch.
         state_rows: ``(S,)`` int64, row of each sequence in the pools of recurrent states; None for models
             without such.
+        many_sequences: the bounds are those of a captured pass for many sequences. Most of them have one new
+            token, or none: tiles made for long prompts would be empty.
     """
 
     block_tables: torch.Tensor
@@ -91,6 +93,7 @@ class AttentionMetadata:
     key_ends: torch.Tensor | None = None
     split_counters: torch.Tensor | None = None
     state_rows: torch.Tensor | None = None
+    many_sequences: bool = False
 
     def by_group(self) -> list[AttentionMetadata]:
         """The same batch for the layers of each group."""

@@ -20,7 +20,7 @@ MAX_WINDOWS = 256
 
 #: Further sizes, for several segments of up to ``MAX_TOKENS`` each: all multiples of the step. They are for a
 #: host that is busy with the steps of a language model, too.
-CROWD_STEP = 512
+CROWD_STEP = 256
 CROWD_TOKENS = 6656
 
 #: A part of the blocks: from the previous stage's result, segments and windows to a structure of tensors.

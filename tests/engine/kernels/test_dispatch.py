@@ -41,13 +41,14 @@ def spy(monkeypatch, *names):
         (LONG_PROMPT, {}, "paged_attention_triton"),
         (LONG_PROMPT + 1, {"window": 9}, "paged_attention_triton"),
         (LONG_PROMPT + 1, {"cap": 50.0}, "paged_attention_triton"),
+        (LONG_PROMPT + 1, {"many": True}, "paged_attention_triton"),
     ],
 )
 def test_long_prompts_take_the_prefill_kernel(monkeypatch, longest, options, expected):
     q, paged = paged_problem(
         "cpu", torch.float32, lengths=[5], queries=[5], heads=2, kv_heads=1, dim=16, block_size=4
     )
-    paged.meta.max_query_len = longest
+    paged.meta.max_query_len, paged.meta.many_sequences = longest, options.pop("many", False)
     called = spy(
         monkeypatch, "prefill_attention_gluon", "paged_attention_triton", "paged_attention_reference"
     )
