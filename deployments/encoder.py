@@ -12,6 +12,7 @@ from deployments.tracing import Tracer
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.prompt import EmbeddedMedia, PreparedMedia
+from engine.turns import Turns
 
 
 class VisionEncoder:
@@ -21,7 +22,7 @@ class VisionEncoder:
         config: of the stage.
         engine: the model.
         tracer: makes the spans of requests.
-        with_engine: the language model is in this process, see :class:`~engine.encoder.EncoderEngine`.
+        turns: of a language model in this process, see :class:`~engine.encoder.EncoderEngine`.
     """
 
     def __init__(
@@ -30,14 +31,14 @@ class VisionEncoder:
         engine: EngineConfig,
         tracer: Tracer | None = None,
         *,
-        with_engine: bool = False,
+        turns: Turns | None = None,
     ) -> None:
         self._engine = EncoderEngine.load(
             engine,
             max_batch_cost=config.max_batch_patches,
             cache_bytes=config.cache_bytes,
             duty_cycle=config.duty_cycle,
-            with_engine=with_engine,
+            turns=turns,
         )
         self._meter = StageMeter(
             "encoder",

@@ -13,6 +13,7 @@ from deployments.preprocessor import Preprocessor
 from deployments.stages import Stages
 from deployments.tracing import Tracer, make_tracer
 from engine.frontend import load_media_processor
+from engine.turns import Turns
 
 
 class LocalModel:
@@ -25,7 +26,8 @@ class LocalModel:
     """
 
     def __init__(self, spec: ModelSpec, config: AppConfig, tracer: Tracer) -> None:
-        self.language_model = LanguageModel.load(spec.engine, tracer)
+        turns = Turns()
+        self.language_model = LanguageModel.load(spec.engine, tracer, turns=turns)
         self.preprocessor: Preprocessor | None = None
         self.encoder: VisionEncoder | None = None
         if load_media_processor(spec.engine) is not None:
@@ -39,7 +41,7 @@ class LocalModel:
                 config.media,
                 tracer,
             )
-            self.encoder = VisionEncoder(spec.encoder, spec.engine, tracer, with_engine=True)
+            self.encoder = VisionEncoder(spec.encoder, spec.engine, tracer, turns=turns)
 
     @property
     def stages(self) -> Stages:

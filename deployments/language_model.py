@@ -15,6 +15,7 @@ from engine.executor.launch import Launcher
 from engine.mailbox import Taker
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
 from engine.prompt import EmbeddedMedia
+from engine.turns import Turns
 
 
 class LanguageModel:
@@ -36,18 +37,23 @@ class LanguageModel:
 
     @classmethod
     def load(
-        cls, config: EngineConfig, tracer: Tracer | None = None, launcher: Launcher | None = None
+        cls,
+        config: EngineConfig,
+        tracer: Tracer | None = None,
+        launcher: Launcher | None = None,
+        turns: Turns | None = None,
     ) -> Self:
         """Load the model that ``config`` names.
 
         Args:
             tracer: makes the spans of requests.
             launcher: starts the ranks beyond the first; processes of this machine if None.
+            turns: with an encoder of this process; None without one.
 
         Raises:
             CheckpointError, ConfigError: it can't be loaded or run.
         """
-        return cls(AsyncEngine(config, launcher), tracer)
+        return cls(AsyncEngine(config, launcher, turns), tracer)
 
     async def generate(
         self, request: Generation, media: Sequence[EmbeddedMedia], relay: Taker | None = None

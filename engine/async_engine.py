@@ -24,6 +24,7 @@ from engine.prompt import EngineInput
 from engine.request_factory import Embedding
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvents
+from engine.turns import Turns
 from engine.watchdog import Mortal, Watchdog
 
 logger = logging.getLogger(__name__)
@@ -67,17 +68,23 @@ class AsyncEngine(Mortal):
     Args:
         config: what to load; loading happens here, and takes its time.
         launcher: starts the ranks beyond the first; processes of this machine if None.
+        turns: with an encoder of this process that computes on the same device; None without one.
 
     Raises:
         CheckpointError, ConfigError: see :func:`engine.loading.load_engine`.
     """
 
-    def __init__(self, config: EngineConfig, launcher: Launcher | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, launcher: Launcher | None = None, turns: Turns | None = None
+    ) -> None:
         super().__init__("engine")
         self._engine: LoadedEngine = load_engine(config, launcher)
         self.config = config
         self._inbox: deque[tuple[str, RequestGroup]] = deque()
         self._wake = threading.Condition()
+        self._turns = turns
+        if turns is not None:
+            self._engine.core.on_step = turns.stepped
         self._steps: queue.SimpleQueue[tuple[list[StepEvents], list[tuple[str, RequestGroup]]] | None] = (
             queue.SimpleQueue()
         )
@@ -260,7 +267,9 @@ class AsyncEngine(Mortal):
             while True:
                 with self._wake:
                     while not (self._inbox or core.has_work or self._closed):
+                        self._tell_turns(has_steps=False)
                         self._wake.wait()
+                    self._tell_turns(has_steps=True)
                     if self._stopped() is not None:
                         return
                     commands = list(self._inbox)
@@ -276,6 +285,12 @@ class AsyncEngine(Mortal):
             self._die(error)
         finally:
             self._steps.put(None)
+
+    def _tell_turns(self, *, has_steps: bool) -> None:
+        """Tell the encoder of this process whether steps come. How many images wait decides their length."""
+        if self._turns is not None:
+            self._turns.has_steps = has_steps
+            self._engine.core.scheduler.spreads_prompts = not self._turns.crowded
 
     # On the output thread.
 

@@ -81,12 +81,16 @@ class EngineCore:
         run_ahead: steps that are enqueued before the oldest one's tokens are read. The device feeds sampled
             tokens to the next step by itself; a request that ends is noticed that many steps late, and what
             was computed for it meanwhile is dropped.
+
+    Attributes:
+        on_step: called when a step has been enqueued.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, run_ahead: int) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self._run_ahead = run_ahead
+        self.on_step: Callable[[], None] = lambda: None
         # Each with the time when it was begun.
         self._in_flight: deque[tuple[ScheduledBatch, PendingStep, float]] = deque()
         self._pace = StepPace()
@@ -145,6 +149,7 @@ class EngineCore:
         try:
             pending = self.runner.execute(batch, self._grammar_mask(batch))
             self._in_flight.append((batch, pending, begun))
+            self.on_step()
         except Exception as error:
             self.runner.recover()
             # Earlier steps are as good as ever. Their tokens come first.

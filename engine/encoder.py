@@ -30,6 +30,7 @@ from engine.placement import open_device, resolve_device, resolve_dtype
 from engine.prompt import EmbeddedMedia, PreparedMedia
 from engine.runner.staging import download, record_event
 from engine.startup import StartTimes
+from engine.turns import Turns
 from engine.vision.graphs import CROWD_TOKENS
 from engine.vision.transformer import VisionTransformer
 from engine.watchdog import Mortal, Watchdog
@@ -84,9 +85,10 @@ class EncoderEngine(Mortal):
         cache_bytes: rows remembered by content hash, least recently used dropped first; 0 remembers none.
         duty_cycle: share of the time, above 0 and up to 1, that launches for :meth:`encode_async` take at
             most: after each piece of one the engine rests, and what else runs on the device keeps its pace.
-        with_engine: a language model of this process computes on the device's default stream. Launches for
-            :meth:`encode_async` go there too, piece by piece: its steps come in between. While more than
+        turns: of a language model of this process, which computes on the device's default stream. Launches
+            for :meth:`encode_async` go there too, piece by piece: its steps come in between. While more than
             ``_CROWD`` items wait, whole launches do, of up to ``CROWD_TOKENS`` patches: those are captured.
+            None without such a language model.
         step_timeout_s: seconds after which a launch for :meth:`encode_async` is assumed never to return.
         first_token_goal_s: see :class:`~engine.config.EngineConfig`.
     """
@@ -99,13 +101,13 @@ class EncoderEngine(Mortal):
         max_batch_cost: int = MAX_BATCH_COST,
         cache_bytes: int = CACHE_BYTES,
         duty_cycle: float = 1.0,
-        with_engine: bool = False,
+        turns: Turns | None = None,
         step_timeout_s: float = 300.0,
         first_token_goal_s: float | None = None,
     ) -> None:
         super().__init__("encoder")
         self._encoder = encoder
-        self._with_engine = with_engine
+        self._turns = turns
         for tower in _towers(encoder):
             tower.pause = self._pause
         self._piece_began = 0.0
@@ -132,7 +134,7 @@ class EncoderEngine(Mortal):
         max_batch_cost: int = MAX_BATCH_COST,
         cache_bytes: int = CACHE_BYTES,
         duty_cycle: float = 1.0,
-        with_engine: bool = False,
+        turns: Turns | None = None,
     ) -> EncoderEngine:
         """Load the vision part of ``config.model``, and nothing else of it.
 
@@ -159,7 +161,7 @@ class EncoderEngine(Mortal):
         capture = make_capture(device, enforce_eager=config.enforce_eager)
         if capture is not None:
             for tower in _towers(encoder):
-                tower.expects_crowds = with_engine
+                tower.expects_crowds = turns is not None
             with times.phase("graphs"):
                 encoder.capture_graphs(capture)
         logger.info("the encoder started in %s", times)
@@ -169,7 +171,7 @@ class EncoderEngine(Mortal):
             max_batch_cost=max_batch_cost,
             cache_bytes=cache_bytes,
             duty_cycle=duty_cycle,
-            with_engine=with_engine,
+            turns=turns,
             step_timeout_s=config.step_timeout_s,
             first_token_goal_s=config.first_token_goal_s,
         )
@@ -304,7 +306,7 @@ class EncoderEngine(Mortal):
             job.result.set_exception(error)
 
     def _serve_all(self) -> None:
-        own = self._device.type == "cuda" and not self._with_engine
+        own = self._device.type == "cuda" and self._turns is None
         stream = torch.cuda.Stream(self._device) if own else None
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             while True:
@@ -327,14 +329,17 @@ class EncoderEngine(Mortal):
         if threading.current_thread() is not self._thread:
             return
         if self._duty_cycle < 1 or self._makes_way():
-            if (event := record_event(self._device, idle_wait=True)) is not None:
+            event = record_event(self._device, idle_wait=True)
+            if event is not None and self._turns is not None and self._duty_cycle == 1:
+                self._turns.await_step(event.query)
+            elif event is not None:
                 event.synchronize()
             self._rest()
             self._piece_began = time.perf_counter()
 
     def _makes_way(self) -> bool:
         """Whether steps of an engine come between the pieces of a launch."""
-        return self._with_engine and len(self._queue) <= _CROWD
+        return self._turns is not None and len(self._queue) <= _CROWD
 
     def _rest(self) -> None:
         """Wait as long as the piece that has just ended asks for, or until the engine is shut down."""
@@ -354,7 +359,9 @@ class EncoderEngine(Mortal):
         jobs: list[_Job] = []
         cost = 0
         most = 1 if self._makes_way() else len(self._queue)
-        limit = _TOGETHER if self._with_engine else self._max_batch_cost
+        if self._turns is not None:
+            self._turns.crowded = not self._makes_way()
+        limit = self._max_batch_cost if self._turns is None else _TOGETHER
         while len(jobs) < most and (job := self._queue.first()) and _fits(cost, job.cost, limit):
             self._queue.pop()
             if job.waiters:
@@ -368,7 +375,7 @@ class EncoderEngine(Mortal):
         """The items of each launch."""
         batch: list[PreparedMedia] = []
         cost, limit = 0, self._max_batch_cost
-        if self._with_engine:
+        if self._turns is not None:
             limit = min(limit, CROWD_TOKENS)
         for job in jobs:
             if not _fits(cost, job.cost, limit):

@@ -19,7 +19,7 @@ FLOORS = [
     ["errors"],
     [
         *("graphs", "logprobs", "outputs", "param_checks", "parsers", "prompt", "kernels", "watchdog"),
-        *("startup", "helpers", "lru", "goal_queue"),
+        *("startup", "helpers", "lru", "goal_queue", "turns"),
     ],
     ["distributed"],
     [
@@ -114,6 +114,7 @@ PUBLIC = {
     "engine.startup",
     "engine.structured.json_schema",
     "engine.structured.prepare",
+    "engine.turns",
 }
 
 #: Heavy or foreign packages, and the packages that must not load them, directly or through other modules.

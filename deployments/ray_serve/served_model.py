@@ -24,6 +24,7 @@ from engine.mailbox import Relay
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.prompt import EmbeddedMedia, PreparedMedia
 from engine.startup import StartTimes
+from engine.turns import Turns
 
 
 class ServedModel:
@@ -71,11 +72,11 @@ class ServedModel:
             from deployments.language_model import LanguageModel
 
         logger.info("%s: modules were imported in %s", "language model", times)
-        made = None
+        made, turns = None, Turns()
         if encoder is not None:
             # First: the memory that is left is for keys and values.
-            made = VisionEncoder(encoder, engine, make_tracer(tracing, "encoder"), with_engine=True)
-        stage = LanguageModel.load(engine, make_tracer(tracing, "language-model"), launcher)
+            made = VisionEncoder(encoder, engine, make_tracer(tracing, "encoder"), turns=turns)
+        stage = LanguageModel.load(engine, make_tracer(tracing, "language-model"), launcher, turns)
         return cls(stage, outboxes, made)
 
     def when_dead(self, call: Callable[[], None]) -> None:

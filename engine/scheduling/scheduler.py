@@ -32,6 +32,11 @@ from engine.scheduling.waiting import WaitingQueue
 
 logger = logging.getLogger(__name__)
 
+#: Prompts are spread over about this many steps, each filled up to a multiple of ``_SHORT_STEP`` tokens: so
+#: many take a GPU little more time than reading the weights does.
+_SPREAD = 4
+_SHORT_STEP = 256
+
 
 @dataclass(slots=True)
 class SchedulerStats:
@@ -58,6 +63,10 @@ class Scheduler:
         max_model_len: longest sequence in tokens; limited by the number of KV blocks.
         recompute_beyond: see :class:`~engine.layers.decoder_config.RopeConfig`.
         most_drafted: most tokens of a draft; 0 for no drafts.
+
+    Attributes:
+        spreads_prompts: prompts are spread over several steps while answers run. These keep their pace, and
+            all are done a little later.
     """
 
     def __init__(
@@ -77,6 +86,7 @@ class Scheduler:
         self.max_model_len = min(max_model_len, kv.longest)
         self.slots = SequenceSlots(max(1, min(max_num_seqs, max_num_batched_tokens - 1)), self.max_model_len)
         self.forced = ForcedTokens(self.slots, kv)
+        self.spreads_prompts = False
         self.drafts = Drafts(self.slots, kv, most_drafted)
         self.recompute_beyond = recompute_beyond
         self._sampled = SampledTokens(
@@ -219,6 +229,8 @@ class Scheduler:
         for chunk in chunks:
             self.slots.computed[chunk.slot] += chunk.count
         left = self.budget - batch.num_tokens
+        if mixed and self.spreads_prompts:
+            left = min(left, self._room_beside(batch.num_tokens))
         for request in list(self._prefilling):
             try:
                 left -= self._prefill(request, left, batch)
@@ -308,6 +320,16 @@ class Scheduler:
                 self.preempt(self._victim())
         # A request can grow and be preempted in the same step: its table updates must not reach the runner.
         return [u for u in updates if table.requests[u.slot] is not None]
+
+    def _room_beside(self, tokens: int) -> int:
+        """Return how many tokens of prompts come into a step with ``tokens`` of running answers."""
+        table, begun = self.slots, self._prefilling
+        # What attends both ways can't be cut.
+        if not tokens or any(request.both_ways for request in begun):
+            return self.budget
+        left = self._waiting.tokens + sum(int(table.known[r.slot] - table.computed[r.slot]) for r in begun)
+        least = max(_SHORT_STEP // 2, left // _SPREAD)
+        return -(-(tokens + least) // _SHORT_STEP) * _SHORT_STEP - tokens
 
     def _unblock(self) -> ScheduledBatch | None:
         """Schedule the next step if none of the prompts that are being computed has a block to go on with:

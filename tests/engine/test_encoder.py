@@ -20,6 +20,7 @@ from engine.encoder import EncoderEngine
 from engine.errors import CheckpointError, InvalidRequest, Unavailable
 from engine.families.qwen2_vl.family import FAMILY
 from engine.prompt import EmbeddedMedia, MediaItem, PreparedMedia
+from engine.turns import Turns
 from tests.engine.tiny import make_qwen2_vl, make_text, picture, reference_inputs, reference_model
 from tests.serving import wait_until
 
@@ -323,14 +324,20 @@ async def test_pieces_make_way_for_an_engine_unless_many_items_wait(path, proces
     monkeypatch.setattr("engine.vision.transformer._PIECE", 1)
     monkeypatch.setattr("engine.encoder._TOGETHER", 1)
     waits: list[int] = []
+    turns = Turns()
+    turns.has_steps = True
 
     class Event:
         def synchronize(self) -> None:
             waits.append(len(engine._queue))
 
+        def query(self) -> bool:
+            self.synchronize()
+            return True
+
     monkeypatch.setattr("engine.encoder.record_event", lambda *_, **__: Event())
     config = EngineConfig(model=str(path), device="cpu")
-    engine = EncoderEngine.load(config, max_batch_cost=1, with_engine=True)
+    engine = EncoderEngine.load(config, max_batch_cost=1, turns=turns)
     # The thread takes nothing before all have come.
     with engine._changed:
         made = [engine.encode_async(processor.prepare(picture(60, 44, n))) for n in range(5)]
@@ -344,22 +351,25 @@ async def test_pieces_make_way_for_an_engine_unless_many_items_wait(path, proces
 
 async def test_a_crowd_is_encoded_in_several_launches_between_two_steps(monkeypatch):
     waits: list[int] = []
+    turns, told = Turns(), []
 
     class Event:
         def synchronize(self) -> None:
             waits.append(len(encoder.batches))
+            told.append(turns.crowded)
 
     monkeypatch.setattr("engine.encoder.record_event", lambda *_, **__: Event())
     monkeypatch.setattr("engine.encoder._TOGETHER", 16)
     encoder = GatedEncoder()
     encoder.release()
-    engine = EncoderEngine(encoder, CPU, max_batch_cost=4, cache_bytes=0, with_engine=True)
+    engine = EncoderEngine(encoder, CPU, max_batch_cost=4, cache_bytes=0, turns=turns)
     with engine._changed:
         tasks = [asyncio.ensure_future(engine.encode_async(item(name))) for name in "abcdefghi"]
         await asyncio.sleep(0)
     rows = await asyncio.gather(*tasks)
     engine.shutdown()
     assert [each.hash for each in rows] == list("abcdefghi") and waits == [4, 8, 9]
+    assert told == [True, True, False]
     assert encoder.batches == [[name] for name in "abcdefghi"]
 
 

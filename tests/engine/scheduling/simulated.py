@@ -231,6 +231,7 @@ class SimulatedEngine:
         original: int | None = None,
         num_snapshots: int | None = None,
         windows: Sequence[int | None] = (None,),
+        spreads_prompts: bool = False,
     ) -> None:
         num_blocks *= len(windows)
         snapshots = None if num_snapshots is None else SnapshotPool(num_snapshots)
@@ -249,6 +250,7 @@ class SimulatedEngine:
             max_model_len=max_model_len,
             recompute_beyond=original,
         )
+        self.scheduler.spreads_prompts = spreads_prompts
         self.runner = SimulatedRunner(
             len(self.scheduler.slots.requests),
             num_blocks,

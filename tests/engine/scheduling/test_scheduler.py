@@ -15,6 +15,11 @@ from tests.wide import examples
 from .simulated import IMAGE, SimulatedEngine, picture, tokens_alone
 
 
+@pytest.fixture
+def short_steps(monkeypatch):
+    monkeypatch.setattr("engine.scheduling.scheduler._SHORT_STEP", 4)
+
+
 def prompt_with(rows: int, offset: int, length: int, start: int = 0) -> list[int]:
     ids = [(start + i) % 40 for i in range(length)]
     return ids[:offset] + [IMAGE] * rows + ids[offset:]
@@ -116,6 +121,42 @@ def test_the_youngest_makes_room_and_its_tokens_stay():
 def long_answer(start: int = 0) -> list[int]:
     """A prompt of three tokens whose answer has 60 tokens at least."""
     return next([i, 11, 12] for i in range(start, 50) if len(tokens_alone([i, 11, 12], [], 60)) == 60)
+
+
+@pytest.mark.parametrize(
+    ("answers", "length", "spread", "chunks"),
+    [
+        (1, 20, True, [7, 3, 3, 3, 3, 1]),
+        (2, 20, True, [6, 6, 2, 2, 2, 2]),
+        (3, 40, True, [13, 9, 5, 5, 5, 3]),
+        (0, 20, True, [20]),
+        (1, 20, False, [20]),
+    ],
+)
+def test_prompts_are_spread_over_steps_beside_answers(short_steps, answers, length, spread, chunks):
+    engine = SimulatedEngine(budget=64, prefix_caching=False, spreads_prompts=spread)
+    for index in range(answers):
+        engine.add(str(index), long_answer(10 * index), max_tokens=40)
+    engine.step()
+    request = engine.add("new", list(range(length)), max_tokens=1)
+    found = []
+    while sum(found) < length:
+        batch = engine.scheduler.schedule()
+        assert len(batch.decode_slots) == answers
+        found += [chunk.count for chunk in batch.prefills if chunk.request is request]
+    assert found == chunks
+
+
+def test_a_picture_that_attends_both_ways_is_not_kept_waiting_by_short_steps(short_steps):
+    engine = SimulatedEngine(budget=64, prefix_caching=False, spreads_prompts=True)
+    engine.add("running", long_answer(), max_tokens=40)
+    engine.step()
+    prompt, spans = prompt_with(12, 0, 1), [picture("cat", 12, 0)]
+    shown = engine.add("shown", prompt, spans, max_tokens=2, both_ways=[(0, 12)])
+    for step in range(30):
+        engine.add(f"small {step}", [step], max_tokens=1)
+        engine.step()
+    assert shown.finished
 
 
 @pytest.mark.parametrize(
@@ -334,6 +375,7 @@ LIMITS = st.fixed_dictionaries(
         "encoder_rows": st.integers(18, 40),
         "prefix_caching": st.booleans(),
         "original": st.one_of(st.none(), st.integers(5, 50)),
+        "spreads_prompts": st.booleans(),
     }
 )
 
@@ -377,7 +419,7 @@ def check_schedule(
         assert got == (tokens if requests[index]["aborted"] is None else tokens[: len(got)])
 
 
-def test_whatever_happens_tokens_are_those_of_the_request_alone(wide):
+def test_whatever_happens_tokens_are_those_of_the_request_alone(wide, short_steps):
     @examples(300, wide)
     @given(requests=REQUESTS, limits=LIMITS)
     def run(requests, limits):
@@ -394,11 +436,12 @@ BOTH_WAYS = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 4),
         "budget": st.integers(9, 60),
         "run_ahead": st.integers(0, 3),
+        "spreads_prompts": st.booleans(),
     }
 )
 
 
-def test_what_attends_both_ways_is_computed_in_one_step(wide):
+def test_what_attends_both_ways_is_computed_in_one_step(wide, short_steps):
     """Pictures, or whole prompts: split over steps, resumed inside, or taken from another prompt's blocks,
     their tokens would be others."""
 
