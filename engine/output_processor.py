@@ -109,12 +109,14 @@ class _Found:
         deltas: by the request's id.
         pooled: groups that have ended with a vector.
         stopped: requests to be aborted.
+        ended: ids of groups of which a sequence has ended.
     """
 
     changed: dict[str, tuple[RequestGroup, StreamUpdate]] = field(default_factory=dict)
     deltas: dict[str, OutputDelta] = field(default_factory=dict)
     pooled: list[tuple[RequestGroup, EmbeddingOutput]] = field(default_factory=list)
     stopped: list[Request] = field(default_factory=list)
+    ended: set[str] = field(default_factory=set)
 
 
 class OutputProcessor:
@@ -192,7 +194,7 @@ class OutputProcessor:
                 del found.changed[group.id]
             found.stopped += [request for request in group.requests if not request.finished]
         failed = {group.id for group, _ in failures}
-        self._end(pair for name, pair in found.changed.items() if name not in failed)
+        self._end(found.changed[name] for name in found.ended - failed)
         return [*found.changed.values(), *found.pooled, *failures], found.stopped
 
     def _take(self, step: StepEvents, found: _Found) -> None:
@@ -206,8 +208,7 @@ class OutputProcessor:
                 continue
             group, sequence = entry
             try:
-                delta = deltas.get(request.id)
-                if delta is None:
+                if (delta := deltas.get(request.id)) is None:
                     delta = deltas[request.id] = OutputDelta(sequence.index, "", [])
                     self._update(group, changed).deltas.append(delta)
                 if sequence.plain and row not in finished:
@@ -216,16 +217,19 @@ class OutputProcessor:
                         count += 1
                     self._continue(delta, group, sequence, token)
                     count += 1
-                    for following in forced.get(row, ()):
-                        self._continue(delta, group, sequence, following)
-                        count += 1
+                    if row in forced:
+                        for following in forced[row]:
+                            self._continue(delta, group, sequence, following)
+                            count += 1
                 else:
                     count += self._extend_all(delta, group, sequence, row, step)
+                    if delta.finish_reason is not None:
+                        found.ended.add(group.id)
+                        if not request.finished:
+                            found.stopped.append(request)
             except Exception as error:
                 self._fail(group, error)
                 continue
-            if delta.finish_reason is not None and not request.finished:
-                found.stopped.append(request)
             if token < 0:
                 continue
             if (last := group.last_token_at) is None:
@@ -238,9 +242,9 @@ class OutputProcessor:
         self._metrics.observe_tokens(count, step.time)
 
     def _end(self, updates: Iterable[tuple[RequestGroup, StreamUpdate]]) -> None:
-        """Mark the updates that complete their groups, and forget these."""
+        """Mark those updates that complete their groups, and forget these."""
         for group, update in updates:
-            update.finished = any(delta.finish_reason for delta in update.deltas) and group.finished
+            update.finished = group.finished
             if update.finished:
                 self._metrics.observe_finish(group.usage)
                 self.remove(group)
