@@ -177,7 +177,7 @@ class EngineCore:
         self._pace.arrived(begun)
         for request, cause in result.failed:
             self.scheduler.fail(request, cause)
-        constrained = np.flatnonzero(self.scheduler.slots.constrained[batch.sampling_slots])
+        constrained = self.scheduler.slots.constrained[batch.sampling_slots].nonzero()[0].tolist()
         try:
             events = self.scheduler.update(batch, result.tokens)
         except Exception as error:
@@ -187,7 +187,8 @@ class EngineCore:
         self._ready.append(events)
         events.logprobs = result.logprobs
         events.prompt_logprobs = result.prompt_logprobs
-        self._advance_grammars(events, constrained.tolist())
+        if constrained:
+            self._advance_grammars(events, constrained)
         self._pace.taken()
         events.pooled = self.scheduler.finish_pooling(batch, dict(result.pooled))
         for ended in [*(events.requests[row] for row in events.finished), *(r for r, _ in events.pooled)]:

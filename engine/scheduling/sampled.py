@@ -67,7 +67,7 @@ class SampledTokens:
         if stops is not None:
             ended |= stops
         paused = slots[(known >= table.pause[slots]) & ~ended] if self._recompute_longer else slots[:0]
-        for index in np.flatnonzero(ended).tolist():
+        for index in ended.nonzero()[0].tolist():
             row = index if rows is None else int(rows[index])
             request = requests[row]
             assert request is not None

@@ -93,7 +93,7 @@ class SequenceSlots:
     def decode_slots(self) -> np.ndarray:
         """Return the indices of decoding rows: the same array object until the set changes."""
         if self._stale:
-            self._decode_slots = np.flatnonzero(self.decoding)
+            self._decode_slots = self.decoding.nonzero()[0]
             self._decode_epochs = self.epoch[self._decode_slots]
             self._decode_requests = self.requests[self._decode_slots].tolist()
             self._stale = False
