@@ -23,6 +23,7 @@ from deployments.ray_serve.channel import IDLE_S, Outbox, Outboxes
 from deployments.ray_serve.engine_link import Call, Cancel, Close, Line, Link, Ready, Reply, Setup
 from deployments.ray_serve.process import prepare_process
 from deployments.ray_serve.served_model import ServedModel
+from deployments.threads import ENGINE_TURN_S
 from deployments.tracing import current
 
 
@@ -171,7 +172,7 @@ def main(connection: socket.socket) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         server = EngineServer(link, runner.get_loop(), lambda: os._exit(1))
         logging.getLogger("ray.serve").addHandler(LogsAtReplica(link))
-        prepare_process()
+        prepare_process(ENGINE_TURN_S)
         outboxes = NotedOutboxes(link)
         try:
             model = ServedModel.load(setup.engine, setup.encoder, setup.tracing, outboxes)

@@ -3,13 +3,13 @@
 import os
 
 from deployments.logs import LoggingConfig, set_up_logs
-from deployments.threads import take_turns
+from deployments.threads import TURN_S, take_turns
 
 #: Environment variable that holds a :class:`~deployments.logs.LoggingConfig` as JSON.
 LOGGING = "SIGHTLINE_LOGGING"
 
 
-def prepare_process() -> None:
-    """Set up logs and threads."""
-    take_turns()
+def prepare_process(turn_s: float = TURN_S) -> None:
+    """Set up logs and threads; ``turn_s`` as of :func:`~deployments.threads.take_turns`."""
+    take_turns(turn_s)
     set_up_logs(LoggingConfig.model_validate_json(os.environ.get(LOGGING, "{}")))

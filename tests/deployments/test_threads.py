@@ -7,14 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from deployments.threads import on_thread, take_turns
+from deployments.threads import ENGINE_TURN_S, TURN_S, on_thread, take_turns
 
 
-def test_threads_take_turns_more_often_than_a_step_takes():
+@pytest.mark.parametrize("turn", [TURN_S, ENGINE_TURN_S])
+def test_threads_take_turns_more_often_than_a_step_takes(turn):
     before = sys.getswitchinterval()
     try:
-        take_turns()
-        assert sys.getswitchinterval() <= 0.0005
+        take_turns(turn)
+        assert sys.getswitchinterval() == pytest.approx(turn)
+        assert turn <= 0.001
     finally:
         sys.setswitchinterval(before)
 
