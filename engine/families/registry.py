@@ -19,7 +19,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "GlmOcrForConditionalGeneration",
     ),
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
-    "internvl": ("InternVLForConditionalGeneration",),
+    "internvl": ("InternVLForConditionalGeneration", "QianfanOCRForConditionalGeneration"),
     "internvl_chat": ("InternVLChatModel",),
     "lfm2_vl": ("Lfm2VlForConditionalGeneration",),
     "lighton_ocr": ("LightOnOcrForConditionalGeneration",),

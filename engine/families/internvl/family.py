@@ -1,4 +1,4 @@
-"""InternVL 3 and 3.5: tiles and a thumbnail, InternViT, and Qwen2, Qwen3 or Llama."""
+"""InternVL 3 and 3.5, and Qianfan-OCR: tiles and a thumbnail, InternViT, and Qwen2, Qwen3 or Llama."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from itertools import repeat
 from typing import Any
 
 from engine.checkpoint.folder import Checkpoint
-from engine.checkpoint.rules import WeightRules
+from engine.checkpoint.rules import DECODER_RULES, WeightRules
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig, PromptFormat
 from engine.families.encoders import crop_encoder
 from engine.families.family import Family
 from engine.families.internvl.processor import InternVLProcessor
-from engine.families.internvl.tower import parse_tower, tower_rules, unused_tensors
+from engine.families.internvl.tower import (
+    parse_tower,
+    published_rules,
+    tower_rules,
+    unused_published,
+    unused_tensors,
+)
+from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, vision_activation
 from engine.families.parsing.model import (
     ConfigReader,
@@ -37,7 +44,20 @@ TOKENS = {
     "end_image_token": "</img>",
     "video_token": "<video>",
 }
+_INTERNVL, _QIANFAN = (f"{name}ForConditionalGeneration" for name in ("InternVL", "QianfanOCR"))
+#: Transformers 5 saves the decoder's layers by such names; the public files have no ``encoder`` there.
+_SAVED_LAYERS = r"language_model\.model\.encoder\.(layers\..*)", r"\1"
 _CONNECTOR = r"(?:model\.)?multi_modal_projector\."
+
+
+def _is_qianfan(raw: Json) -> bool:
+    return _QIANFAN in (raw.get("architectures") or [])
+
+
+def _text(raw: Json) -> tuple[Json, DecoderKind]:
+    if _is_qianfan(raw):
+        return nested_text("qwen3", "qwen2", "llama", "qwen3_moe")(raw)
+    return tied_unless_stated(nested_text("qwen2", "qwen3", "llama", "qwen3_moe"))(raw)
 
 
 def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
@@ -47,7 +67,8 @@ def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
             f"config.json: vision_feature_select_strategy {strategy!r} is not supported; default is",
             param="vision_feature_select_strategy",
         )
-    tower = parse_tower(raw.get("vision_config") or {}, raw.get("vision_feature_layer", -1))
+    stated = {"attention_bias": _is_qianfan(raw), **(raw.get("vision_config") or {})}
+    tower = parse_tower(stated, raw.get("vision_feature_layer", -1))
     activation = vision_activation(raw.get("projector_hidden_act", "gelu"), "projector_hidden_act")
     normalisation = parse_normalisation(processor, CLIP_NORMALISATION)
     return shuffled_crops(raw, tower, hidden, normalisation, activation)
@@ -95,6 +116,8 @@ def _with_tokens(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
 
 def _prompt_format(config: ModelConfig) -> PromptFormat:
     assert config.extra is not None
+    if config.architecture == _QIANFAN:
+        return PromptFormat(image="<image>")
     return PromptFormat(
         image=config.extra["context_image_token"],
         video=config.extra["video_token"],
@@ -118,6 +141,12 @@ def crop_placeholder(
 
 
 def _weights(config: ModelConfig) -> WeightRules:
+    if config.architecture == _QIANFAN:
+        return WeightRules(
+            language=(_SAVED_LAYERS, *DECODER_RULES),
+            vision=published_rules(),
+            ignore=unused_published(config.vision.tower),
+        )
     return WeightRules(
         vision=(
             (_CONNECTOR + r"layer_norm\.(.*)", r"connector.norm.\1"),
@@ -130,9 +159,9 @@ def _weights(config: ModelConfig) -> WeightRules:
 
 FAMILY = Family(
     name="internvl",
-    architectures=("InternVLForConditionalGeneration",),
+    architectures=(_INTERNVL, _QIANFAN),
     reader=ConfigReader(
-        text=tied_unless_stated(nested_text("qwen2", "qwen3", "llama", "qwen3_moe")),
+        text=_text,
         vision=_vision,
         image_token=token_field("image_token_id", default=151667),
         finish=_with_tokens,

@@ -29,6 +29,8 @@ _DEFAULTS: dict[str, Any] = {
 _QK_NORM_EPS = 1e-6
 _NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
 _TOWER = r"(?:model\.)?vision_tower\."
+_PUBLISHED_LAYERS = r"vision_model\.encoder\.layers\."
+_PUBLISHED_LAYER = _PUBLISHED_LAYERS + r"(\d+)\."
 _LAYER = _TOWER + r"encoder\.layer\.(\d+)\."
 _BLOCK = r"tower.blocks.\1."
 
@@ -109,6 +111,28 @@ def tower_rules() -> tuple[tuple[str, str], ...]:
         (_LAYER + r"attention\.([qkv]_(?:proj|norm)\..*)", _BLOCK + r"attn.\2"),
         (_LAYER + r"mlp\.(.*)", _BLOCK + r"mlp.\2"),
     )
+
+
+def published_rules() -> tuple[tuple[str, str], ...]:
+    """Rename rules of the tensors of tower and connector under their publishers' own names."""
+    return (
+        (r"vision_model\.embeddings\.(class|position)_embedding", r"tower.\1_embedding"),
+        (r"vision_model\.embeddings\.patch_embedding\.(.*)", r"tower.patch_embed.\1"),
+        (r"vision_model\.layernorm\.(.*)", r"tower.post_norm.\1"),
+        (_PUBLISHED_LAYER + r"ls([12])", _BLOCK + r"scale\2"),
+        (_PUBLISHED_LAYER + r"((?:attn|mlp|norm1|norm2)\..*)", _BLOCK + r"\2"),
+        # As Transformers saves a Qianfan-OCR.
+        (_PUBLISHED_LAYER + r"attention\.([qk]_norm\..*)", _BLOCK + r"attn.\2"),
+        (r"mlp1\.0\.(.*)", r"connector.norm.\1"),
+        (r"mlp1\.1\.(.*)", r"connector.mlp.fc1.\1"),
+        (r"mlp1\.3\.(.*)", r"connector.mlp.fc2.\1"),
+    )
+
+
+def unused_published(tower: VisionConfig) -> tuple[str, ...]:
+    """Names to ignore among those: of layers after the last one that is run, and an unused norm."""
+    norm = () if tower.post_norm else (r"vision_model\.layernorm\..*",)
+    return *unused_layers(_PUBLISHED_LAYERS, tower), *norm
 
 
 def unused_tensors(tower: VisionConfig) -> tuple[str, ...]:

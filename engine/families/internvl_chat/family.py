@@ -14,12 +14,11 @@ from engine.families.encoders import crop_encoder
 from engine.families.family import Family
 from engine.families.internvl.family import TOKENS, crop_placeholder, shuffled_crops
 from engine.families.internvl.processor import InternVLProcessor
-from engine.families.internvl.tower import parse_tower
+from engine.families.internvl.tower import parse_tower, published_rules, unused_published
 from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json
 from engine.families.parsing.model import ConfigReader, nested_text
 from engine.families.parsing.processor import parse_normalisation
-from engine.families.parsing.tower import unused_layers
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.normalisation import Normalisation
 
@@ -28,8 +27,6 @@ _RENAMED = {"attention_bias": "qkv_bias", "use_qk_norm": "qk_normalization"}
 #: Colours of ImageNet, by which the publishers' code normalises.
 _IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _END = "<|im_end|>"
-_LAYER = r"vision_model\.encoder\.layers\.(\d+)\."
-_BLOCK = r"tower.blocks.\1."
 
 
 def _text(raw: Json) -> tuple[Json, DecoderKind]:
@@ -84,16 +81,7 @@ FAMILY = Family(
     processor=_processor,
     options=("crop_to_patches", "max_patches"),
     weights=lambda config: WeightRules(
-        vision=(
-            (r"vision_model\.embeddings\.(class|position)_embedding", r"tower.\1_embedding"),
-            (r"vision_model\.embeddings\.patch_embedding\.(.*)", r"tower.patch_embed.\1"),
-            (_LAYER + r"ls([12])", _BLOCK + r"scale\2"),
-            (_LAYER + r"((?:attn|mlp|norm1|norm2)\..*)", _BLOCK + r"\2"),
-            (r"mlp1\.0\.(.*)", r"connector.norm.\1"),
-            (r"mlp1\.1\.(.*)", r"connector.mlp.fc1.\1"),
-            (r"mlp1\.3\.(.*)", r"connector.mlp.fc2.\1"),
-        ),
-        ignore=unused_layers(r"vision_model\.encoder\.layers\.", config.vision.tower),
+        vision=published_rules(), ignore=unused_published(config.vision.tower)
     ),
     build_encoder=crop_encoder,
 )

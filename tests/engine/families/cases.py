@@ -158,6 +158,15 @@ CASES = [
         single=((60, 33), (9, 300)),
     ),
     FamilyCase(
+        "Qianfan-OCR",
+        partial(make_internvl, kind="QianfanOCR", text="qwen3"),
+        partial(InternVLReference, kind="QianfanOCR"),
+        frame=qwen.FRAME,
+        placeholder=lambda index, count: "<image>\n",
+        single=((60, 33), (24, 20)),
+        several=(((44, 20), (33, 30)), ((20, 20), (30, 40), (41, 33))),
+    ),
+    FamilyCase(
         "InternVL, publishers' names",
         make_internvl_chat,
         InternVLChatReference,
@@ -385,6 +394,7 @@ LIKE = {
     "LightOnOCR": "Mistral3",
     "Gemma 3 with pan and scan": "Gemma 3",
     "InternVL, publishers' names": "InternVL",
+    "Qianfan-OCR": "InternVL",
     "VLM2Vec": "Phi-3.5-vision",
     "Qwen3-VL-MoE": "Qwen3-VL",
     "ColQwen2": "Qwen2-VL",

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of InternVL, and Transformers' processing of their images and videos."""
+"""Tiny checkpoints of InternVL and Qianfan-OCR, and Transformers' processing of their images and videos."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
-from tests.engine.tiny import TEXT_SIZES, spread, tokenizer
+from tests.engine.tiny import TEXT_SIZES, rewrite_tensors, spread, tokenizer
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 SIDE, PATCH, ROWS = 24, 6, 4
@@ -28,17 +28,24 @@ _SIZE = {"height": SIDE, "width": SIDE}
 
 
 def make_internvl(
-    path: Path, hub: bool = False, *, text: str = "qwen2", layer: int = -1, **tower: Any
+    path: Path,
+    hub: bool = False,
+    *,
+    kind: str = "InternVL",
+    text: str = "qwen2",
+    layer: int = -1,
+    **tower: Any,
 ) -> Path:
     """A checkpoint as Transformers saves it, or in the layout of the public ones.
 
     Args:
+        kind: the beginning of the class names in Transformers.
         text: the decoder's ``model_type``.
         layer: ``vision_feature_layer``.
         tower: further fields of the tower's configuration.
     """
     tok = tokenizer(SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=TOKENS)
-    config = transformers.InternVLConfig(
+    config = getattr(transformers, f"{kind}Config")(
         vision_config={
             "hidden_size": 32,
             "intermediate_size": 48,
@@ -63,7 +70,9 @@ def make_internvl(
         tie_word_embeddings=hub,
     )
     model = spread(
-        transformers.InternVLForConditionalGeneration(config), seed=23, embedding_std=0.05 if hub else 1.0
+        getattr(transformers, f"{kind}ForConditionalGeneration")(config),
+        seed=23,
+        embedding_std=0.05 if hub else 1.0,
     )
     model.generation_config.eos_token_id = 2
     model.save_pretrained(path)
@@ -71,6 +80,10 @@ def make_internvl(
     images = _image_processor()(size=_SIZE, max_patches=6)
     images.save_pretrained(path)
     if hub:
+        # Transformers takes the decoder's layers for the tower's when it saves a Qianfan-OCR.
+        rewrite_tensors(
+            path, lambda made: {n.replace("model.model.encoder.", "model.model."): t for n, t in made.items()}
+        )
         as_on_the_hub(path, **images.to_dict())
     return path
 
@@ -84,20 +97,19 @@ class InternVLReference:
     """Transformers' model, and its processor without the video half, which needs torchvision.
 
     Args:
+        kind: as of :func:`make_internvl`.
         options: of the images' processor.
     """
 
-    def __init__(self, path: Path, **options: Any) -> None:
+    def __init__(self, path: Path, kind: str = "InternVL", **options: Any) -> None:
         self.options = options
-        cls = transformers.InternVLForConditionalGeneration
+        cls = getattr(transformers, f"{kind}ForConditionalGeneration")
         self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
-        self.processor = self.processor_of(path)
+        self.processor = self.processor_of(path, kind)
 
     @staticmethod
-    def processor_of(path: Path) -> Any:
-        processor = importlib.import_module(
-            "transformers.models.internvl.processing_internvl"
-        ).InternVLProcessor
+    def processor_of(path: Path, kind: str = "InternVL") -> Any:
+        processor = getattr(transformers, f"{kind}Processor")
         image_only = type(
             processor.__name__,
             (processor,),
@@ -111,6 +123,8 @@ class InternVLReference:
         return image_only(images, tok, image_seq_length=side * side)
 
     def inputs(self, prompt: CasePrompt) -> Inputs:
+        if not prompt.frames:
+            return self._of_images(prompt)
         # Without its video half, the processor takes a video's text as text.
         frames = self.processor.replace_video_token(
             {"pixel_values_videos": [np.zeros(len(prompt.frames))]}, 0
@@ -119,13 +133,18 @@ class InternVLReference:
         text = prompt.text.replace("<video>", stand_in)
         pictures = list(prompt.pictures) or None
         arguments = dict(self.processor(text=text, images=pictures, return_tensors="pt", **self.options))
-        if prompt.frames:
-            arguments["input_ids"][arguments["input_ids"] == 0] = SPECIALS.index("<IMG_CONTEXT>")
-            pixels = [self.video(prompt.frames)]
-            if pictures:
-                before = prompt.text.index("<video>") < prompt.text.index("<IMG_CONTEXT>")
-                pixels.insert(1 if before else 0, torch.as_tensor(arguments["pixel_values"]))
-            arguments["pixel_values"] = torch.cat(pixels)
+        arguments["input_ids"][arguments["input_ids"] == 0] = SPECIALS.index("<IMG_CONTEXT>")
+        pixels = [self.video(prompt.frames)]
+        if pictures:
+            before = prompt.text.index("<video>") < prompt.text.index("<IMG_CONTEXT>")
+            pixels.insert(1 if before else 0, torch.as_tensor(arguments["pixel_values"]))
+        arguments["pixel_values"] = torch.cat(pixels)
+        return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
+
+    def _of_images(self, prompt: CasePrompt) -> Inputs:
+        pictures = list(prompt.pictures) or None
+        made = self.processor(text=[prompt.text], images=pictures, return_tensors="pt", **self.options)
+        arguments = dict(made)
         return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
 
     def video(self, frames: Sequence[Image.Image]) -> torch.Tensor:

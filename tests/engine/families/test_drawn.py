@@ -70,6 +70,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "qwen2_moe": (1,),
     "qwen3_moe": (3,),
     "qwen3": (3, 24),
+    "qianfan_ocr": (40100,),
     "glm": (40100,),
     "glm4": (40100,),
     "glm4_moe": (40100,),

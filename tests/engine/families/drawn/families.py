@@ -26,7 +26,7 @@ _ALL: tuple[Family, ...] = (
     LlavaNextFamily(),
     *(SquaresFamily(kind) for kind in ("Mistral3", "LightOnOcr")),
     Gemma3Family(),
-    InternVLFamily(),
+    *(InternVLFamily(kind) for kind in ("InternVL", "QianfanOCR")),
     InternVLChatFamily(),
     Ovis2Family(),
     Phi3VFamily("phi3_v"),

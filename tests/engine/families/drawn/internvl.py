@@ -1,7 +1,8 @@
-"""Draws InternVL checkpoints, with Transformers' names and with the publishers' own."""
+"""Draws InternVL, with Transformers' names and with the publishers' own, and Qianfan-OCR."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,35 @@ from tests.engine.tiny import split_shards, tokenizer
 
 _TOKENS = 1024
 _ARCHITECTURE = "InternVLForConditionalGeneration"
+_MODEL_TYPES = {"InternVL": "internvl", "QianfanOCR": "qianfan_ocr"}
 _ROW = SPECIALS.index("<IMG_CONTEXT>")
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
+@dataclass(frozen=True)
 class InternVLFamily:
-    """InternVL in Transformers' layout."""
+    """InternVL in Transformers' layout, or Qianfan-OCR in its own.
 
-    name = "internvl"
-    architectures = (_ARCHITECTURE,)
+    Args:
+        kind: the beginning of the class names in Transformers.
+    """
+
+    kind: str = "InternVL"
+
+    @property
+    def name(self) -> str:
+        return _MODEL_TYPES[self.kind]
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        return (f"{self.kind}ForConditionalGeneration",)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
-        model, raw = _write(draw, path, ("qwen2", "qwen3", "llama", "qwen3_moe"), chat=False)
+        (architecture,) = self.architectures
+        model, raw = _write(draw, path, ("qwen2", "qwen3", "llama", "qwen3_moe"), architecture=architecture)
         text = raw["text_config"]
         draw_ends(draw, path, text, 2, 0)
-        write_json(path / "config.json", {"architectures": [_ARCHITECTURE], **raw})
+        write_json(path / "config.json", {"architectures": [architecture], **raw})
         side, pixels = raw["vision_config"]["image_size"], draw_pixels(draw)
         side = side[0] if isinstance(side, list) else side
         square = {"height": side, "width": side}
@@ -54,11 +69,15 @@ class InternVLFamily:
         if draw.varies("videos' own file", 0.4):
             write_json(path / "video_preprocessor_config.json", {"size": square, **pixels})
         kwargs = _options(draw)
-        reference = same_weights(InternVLReference(path, **kwargs), model)
+        reference = same_weights(InternVLReference(path, self.kind, **kwargs), model)
         options = {"mm_processor_kwargs": kwargs}
         media = frozenset({_ROW, SPECIALS.index("<video>")})
         lengths = nested_lengths_of(text.get("model_type", "qwen2"), text)
-        return Drawn(path, reference, _style("<IMG_CONTEXT>\n", side), _TOKENS, options, media, lengths)
+        placeholder, video = (
+            ("<IMG_CONTEXT>\n", "<video>") if self.kind == "InternVL" else ("<image>\n", None)
+        )
+        style = _style(placeholder, side, video)
+        return Drawn(path, reference, style, _TOKENS, options, media, lengths)
 
 
 class InternVLChatFamily:
@@ -100,18 +119,21 @@ class InternVLChatFamily:
         )
 
 
-def _write(draw: Draw, path: Path, kinds: tuple[str, ...], *, chat: bool) -> tuple[Any, dict[str, Any]]:
+def _write(
+    draw: Draw, path: Path, kinds: tuple[str, ...], *, chat: bool = False, architecture: str = _ARCHITECTURE
+) -> tuple[Any, dict[str, Any]]:
     """A checkpoint in Transformers' layout; its model and its config.json."""
+    qianfan = architecture != _ARCHITECTURE
     tok = tokenizer(SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=TOKENS)
     tok.save_pretrained(path)
     kind = draw.variant("text model", kinds, 0.5)
     text = draw_decoder(draw, kind, len(tok), tokens=_TOKENS)
     text |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
-    if kind != "qwen2" or draw.varies("text model stated", 0.7):
+    if kind != ("qwen3" if qianfan else "qwen2") or draw.varies("text model stated", 0.7):
         text["model_type"] = kind
-    tower, ratio = _tower(draw, chat)
+    tower, ratio = _tower(draw, chat, bias=qianfan)
     raw: dict[str, Any] = {
-        "model_type": "internvl",
+        "model_type": "qianfan_ocr" if qianfan else "internvl",
         "torch_dtype": "float32",
         "text_config": text,
         "vision_config": tower,
@@ -132,11 +154,15 @@ def _write(draw: Draw, path: Path, kinds: tuple[str, ...], *, chat: bool) -> tup
         raw["tie_word_embeddings"] = text.setdefault("tie_word_embeddings", False)
     else:
         place_tied(draw, raw, text)
-    return write_model(draw, path, raw, _ARCHITECTURE), raw
+    return write_model(draw, path, raw, architecture), raw
 
 
-def _tower(draw: Draw, chat: bool) -> tuple[dict[str, Any], float]:
-    """``vision_config``, and a ``downsample_ratio`` that divides its patches."""
+def _tower(draw: Draw, chat: bool, bias: bool) -> tuple[dict[str, Any], float]:
+    """``vision_config``, and a ``downsample_ratio`` that divides its patches.
+
+    Args:
+        bias: ``attention_bias`` where it is left out.
+    """
     patch, factor = draw.choice("patch", (4, 6, 7)), draw.choice("squares' side", (2, 2, 1, 4))
     per_side = factor * draw.choice("rows per side", (1, 2, 3) if factor < 4 else (1, 2))
     side = patch * per_side + draw.variant("pixels without a patch", (0, 1, patch - 1), 0.2)
@@ -155,14 +181,13 @@ def _tower(draw: Draw, chat: bool) -> tuple[dict[str, Any], float]:
             tower["use_absolute_position_embeddings"] = False
         if tower["norm_type"] == "layer_norm" and draw.varies("norm of the output", 0.2):
             tower["use_mean_pooling"] = False
-    for field, plain in _TOWER_DEFAULTS.items():
+    for field, plain in (_TOWER_DEFAULTS | {"attention_bias": bias}).items():
         if tower[field] == plain:
             draw.spelled(tower, field)
     return tower, 1 / factor
 
 
 _TOWER_DEFAULTS = {
-    "attention_bias": False,
     "use_qk_norm": False,
     "norm_type": "layer_norm",
     "layer_norm_eps": 1e-6,
@@ -186,12 +211,12 @@ def _options(draw: Draw) -> dict[str, Any]:
     return kwargs
 
 
-def _style(placeholder: str, side: int) -> Style:
+def _style(placeholder: str, side: int, video: str | None = "<video>") -> Style:
     return Style(
         FRAME,
         "<|im_end|>\n",
         placeholder=lambda index, count: placeholder,
-        video="<video>",
+        video=video,
         area=4 * side * side,
         longest=20.0,
         frames=24,
