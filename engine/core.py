@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 #: Words of a mask by which states of grammars are told apart: those of the vocabulary's commonest tokens.
 _FIRST_WORDS = 512
 
-#: Writes the masks of the rows that sample in these slots, int32 ``(R, ceil(V / 32))``.
-GrammarMask = Callable[[list[int], np.ndarray], None]
+#: Writes the masks of the rows that sample in these slots, int32 ``(R, ceil(V / 32))``. Returns the tokens
+#: that each expected chunk computes behind its first one; None if other ones must follow that.
+GrammarMask = Callable[[list[int], np.ndarray], list[list[int] | None]]
 
 
 class PendingStep(Protocol):
@@ -213,7 +214,7 @@ class EngineCore:
         come. Other tokens that may end the answer are sampled."""
         if room := self.scheduler.forced.room(request):
             tokens = request.grammar.force(room, request.stop_ids)
-            request.grammar.forecast.sampled(bool(tokens))
+            request.grammar.forecast.sampled(int(events.tokens[row]), tokens)
             self.scheduler.append_forced(request, tokens)
             end = request.grammar.sure_end
             if end is not None and self.scheduler.append_end(request, end):
@@ -238,10 +239,11 @@ class EngineCore:
         if not table.constrained[batch.sampling_slots].any():
             return None
 
-        def fill(slots: list[int], mask: np.ndarray) -> None:
+        def fill(slots: list[int], mask: np.ndarray) -> list[list[int] | None]:
             self._pace.launched()
             while self._in_flight:
                 self._collect()
+            settled = self.scheduler.settle_expected(batch)
             # A request that ended meanwhile has left its slot, and is constrained no more.
             constrained = table.constrained[slots]
             mask[~constrained] = -1
@@ -256,6 +258,7 @@ class EngineCore:
             open_rows = np.flatnonzero(constrained & ~is_known)
             requests = table.requests[np.array(slots)[open_rows]].tolist()
             self._fill_masks(list(zip(requests, open_rows.tolist(), strict=True)), mask)
+            return settled
 
         return fill
 

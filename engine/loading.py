@@ -155,4 +155,5 @@ def _scheduler(
         max_model_len=max_model_len,
         recompute_beyond=model.decoder.rope.recompute_beyond,
         most_drafted=most_drafted,
+        has_states=has_states,
     )

@@ -185,10 +185,11 @@ class ParallelRunner:
             Unavailable: a rank has died; the others were ended.
         """
 
-        def shared_mask(slots: list[int], mask: np.ndarray) -> None:
+        def shared_mask(slots: list[int], mask: np.ndarray) -> list[list[int] | None]:
             assert grammar_mask is not None
-            grammar_mask(slots, mask)
-            self._workers.send(mask)
+            settled = grammar_mask(slots, mask)
+            self._workers.send((mask, settled))
+            return settled
 
         self._workers.check()
         prepared = self._own.prepare(batch)

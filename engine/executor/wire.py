@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -43,15 +44,13 @@ class StepMessage:
     Attributes:
         decode_slots: int64 ``(D,)``; None if they are the previous step's.
         prefills: all fields of each chunk, with the slot in place of its request, which was admitted before.
-        masked: True if the step's grammar masks follow in a second message, int32 ``(R, ceil(V / 32))``.
+        masked: True if what :data:`engine.core.GrammarMask` writes and returns follows in a second message.
     """
 
     step: int
     masked: bool
     decode_slots: np.ndarray | None = None
-    prefills: list[tuple[int, int, int, bool, int | None, list[int] | None, int]] = field(
-        default_factory=list
-    )
+    prefills: list[tuple[Any, ...]] = field(default_factory=list)
     admitted: list[Admission] = field(default_factory=list)
     table_updates: list[TableUpdate] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
@@ -72,7 +71,7 @@ class BatchSender:
             masked,
             slots,
             [
-                (c.slot, c.start, c.count, c.completes, c.snapshot, c.answer, c.num_drafted)
+                (c.slot, c.start, c.count, c.completes, c.snapshot, c.answer, c.num_drafted, c.expected)
                 for c in batch.prefills
             ],
             [
@@ -102,8 +101,10 @@ class BatchReceiver:
             end = update.column + len(update.blocks)
             self._requests[update.slot].blocks[update.group][update.column : end] = update.blocks
         prefills = [
-            PrefillChunk(self._requests[slot], slot, start, count, completes, snapshot, answer, drafted)
-            for slot, start, count, completes, snapshot, answer, drafted in message.prefills
+            PrefillChunk(
+                self._requests[slot], slot, start, count, completes, snapshot, answer, drafted, expected
+            )
+            for slot, start, count, completes, snapshot, answer, drafted, expected in message.prefills
         ]
         return ScheduledBatch(
             message.step,

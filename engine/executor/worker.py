@@ -77,8 +77,9 @@ def _start(connection: Connection) -> ModelRunner:
 def _run_steps(connection: Connection, runner: ModelRunner) -> None:
     receiver = BatchReceiver()
 
-    def grammar_mask(slots: list[int], mask: np.ndarray) -> None:
-        mask[...] = connection.recv()
+    def grammar_mask(slots: list[int], mask: np.ndarray) -> list[list[int] | None]:
+        mask[...], settled = connection.recv()
+        return settled
 
     while True:
         message = connection.recv()

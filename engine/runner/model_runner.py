@@ -27,15 +27,16 @@ from engine.runner.launched_step import LaunchedStep, PromptResults
 from engine.runner.pooler import Pooler
 from engine.runner.prompt_scorer import PromptScorer
 from engine.runner.sampler import Sampler, SamplingPlan
-from engine.runner.staging import staging, upload
-from engine.runner.step_arrays import ChunkArrays, StepArrays, chunk_rows, to_device
+from engine.runner.staging import staging, upload, upload_together
+from engine.runner.step_arrays import ChunkArrays, StepArrays, chunk_rows, forced_tokens, to_device
 from engine.scheduling.batch import PrefillChunk, ScheduledBatch
 from engine.startup import StartTimes
+from engine.structured.run_odds import ANY
 
 #: Plans whose sampling is captured with the decode step. Others sample eagerly after a captured forward pass.
 _CAPTURED_PLANS = (SamplingPlan(), SamplingPlan(random=True), SamplingPlan(random=True, truncates=True))
 
-GrammarMask = Callable[[list[int], np.ndarray], None]
+GrammarMask = Callable[[list[int], np.ndarray], list[list[int] | None]]
 
 
 @dataclass(slots=True)
@@ -149,8 +150,8 @@ class ModelRunner:
         Args:
             batch: the step.
             grammar_mask: called after the forward pass was enqueued, with the slots of the sampling rows, to
-                write int32 bit masks ``(R, ceil(V / 32))`` of the tokens allowed. Given iff some row has a
-                grammar.
+                write int32 bit masks ``(R, ceil(V / 32))`` of the tokens allowed, and settle the expected
+                chunks, see :data:`engine.core.GrammarMask`. Given iff some row has a grammar.
 
         Raises:
             RequestFault: the work for one request raised.
@@ -201,15 +202,17 @@ class ModelRunner:
             logits, tokens = decode(slots, captured if captured in _CAPTURED_PLANS else None)
         if tokens is None:
             mask = None
+            forced = None if step.arrays.chunks is None else step.arrays.chunks.forced
             if grammar_mask is not None:
                 rows = (len(batch.sampling_slots), -(-self.vocab_size // 32))
                 mask = staging(rows, torch.int32, self.device)
-                grammar_mask(batch.sampling_slots.tolist(), mask.numpy())
+                settled = grammar_mask(batch.sampling_slots.tolist(), mask.numpy())
                 # A copy that waits would delay the launches of sampling until the forward pass has finished.
                 mask = mask.to(self.device, non_blocking=True)
-            if step.arrays.chunks is not None and step.arrays.chunks.forced.numel():
-                forced_slots, forced_tokens = step.arrays.chunks.forced
-                self.sampler.count(forced_slots, forced_tokens, plan)
+                if settled:
+                    slots, forced = self._settle(batch, slots, settled)
+            if forced is not None and forced.numel():
+                self.sampler.count(forced[0], forced[1], plan)
             drafts = None
             if step.arrays.chunks is not None and step.arrays.chunks.drafts.numel():
                 drafts = DraftRows(step.arrays.chunks.drafts)
@@ -221,6 +224,37 @@ class ModelRunner:
                 self._state.advance(slots, tokens)
         logprobs = self.sampler.logprobs(logits, tokens, plan)
         return LaunchedStep(tokens, logprobs, prompts, idle_wait=self.idle_waits)
+
+    def _settle(
+        self, batch: ScheduledBatch, slots: torch.Tensor, settled: list[list[int] | None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leave the sequences of expected chunks that count for nothing as if the step had left them out.
+
+        Args:
+            slots: those that sample.
+            settled: what each expected chunk computes behind its first token; None for nothing that counts.
+
+        Returns:
+            ``slots`` with the padding slot in place of theirs, and the forced tokens of all other chunks, as
+            :class:`ChunkArrays` has them.
+        """
+        expected = batch.prefills[: len(settled)]
+        tokens = [
+            (chunk.slot, token) for chunk, run in zip(expected, settled, strict=True) for token in run or ()
+        ]
+        forced = np.array(tokens, np.int64).reshape(-1, 2).T
+        forced = np.concatenate([forced, forced_tokens(batch.prefills)], axis=1)
+        in_vain = [number for number, run in enumerate(settled) if run is None]
+        if not in_vain:
+            return slots, upload(forced, self.device)
+        lengths = [(expected[number].slot, expected[number].start) for number in in_vain]
+        sampling = batch.sampling_slots.copy()
+        sampling[[len(batch.decode_slots) + number for number in in_vain]] = self._state.padding_slot
+        slots, counted, (changed, length) = upload_together(
+            [sampling, forced, np.array(lengths, np.int64).T], self.device
+        )
+        self._state.length.index_copy_(0, changed, length)
+        return slots, counted
 
     def recover(self) -> None:
         """Get ready for the next step after one that raised.
@@ -395,6 +429,7 @@ class ModelRunner:
         state, decodes = self._state, len(batch.decode_slots)
         slots, ids, positions = chunks.slots, chunks.ids, chunks.positions
         lengths, kv_slots = chunks.ends, chunks.kv_slots
+        settled = self._choose(chunks, ids, decodes) if chunks.in_flight.numel() else None
         key_ends = chunks.key_ends if self._both_ways else None
         tables = state.block_tables.index_select(1, slots)
         if decodes:
@@ -423,7 +458,27 @@ class ModelRunner:
         else:
             hidden = self.model(embeds, positions, self._caches.layers, meta, deepstack, rows)
         state.length.index_copy_(0, slots, lengths)
+        if settled is not None:
+            state.length.index_copy_(0, *settled)
         return hidden
+
+    def _choose(
+        self, chunks: ChunkArrays[torch.Tensor], ids: torch.Tensor, decodes: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the tokens of expected chunks to ``ids``, and the rows that sample behind them; return their
+        slots, and the lengths of the sequences with them, both ``(E,)``."""
+        firsts, slots, lengths = chunks.in_flight
+        tokens = self._state.last_token.index_select(0, slots)
+        choices, run_lengths = chunks.choices
+        # The first choice that fits.
+        choice = ((choices == tokens) | (choices == ANY)).int().argmax(dim=0)
+        run_length = run_lengths.gather(0, choice[None])[0]
+        places, owners = chunks.run_places
+        ids.index_copy_(0, firsts, tokens)
+        ids.index_copy_(0, places, chunks.runs.gather(0, choice.index_select(0, owners)[None])[0])
+        # Expected chunks are the first ones.
+        chunks.sampling_rows[decodes : decodes + len(slots)] = decodes + firsts + run_length
+        return slots, lengths + run_length
 
     def _embed(
         self, batch: ScheduledBatch, ids: torch.Tensor, embedded_rows: torch.Tensor

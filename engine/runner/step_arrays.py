@@ -16,6 +16,7 @@ from engine.request import Request, attributed_to
 from engine.runner.draft_rows import draft_columns
 from engine.runner.staging import upload_together
 from engine.scheduling.batch import PrefillChunk, ScheduledBatch, TableUpdate
+from engine.structured.run_odds import ANY
 
 #: int64 arrays: numpy's on the host, torch's on the device.
 A = TypeVar("A", np.ndarray, torch.Tensor)
@@ -38,6 +39,13 @@ class ChunkArrays(Generic[A]):
         embedded_rows: ``(E,)``, rows that embedding rows overwrite, span after span.
         key_ends: ``(T,)``, see :class:`~engine.kernels.paged.AttentionMetadata`; ``(0,)`` for most models.
         forced: ``(2, n)``, slots and tokens of answers that were not sampled; the first token of a chunk was.
+        in_flight: ``(3, E)``, of each expected chunk the index in :attr:`ids` of its first token, its slot,
+            and the sequence's length behind that token.
+        choices: ``(2, A, E)``, tokens that this first token may be, :data:`ANY` in the last row, and the
+            lengths of the runs behind them.
+        run_places: ``(2, n)``, indices in :attr:`ids` of the tokens behind the first ones, and the number of
+            their expected chunk.
+        runs: ``(A, n)``, these tokens by choice.
         drafts: ``(R, 2 + K)``, see :class:`~engine.runner.draft_rows.DraftRows`; ``(0, 2)`` for most steps.
         long_prompts: ``(3, n)``, arguments of :meth:`Rotary.write_prompt_rows`; n is 0 for most models.
     """
@@ -53,6 +61,10 @@ class ChunkArrays(Generic[A]):
     embedded_rows: A
     key_ends: A
     forced: A
+    in_flight: A
+    choices: A
+    run_places: A
+    runs: A
     drafts: A
     long_prompts: A
 
@@ -107,7 +119,8 @@ class ChunkArrays(Generic[A]):
             key_ends=np.concatenate(
                 [_key_ends(chunk) for chunk in chunks] if both_ways else [np.zeros(0, np.int64)]
             ),
-            forced=_forced(chunks),
+            forced=forced_tokens(chunks),
+            **_expected_arrays(list(takewhile(lambda chunk: chunk.expected is not None, chunks))),
             drafts=draft_columns(batch),
             long_prompts=long_prompts,
         )
@@ -220,9 +233,43 @@ def _key_ends(chunk: PrefillChunk) -> np.ndarray:
     return ends
 
 
-def _forced(chunks: Sequence[PrefillChunk]) -> np.ndarray:
+def _expected_arrays(chunks: Sequence[PrefillChunk]) -> dict[str, np.ndarray]:
+    """The fields of :class:`ChunkArrays` about the expected ``chunks``."""
+    if not chunks:
+        return _NO_EXPECTED
+    most = 1 + max(len(chunk.expected or ()) for chunk in chunks)
+    counts = np.array([chunk.count for chunk in chunks], np.int64)
+    firsts = counts.cumsum() - counts
+    choices = np.full((2, most, len(chunks)), ANY, np.int64)
+    choices[1] = 0
+    runs = np.zeros((most, counts.sum()), np.int64)
+    for number, (chunk, first) in enumerate(zip(chunks, firsts.tolist(), strict=True)):
+        for choice, (token, run) in enumerate((chunk.expected or {}).items()):
+            choices[:, choice, number] = token, len(run)
+            runs[choice, first + 1 : first + 1 + len(run)] = run
+    behind = np.ones(counts.sum(), bool)
+    behind[firsts] = False
+    places = np.stack([np.arange(counts.sum()), np.repeat(np.arange(len(chunks)), counts)])
+    slots, lengths = [chunk.slot for chunk in chunks], [chunk.start + 1 for chunk in chunks]
+    return {
+        "in_flight": np.array([firsts, slots, lengths], np.int64),
+        "choices": choices,
+        "run_places": places[:, behind],
+        "runs": runs[:, behind],
+    }
+
+
+_NO_EXPECTED = {
+    "in_flight": np.zeros((3, 0), np.int64),
+    "choices": np.zeros((2, 1, 0), np.int64),
+    "run_places": np.zeros((2, 0), np.int64),
+    "runs": np.zeros((1, 0), np.int64),
+}
+
+
+def forced_tokens(chunks: Sequence[PrefillChunk]) -> np.ndarray:
     """int64 ``(2, n)``: see :class:`ChunkArrays`."""
-    runs = [chunk for chunk in chunks if chunk.answer is not None and not chunk.num_drafted]
+    runs = [c for c in chunks if c.answer is not None and not c.num_drafted and c.expected is None]
     found = [(chunk.slot, token) for chunk in runs for token in chunk.token_ids[1:]]
     return np.array(found, np.int64).reshape(-1, 2).T
 

@@ -21,7 +21,9 @@ class PrefillChunk:
     is the row of snapshots to which the sequence's recurrent states after the chunk are copied, if any.
     ``answer`` holds the tokens of a chunk of a running answer, of which the first was sampled and the others
     are forced, or drafted; None for a chunk of ``request.token_ids``. Its last ``num_drafted`` tokens are a
-    draft: a token is sampled after each of them, and after the one before them.
+    draft: a token is sampled after each of them, and after the one before them. In an ``expected`` chunk the
+    first token is still in flight; ``expected`` has the runs that may be forced behind it, by this token or
+    :data:`~engine.structured.run_odds.ANY`, and ``answer`` is zeros, as many as the longest run needs.
     """
 
     request: Request
@@ -32,6 +34,7 @@ class PrefillChunk:
     snapshot: int | None = None
     answer: list[int] | None = None
     num_drafted: int = 0
+    expected: dict[int, tuple[int, ...]] | None = None
 
     @property
     def token_ids(self) -> list[int]:

@@ -2,6 +2,11 @@
 
 They are appended to the answer at once, and computed together as a chunk, like those of a prompt. A step that
 is in flight by then, or one that computes them singly, samples what is known already; its token is dropped.
+
+Where it is likely which tokens will be forced behind one in flight, whatever it is or since it is one of few,
+they are computed in the same step as that token. The device chooses them, as it has the token first. Before
+the step samples, the host has the token, too, and what it forces: if these are other tokens, the chunk counts
+for nothing, and the token is computed again.
 """
 
 from __future__ import annotations
@@ -14,10 +19,14 @@ from engine.request import Request
 from engine.scheduling.batch import PrefillChunk, TableUpdate
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.slots import SequenceSlots
+from engine.structured.run_odds import ANY
 
 #: A step with chunks takes longer than one that only decodes. It pays if it saves a row for every so many
 #: that decode.
 _ROWS_PER_SAVED = 4
+#: Tokens that are only expected don't make a step longer than a multiple of so many: a pass of 7B over 272
+#: tokens takes half as long again as one over 256.
+_TILE = 256
 #: Most decoding requests for which steps wait. The host needs milliseconds for many, and to wait for it costs
 #: more than the steps that are saved.
 _FEW = 8
@@ -42,10 +51,12 @@ class ForcedTokens:
     Args:
         slots: the scheduler's counters.
         kv: the scheduler's KV blocks.
+        expects: compute tokens before it is certain that they are forced. Recurrent states could not go back
+            behind them.
     """
 
-    def __init__(self, slots: SequenceSlots, kv: KVManager) -> None:
-        self._slots, self._kv = slots, kv
+    def __init__(self, slots: SequenceSlots, kv: KVManager, *, expects: bool) -> None:
+        self._slots, self._kv, self._expects = slots, kv, expects
         #: Slots that may have several known tokens to compute.
         self._behind: set[int] = set()
         #: Enqueued rows of a slot, its oldest ones, that sample a token which is known.
@@ -106,6 +117,14 @@ class ForcedTokens:
             budget: tokens that the step can compute beside them.
             mixed: the step computes prompts as well.
         """
+        chunks = self._certain_chunks(decode_slots, budget, updates, mixed=mixed)
+        rows = len(decode_slots) + sum(chunk.count - 1 for chunk in chunks)
+        room = min(budget + len(decode_slots) - rows, -rows % _TILE)
+        return self._expected_chunks(decode_slots, room, updates) + chunks
+
+    def _certain_chunks(
+        self, decode_slots: np.ndarray, budget: int, updates: list[TableUpdate], *, mixed: bool
+    ) -> list[PrefillChunk]:
         if not self._behind:
             return []
         table = self._slots
@@ -126,6 +145,55 @@ class ForcedTokens:
         for slot in (self._behind & decoding).difference(chunk.slot for chunk in chunks):
             self._redundant[slot] = self._redundant.get(slot, 0) + 1
         return chunks
+
+    def _expected_chunks(
+        self, decode_slots: np.ndarray, budget: int, updates: list[TableUpdate]
+    ) -> list[PrefillChunk]:
+        """Up to ``budget`` tokens that are expected to be forced behind those in flight."""
+        chunks: list[PrefillChunk] = []
+        if not self._expects or len(decode_slots) <= _FEW:
+            return chunks
+        table = self._slots
+        for slot in sorted(self._answering & set(decode_slots.tolist())):
+            request, start = table.requests[slot], table.computed.item(slot)
+            runs = request.grammar.forecast.expected
+            if not runs or start != table.known.item(slot):
+                continue
+            # As for :meth:`room`, when the token in flight is known.
+            end = min(table.limit.item(slot), table.pause.item(slot)) - 1
+            count = 1 + max(map(len, runs.values()))
+            if start + count > end or count - 1 > budget:
+                continue
+            if cover(table, self._kv, slot, start + count, updates):
+                zeros = [0] * count
+                chunks.append(
+                    PrefillChunk(request, slot, start, count, True, answer=zeros, expected=dict(runs))
+                )
+                budget -= count - 1
+        return chunks
+
+    def settle(self, chunk: PrefillChunk) -> list[int] | None:
+        """The first token of an expected chunk is known, and what it forces.
+
+        Returns:
+            The tokens behind the first one that the chunk computes, none or all that are forced; None if it
+            computes others.
+        """
+        table, slot = self._slots, chunk.slot
+        assert chunk.expected is not None
+        first, *forced = table.tokens[slot, chunk.start : table.known.item(slot)].tolist()
+        run = list(chunk.expected.get(first, chunk.expected.get(ANY, ())))
+        if not run:
+            # As if it had only been decoded.
+            return run
+        # Nothing else of this slot is in flight.
+        self._redundant.pop(slot, None)
+        if forced != run:
+            table.computed[slot] = chunk.start
+            return None
+        table.computed[slot] = chunk.start + 1 + len(run)
+        self._behind.discard(slot)
+        return run
 
     def without_redundant(
         self, slots: np.ndarray, requests: list[Request | None]

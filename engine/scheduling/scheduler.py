@@ -63,6 +63,7 @@ class Scheduler:
         max_model_len: longest sequence in tokens; limited by the number of KV blocks.
         recompute_beyond: see :class:`~engine.layers.decoder_config.RopeConfig`.
         most_drafted: most tokens of a draft; 0 for no drafts.
+        has_states: the model has recurrent states.
 
     Attributes:
         spreads_prompts: prompts are spread over several steps while answers run. These keep their pace, and
@@ -79,13 +80,14 @@ class Scheduler:
         max_model_len: int,
         recompute_beyond: int | None = None,
         most_drafted: int = 0,
+        has_states: bool = False,
     ) -> None:
         self.kv = kv
         self.ledger = ledger
         self.budget = max_num_batched_tokens
         self.max_model_len = min(max_model_len, kv.longest)
         self.slots = SequenceSlots(max(1, min(max_num_seqs, max_num_batched_tokens - 1)), self.max_model_len)
-        self.forced = ForcedTokens(self.slots, kv)
+        self.forced = ForcedTokens(self.slots, kv, expects=not has_states)
         self.spreads_prompts = False
         self.drafts = Drafts(self.slots, kv, most_drafted)
         self.recompute_beyond = recompute_beyond
@@ -227,7 +229,8 @@ class Scheduler:
         batch = ScheduledBatch(next(self._step), decode_slots, chunks, table_updates=updates)
         self.slots.computed[decode_slots] += 1
         for chunk in chunks:
-            self.slots.computed[chunk.slot] += chunk.count
+            # Of an expected chunk the first token is certain.
+            self.slots.computed[chunk.slot] += 1 if chunk.expected is not None else chunk.count
         left = self.budget - batch.num_tokens
         if mixed and self.spreads_prompts:
             left = min(left, self._room_beside(batch.num_tokens))
@@ -276,6 +279,27 @@ class Scheduler:
         :class:`ForcedTokens`. An empty sequence is passed, too: it says that nothing is forced."""
         self.forced.append(request, tokens)
         self.stats.output_tokens += len(tokens)
+
+    def settle_expected(self, batch: ScheduledBatch) -> list[list[int] | None]:
+        """All tokens before those that ``batch`` samples are known: settle its expected chunks, see
+        :meth:`.ForcedTokens.settle`."""
+        settled: list[list[int] | None] = []
+        # Expected chunks are the first ones.
+        expected = itertools.takewhile(lambda chunk: chunk.expected is not None, batch.prefills)
+        for row, chunk in enumerate(expected, start=len(batch.decode_slots)):
+            assert batch.epochs is not None
+            if self.slots.epoch[chunk.slot] != batch.epochs[row]:
+                # What is computed for a request that has ended is ignored.
+                settled.append([])
+                continue
+            run = self.forced.settle(chunk)
+            if run is None:
+                # As if another request had the slot: what the row samples is ignored.
+                batch.epochs[row] = -1
+            else:
+                self._retire_full_rows(np.array([chunk.slot]))
+            settled.append(run)
+        return settled
 
     def append_end(self, request: Request, token: int) -> bool:
         """End ``request`` with ``token``; neither it nor those before it are computed. Return False if it may

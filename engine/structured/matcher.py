@@ -146,7 +146,7 @@ class GrammarMatcher:
     def open(self, most: int, excluded: Container[int]) -> list[int]:
         """:meth:`force`, before the first token is sampled."""
         if tokens := self.force(most, excluded):
-            self.forecast.sampled(True)
+            self.forecast.sampled(tokens[-1], tokens)
         return tokens
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,13 @@ from engine import LLM, SamplingParams
 from engine.executor import rank
 from engine.request import Request
 from engine.sampling_params import StructuredSpec
+from engine.scheduling import forced
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.forced import ForcedTokens
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.slots import SequenceSlots
 from engine.scheduling.waiting import WaitingQueue
+from engine.structured import run_odds
 from tests.engine import tiny
 from tests.engine.executor.threads import ThreadLauncher
 from tests.engine.rerun import rerun
@@ -101,12 +104,36 @@ def test_answers_are_those_of_an_engine_that_samples_every_token(path, sampled, 
     assert {"stop", "length"} <= set(reasons)
 
 
+def expect_runs(monkeypatch, expected=lambda count: count.runs) -> Counter[str]:
+    """Have steps compute forced tokens before they are certain wherever they can; return what comes of it.
+
+    Args:
+        expected: of the count of a grammar's state, the runs by the token before them.
+    """
+    found: Counter[str] = Counter()
+    settle = ForcedTokens.settle
+
+    def counted(self, chunk):
+        run = settle(self, chunk)
+        found["in vain" if run is None else "computed" if run else "none"] += 1
+        return run
+
+    monkeypatch.setattr(run_odds._Count, "expected", property(expected))
+    monkeypatch.setattr(forced, "_FEW", 0)
+    # Steps that wait for the last token have none in flight.
+    monkeypatch.setattr(ForcedTokens, "are_worth_waiting_for", lambda self, idle_share: False)
+    monkeypatch.setattr(ForcedTokens, "settle", counted)
+    return found
+
+
 def test_captured_steps_give_the_same_answers(path, sampled, monkeypatch):
+    found = expect_runs(monkeypatch)
     if not torch.cuda.is_available():
         monkeypatch.setattr(rank, "make_capture", lambda device, enforce_eager: rerun)
     llm = LLM(str(path), max_model_len=190, max_num_seqs=20)
-    for found, wanted in zip(answers(llm, ASKED), sampled, strict=True):
-        assert_same_output(found, wanted)
+    for ours, theirs in zip(answers(llm, ASKED), sampled, strict=True):
+        assert_same_output(ours, theirs)
+    assert found["computed"]
 
 
 @pytest.mark.parametrize("kind", ["qwen3_5", "mistral", "phi3_longrope"])
@@ -122,13 +149,15 @@ def test_models_whose_tokens_depend_on_more_than_keys(tmp_path, kind):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="each rank needs a GPU of its own")
-def test_two_ranks(path, sampled):
-    """Forced tokens reach the other rank with the step that computes them."""
+def test_two_ranks(path, sampled, monkeypatch):
+    """Forced tokens reach the other rank with the step that computes them, and expected ones, too."""
+    found = expect_runs(monkeypatch)
     launcher = ThreadLauncher()
     try:
         llm = LLM(str(path), max_model_len=190, tensor_parallel_size=2, launcher=launcher)
-        for found, wanted in zip(answers(llm, ASKED), sampled, strict=True):
-            assert_same_output(found, wanted)
+        for ours, theirs in zip(answers(llm, ASKED), sampled, strict=True):
+            assert_same_output(ours, theirs)
+        assert found["computed"]
         llm._engine.core.runner.close()
     finally:
         launcher.stop()
@@ -147,7 +176,7 @@ def test_a_stop_token_within_forced_text(path, sampled):
 def test_the_last_token_before_a_limit_is_sampled():
     """Of the answer's length, or of the length at which it is computed again."""
     slots = SequenceSlots(1, 200)
-    forced = ForcedTokens(slots, KVManager(BlockPool(100), None, 16))
+    forced = ForcedTokens(slots, KVManager(BlockPool(100), None, 16), expects=False)
     request = Request("0", [1] * 20, 20, SamplingParams(), 60, frozenset())
     assert forced.room(request) == 0, "it waits"
     slot = slots.enter(request, 19, 200)
@@ -158,7 +187,7 @@ def test_the_last_token_before_a_limit_is_sampled():
 
 def test_steps_wait_where_that_saves_more_than_it_costs():
     slots = SequenceSlots(4, 200)
-    forced = ForcedTokens(slots, KVManager(BlockPool(100), None, 16))
+    forced = ForcedTokens(slots, KVManager(BlockPool(100), None, 16), expects=False)
     requests = []
     for index in range(4):
         request = Request(str(index), [1] * 20, 20, SamplingParams(), 60, frozenset())
@@ -173,6 +202,25 @@ def test_steps_wait_where_that_saves_more_than_it_costs():
     assert forced.are_worth_waiting_for(0.2) and not forced.are_worth_waiting_for(0.3)
     forced.leave(requests[0].slot)
     assert not forced.are_worth_waiting_for(0.2) and forced.are_worth_waiting_for(0.1)
+
+
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        ("batch", lambda count: {run_odds.ANY: count.run} if count.run else {}),
+        ("chunked, far ahead", lambda count: count.runs),
+        ("preempted", lambda count: count.runs),
+    ],
+    ids=["whatever comes before", "by the token before, far ahead", "by the token before, preempted"],
+)
+def test_tokens_that_are_expected_to_be_forced_change_no_answer(path, sampled, way, expected, monkeypatch):
+    """They are computed behind a token in flight, and forgotten where others follow it."""
+    found = expect_runs(monkeypatch, expected)
+    llm = LLM(str(path), max_model_len=190, **{**WAYS[way], "run_ahead": WAYS[way].get("run_ahead") or 1})
+    for _ in range(2):
+        for ours, theirs in zip(answers(llm, ASKED), sampled, strict=True):
+            assert_same_output(ours, theirs)
+    assert found["computed"] and found["in vain" if way == "batch" else "none"], found
 
 
 @pytest.mark.parametrize(("run_ahead", "count"), [(0, 1), (1, 1), (1, 12)])

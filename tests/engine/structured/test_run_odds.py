@@ -1,6 +1,6 @@
 """Odds that forced tokens follow are those of the answers seen."""
 
-from engine.structured.run_odds import RunForecast, RunOdds
+from engine.structured.run_odds import ANY, RunForecast, RunOdds
 
 LETTERS, DIGITS = 1, 2
 
@@ -11,7 +11,7 @@ def follow(forecast, tokens):
     for allowed, runs in tokens:
         forecast.sampling(allowed)
         found.append(forecast.odds)
-        forecast.sampled(runs)
+        forecast.sampled(5, [7] * runs)
         assert forecast.odds == 0.0, "no step samples a token"
     return found
 
@@ -42,3 +42,26 @@ def test_what_is_kept_is_bounded():
     long = RunForecast(odds)
     follow(long, [(-1, False)] * 500)
     assert len([state for state in odds._counts if state[0] == -1]) < 100
+
+
+def test_runs_are_expected_where_most_answers_had_them():
+    """Whatever comes before, or behind one of few tokens; not where answers go on in different ways."""
+    odds = RunOdds()
+    for index in range(100):
+        for allowed, token, run in (
+            (LETTERS, index, [7, 8]),
+            (DIGITS, index % 3, [index % 3, 7]),
+            (3, index, [index]),
+            (4, index % 10, [7] * (index % 10 == 0)),
+        ):
+            forecast = RunForecast(odds)
+            forecast.sampling(allowed)
+            forecast.sampled(token, run)
+    found = {}
+    for allowed in (LETTERS, DIGITS, 3, 4, 5):
+        forecast = RunForecast(odds)
+        assert forecast.expected == {}
+        forecast.sampling(allowed)
+        found[allowed] = forecast.expected
+    by_token = {token: (token, 7) for token in range(3)}
+    assert found == {LETTERS: {ANY: (7, 8)}, DIGITS: by_token, 3: {}, 4: {}, 5: {}}
