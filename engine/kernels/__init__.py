@@ -8,14 +8,14 @@ decides::
                       decode_attention_reference  otherwise                           decode_attention.py
     paged_attention   paged_attention_reference   not Triton                          paged_attention.py
                       prefill_attention_gluon     Hopper, 16-bit, no window or cap,   prefill_attention.py
-                                                  a sequence with over 1024 new
+                                                  a sequence with over 256 new
                                                   tokens, KV cache in the model's
                                                   dtype
                       paged_attention_triton      otherwise                           paged_attention.py
     vision_attention  vision_attention_reference  not Triton                          vision_attention.py
                       image_attention_gluon       Hopper, 16-bit, heads of 64, 80 or  image_attention.py
-                                                  128, one segment of over 2048
-                                                  tokens
+                                                  128, segments whose tiles keep
+                                                  the SMs busy
                       vision_attention_triton     otherwise                           vision_attention.py
     delta_rule        delta_rule_reference        not Triton                          delta_rule.py
                       delta_step_triton           one new token of each sequence      delta_rule.py

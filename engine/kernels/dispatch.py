@@ -7,6 +7,7 @@ here and a line in that table. A kernel's file says what it supports; this file 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +73,9 @@ from engine.kernels.split_sums import SplitSums, whole
 from engine.kernels.vision_attention import vision_attention_reference, vision_attention_triton
 from engine.kernels.wide_gemm import wide_gemm_gluon
 
-#: With more new tokens of one sequence the prefill kernel is faster; shorter prompts don't fill its tiles.
-LONG_PROMPT = 1024
+#: With more new tokens of one sequence the prefill kernel is faster; shorter prompts don't fill its tiles. Up to the
+#: second number it takes tiles of rows by pairs, beyond it tiles that share all keys.
+SHORT_PROMPT, LONG_PROMPT = 256, 1024
 #: With more tokens, or more pairs than half the experts, tokens that share an expert should share its reading.
 MAX_EXPERT_GEMV_TOKENS = 4
 #: The kernel for Hopper GPUs is the faster one with more rows an expert than this, on average.
@@ -84,8 +86,6 @@ MAX_INT4_ROWS = 128
 MAX_SKINNY_OUTPUTS = 1 << 16
 #: Triton's compiler knows that rows are aligned where their lengths are multiples of this.
 ALIGNED_INPUTS = 16
-#: Tiles of one image with more tokens are balanced over all SMs; merging them takes longer than it saves before.
-LARGE_IMAGE = 2048
 
 
 def decode_attention(
@@ -154,12 +154,13 @@ def paged_attention(
     if not use_triton(q):
         return paged_attention_reference(q, cache, meta, scale=scale, window=window, cap=cap, out=out)
     if window is None and cap is None and meta.key_ends is None and prefill_attention.supports(q, cache):
-        long = meta.max_query_len > LONG_PROMPT and not meta.many_sequences
-        # When compiling ahead of time, compile the kernels for other lengths too.
-        if long or is_compiling():
-            out = prefill_attention_gluon(q, cache, meta, scale=scale, out=out)
-        if long and not is_compiling():
-            return out
+        paired = meta.max_query_len <= LONG_PROMPT
+        if is_compiling():
+            # Compile the kernels for other lengths too.
+            for each in (False, True):
+                out = prefill_attention_gluon(q, cache, meta, scale=scale, paired=each, out=out)
+        elif meta.max_query_len > SHORT_PROMPT and not meta.many_sequences:
+            return prefill_attention_gluon(q, cache, meta, scale=scale, paired=paired, out=out)
     return paged_attention_triton(q, cache, meta, scale=scale, window=window, cap=cap, out=out)
 
 
@@ -187,12 +188,16 @@ def vision_attention(
     """
     if not use_triton(q):
         return vision_attention_reference(q, k, v, cu_seqlens, max_len=max_len, scale=scale)
-    # When compiling ahead of time, compile the kernel for larger images too.
-    large = len(cu_seqlens) == 2 and (max_len > LARGE_IMAGE or is_compiling())
-    if large and counters is not None and image_attention.supports(q, k, v):
-        out = image_attention_gluon(q, k, v, cu_seqlens, scale=scale, counters=counters)
-        if not is_compiling():
-            return out
+    segments = len(cu_seqlens) - 1
+    if segments > 0 and image_attention.supports(q, k, v):
+        shares = image_attention.choose_shares(len(q), segments, *q.shape[1:], sms=num_sms(q.device))
+        run = partial(image_attention_gluon, q, k, v, cu_seqlens, scale=scale)
+        if is_compiling():
+            # Compile the kernels for other images too.
+            for given in {None, counters if segments == 1 else None}:
+                run(counters=given)
+        elif shares is not None:
+            return run(counters=counters if shares else None)
     return vision_attention_triton(q, k, v, cu_seqlens, max_len=max_len, scale=scale)
 
 

@@ -1,18 +1,22 @@
-"""Full attention within one image, for Hopper GPUs.
+"""Full attention within images, for Hopper GPUs.
 
-The general kernel in :mod:`engine.kernels.vision_attention` gives each tile of rows to a program. The tiles of one
-image rarely fill a whole number of waves: 1600 patches with 16 heads are 208 tiles of 128 rows for 132 SMs. Here
-each SM has one program, and all get an equal share of the pairs of a tile of rows and a tile of keys, one after
-the other; shares may begin and end within a tile of rows. The program that ends the last share of a tile of rows
+The general kernel in :mod:`engine.kernels.vision_attention` gives each tile of rows to a program. Here each SM has one
+program, which takes one tile after the other, and loads the next while it finishes one. The tiles of one image rarely
+fill a whole number of rounds: 2304 patches with 16 heads are 288 tiles of 128 rows for 132 SMs. Where that costs more
+than to merge parts of tiles, all programs get an equal share of the pairs of a tile of rows and a tile of keys, one
+after the other; shares may begin and end within a tile of rows. The program that ends the last share of a tile of rows
 merges them, in the order of their keys: results don't depend on which program comes last.
 
 Warps are specialised as in :mod:`engine.kernels.prefill_attention`: one warp loads tiles through tensor memory
-descriptors (TMA), groups of four warps with 64 rows each share the loaded keys and values.
+descriptors (TMA), two groups of four warps with 64 rows each share the loaded keys and values. The groups start their
+products in turns, so that one computes a softmax while the other uses the tensor cores.
 
 Gluon has no interpreter, so the tests of this kernel need a Hopper GPU.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from triton.experimental import gluon
@@ -27,6 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from engine.kernels.device import is_hopper, num_sms
 from engine.kernels.launch import launch
 from engine.kernels.paged import LOG2E
+from engine.kernels.pdl import wait_for_previous
 from engine.kernels.ring import barriers, buffers, clear_tail, tma_load
 from engine.kernels.shares import (
     finishes_tile,
@@ -40,11 +45,19 @@ from engine.kernels.shares import (
     write_stats,
 )
 
-#: Keys per tile; tiles in shared memory at a time.
-_KEYS, _STAGES = 128, 2
+#: Rows of a program, half of them for each compute group; keys per tile; tiles in shared memory at a time.
+_ROWS, _KEYS, _STAGES = 128, 128, 2
 #: Registers per thread: 168 for three groups of four warps use all registers of an SM. The compute groups take
 #: what the load warp gives up.
 _REGISTERS, _COMPUTE_REGISTERS, _LOAD_REGISTERS = 168, 240, 24
+#: Tokens of an image with heads of 64 up to which the general kernel is faster.
+_LARGE = 2048
+#: Times in units of a step, which multiplies a tile of rows by a tile of keys in 1.4 µs: starting, starting and merging
+#: parts, and going on to the next tile of rows.
+_START, _MERGE, _NEXT = 3.4, 11.0, 1.0
+#: The general kernel does the work of so many steps of all SMs in the time of one.
+_GENERAL_RATE = 0.6
+_wait_for_previous = gluon.jit(wait_for_previous.fn)
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -61,19 +74,42 @@ def _is_matrix(x: torch.Tensor) -> bool:
     return column == 1 and head == x.shape[2] and aligned
 
 
-def image_attention_gluon(q, k, v, cu_seqlens, *, scale, counters):
-    """See :func:`engine.kernels.dispatch.vision_attention`; one segment that :func:`supports` admits.
+def choose_shares(tokens: int, segments: int, heads: int, head_dim: int, *, sms: int) -> bool | None:
+    """Choose between equal shares (true) and whole tiles (false), by times measured on an H200; None where the general
+    kernel is faster.
 
     Args:
-        counters: see :func:`engine.kernels.shares.part_counters`.
+        tokens: of all segments, which are taken to be equally long.
+        sms: SMs of the GPU.
     """
+    length = tokens / segments
+    if head_dim == 64:
+        # The general kernel keeps more of such tiles on an SM.
+        return True if segments == 1 and length > _LARGE else None
+    along = math.ceil(length / _KEYS)
+    tiles = segments * heads * math.ceil(length / _ROWS)
+    whole = _START + math.ceil(tiles / sms) * (along + _NEXT)
+    shared = _MERGE + tiles * along / sms if segments == 1 else math.inf
+    needed = segments * heads * (length / _ROWS) * (length / _KEYS) / sms
+    return None if needed < _GENERAL_RATE * min(whole, shared) else shared < whole
+
+
+def image_attention_gluon(q, k, v, cu_seqlens, *, scale, counters=None):
+    """See :func:`engine.kernels.dispatch.vision_attention`; for what :func:`supports` admits.
+
+    Args:
+        counters: see :func:`engine.kernels.shares.part_counters`; they make all SMs take equal shares of one segment.
+            None: each takes whole tiles of rows.
+    """
+    shares = counters is not None
+    assert not shares or len(cu_seqlens) == 2
     tokens, heads, dim = q.shape
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
     programs = num_sms(q.device)
-    parts = part_memory(dim, q.device)
-    stats = part_memory(2, q.device)
+    parts = part_memory(dim, q.device) if shares else out
+    stats = part_memory(2, q.device) if shares else out
     main = 64 if dim == 80 else dim
     rest = dim - main
     descriptors = [_describe(x, box, width) for x, box in ((q, 64), (k, _KEYS), (v, _KEYS))
@@ -82,10 +118,10 @@ def image_attention_gluon(q, k, v, cu_seqlens, *, scale, counters):
         _image_kernel, (programs,),
         q_desc=descriptors[0], q_rest_desc=descriptors[1], k_desc=descriptors[2], k_rest_desc=descriptors[3],
         v_desc=descriptors[4], v_rest_desc=descriptors[5], bounds_ptr=cu_seqlens, out_ptr=out,
-        parts_ptr=parts, stats_ptr=stats, counters_ptr=counters, scale=scale * LOG2E,
-        HEADS=heads, MAIN=main, REST=rest, KEYS=_KEYS, STAGES=_STAGES,
+        parts_ptr=parts, stats_ptr=stats, counters_ptr=counters if shares else cu_seqlens, segments=len(cu_seqlens) - 1, scale=scale * LOG2E,
+        HEADS=heads, MAIN=main, REST=rest, KEYS=_KEYS, STAGES=_STAGES, SHARES=shares, PDL=True,
         COMPUTE_REGISTERS=_COMPUTE_REGISTERS, LOAD_REGISTERS=_LOAD_REGISTERS,
-        num_warps=4, maxnreg=_REGISTERS,
+        num_warps=4, maxnreg=_REGISTERS, launch_pdl=True,
     )  # fmt: skip
     return out
 
@@ -95,12 +131,13 @@ def _describe(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x.flatten(1), [rows, width], layout)
 
 
-# ``scale`` and bounds differ between models only.
-@gluon.jit
+# ``scale`` and bounds differ between models only, ``segments`` between batches.
+@gluon.jit(do_not_specialize=["segments"])
 def _image_kernel(
     q_desc, q_rest_desc, k_desc, k_rest_desc, v_desc, v_rest_desc, bounds_ptr, out_ptr, parts_ptr, stats_ptr,
-    counters_ptr, scale, HEADS: gl.constexpr, MAIN: gl.constexpr, REST: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    counters_ptr, segments, scale, HEADS: gl.constexpr, MAIN: gl.constexpr, REST: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, SHARES: gl.constexpr, PDL: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr,
+    LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program per SM. MAIN, REST: two powers of two, or 0 as the second, whose sum is the head's size."""
     dtype: gl.constexpr = q_desc.dtype
@@ -119,23 +156,23 @@ def _image_kernel(
     queries_ready, queries_free = barriers(1, 1), barriers(1, 2)
     keys_ready, keys_free = barriers(STAGES, 1), barriers(STAGES, 2)
     values_ready, values_free = barriers(STAGES, 1), barriers(STAGES, 2)
+    turns = barriers(2, 1)
     q_ring = (queries, queries_rest, queries_ready, queries_free)
     k_ring = (keys, keys_rest, keys_ready, keys_free)
     v_ring = (values, values_rest, values_ready, values_free)
     rings = (q_ring, k_ring, v_ring)
-    begin = gl.load(bounds_ptr)
-    length = gl.load(bounds_ptr + 1) - begin
-    share = _share(length, HEADS, KEYS)
+    _wait_for_previous(PDL)
+    plan = _plan(bounds_ptr, segments, HEADS, KEYS, SHARES)
     out = (out_ptr, parts_ptr, stats_ptr, counters_ptr)
-    work = (rings, begin, length, share, out, scale)
+    work = (rings, bounds_ptr, plan, out, scale, turns)
     loading = (q_desc, q_rest_desc, k_desc, k_rest_desc, v_desc, v_rest_desc)
     first: gl.constexpr = 0
     second: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_attend, (first, work, HEADS, REST, STAGES)),
-            (_attend, (second, work, HEADS, REST, STAGES)),
-            (_load_tiles, (loading, rings, begin, length, share, REST, STAGES)),
+            (_attend, (first, work, HEADS, REST, STAGES, SHARES)),
+            (_attend, (second, work, HEADS, REST, STAGES, SHARES)),
+            (_load_tiles, (loading, rings, bounds_ptr, plan, HEADS, REST, STAGES, SHARES)),
         ],
         [4, 1],
         [COMPUTE_REGISTERS, LOAD_REGISTERS],
@@ -143,56 +180,101 @@ def _image_kernel(
 
 
 @gluon.jit
-def _share(length, HEADS: gl.constexpr, KEYS: gl.constexpr):
-    """Return this program's first pair of a tile of rows and one of keys, the end of its pairs, the number of all
-    pairs, and those of tiles of rows of a head and of tiles of keys."""
-    down = gl.cdiv(length, 128)
-    along = gl.cdiv(length, KEYS)
-    total = down * along * HEADS
-    first, end = share_of_program(total)
-    return first, end, total, down, along
+def _plan(
+    bounds_ptr, segments, HEADS: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr
+):  # fmt: skip
+    """Plan the parts of this program.
+
+    Returns:
+        The number of its parts; with shares also the first pair of a tile of rows and one of keys of its share, the end
+        of its pairs, and the number of all pairs.
+    """
+    first = 0
+    end = 0
+    total = 0
+    if SHARES:
+        length = gl.load(bounds_ptr + 1) - gl.load(bounds_ptr)
+        along = gl.cdiv(length, KEYS)
+        total = gl.cdiv(length, 128) * along * HEADS
+        first, end = share_of_program(total)
+        parts = gl.where(end > first, (end - 1) // along - first // along + 1, 0)
+    else:
+        for segment in range(segments):
+            length = gl.load(bounds_ptr + segment + 1) - gl.load(bounds_ptr + segment)
+            total += gl.cdiv(length, 128) * HEADS
+        parts = gl.cdiv(gl.maximum(total - gl.program_id(0), 0), gl.num_programs(0))
+    return parts, first, end, total
 
 
 @gluon.jit
-def _num_parts(share):
-    """The number of tiles of rows that a share touches."""
-    first, end, along = share[0], share[1], share[4]
-    return gl.where(end > first, (end - 1) // along - first // along + 1, 0)
+def _start(bounds_ptr, plan):
+    """Return where :func:`_next_part` begins: a pair, a segment, the tiles of rows of those before it, where it
+    begins, and its length."""
+    begin = gl.load(bounds_ptr)
+    return plan[1], begin * 0, begin * 0, begin, gl.load(bounds_ptr + 1) - begin
+
+
+@gluon.jit
+def _next_part(
+    at, part, bounds_ptr, plan, HEADS: gl.constexpr, KEYS: gl.constexpr, SHARES: gl.constexpr
+):  # fmt: skip
+    """Return a part, and where the next one begins.
+
+    A part is its place (where its segment begins, that one's length, the head, the first row), its tile of rows, its
+    first tile of keys, the number of its tiles of keys, and that of all tiles of keys of the segment.
+    """
+    pair, segment, before, begin, length = at
+    along = gl.cdiv(length, KEYS)
+    if SHARES:
+        tile = pair // along
+        first = pair % along
+        count = gl.minimum(along - first, plan[2] - pair)
+        pair += count
+    else:
+        tile = gl.program_id(0) + part * gl.num_programs(0)
+        while tile >= before + gl.cdiv(length, 128) * HEADS:
+            before += gl.cdiv(length, 128) * HEADS
+            segment += 1
+            begin += length
+            length = gl.load(bounds_ptr + segment + 1) - begin
+        along = gl.cdiv(length, KEYS)
+        first = along * 0
+        count = along
+    down = gl.cdiv(length, 128)
+    place = (begin, length, (tile - before) // down, (tile - before) % down * 128)
+    return (place, tile, first, count, along), (pair, segment, before, begin, length)
 
 
 @gluon.jit
 def _load_tiles(
-    descs, rings, begin, length, share, REST: gl.constexpr, STAGES: gl.constexpr
+    descs, rings, bounds_ptr, plan, HEADS: gl.constexpr, REST: gl.constexpr, STAGES: gl.constexpr,
+    SHARES: gl.constexpr,
 ):  # fmt: skip
-    """Load the tiles of a share into the buffers; run by one warp."""
+    """Load the tiles of all parts into the buffers; run by one warp."""
     q_desc, q_rest_desc, k_desc, k_rest_desc, v_desc, v_rest_desc = descs
     q_ring, k_ring, v_ring = rings
     queries, queries_rest, queries_ready, queries_free = q_ring
     MAIN: gl.constexpr = queries.shape[2]
     KEYS: gl.constexpr = k_ring[0].shape[1]
-    pair, end, down, along = share[0], share[1], share[3], share[4]
     step = 0
-    for part in range(_num_parts(share)):
-        tile = pair // along
-        first = pair % along
-        count = gl.minimum(along - first, end - pair)
-        column = tile // down * (MAIN + REST)
-        row = begin + tile % down * 128
+    at = _start(bounds_ptr, plan)
+    for part in range(plan[0]):
+        current, at = _next_part(at, part, bounds_ptr, plan, HEADS, KEYS, SHARES)
+        place, _, first, count, _ = current
+        begin, _, head, first_row = place
+        column = head * (MAIN + REST)
         mbarrier.wait(queries_free.index(0), (part & 1) ^ 1)
         mbarrier.expect(queries_ready.index(0), 128 * (MAIN + REST) * 2)
         for group in gl.static_range(2):
-            tma_load(q_desc, [row + group * 64, column], queries_ready.index(0), queries.index(group))
+            row = begin + first_row + group * 64
+            tma_load(q_desc, [row, column], queries_ready.index(0), queries.index(group))
             if REST > 0:
-                tma_load(
-                    q_rest_desc, [row + group * 64, column + MAIN], queries_ready.index(0),
-                    queries_rest.index(group),
-                )  # fmt: skip
+                tma_load(q_rest_desc, [row, column + MAIN], queries_ready.index(0), queries_rest.index(group))
         for index in range(count):
             key = begin + (first + count - 1 - index) * KEYS
             _load_tile(k_desc, k_rest_desc, k_ring, step, key, column, REST, STAGES)
             _load_tile(v_desc, v_rest_desc, v_ring, step, key, column, REST, STAGES)
             step += 1
-        pair += count
 
 
 @gluon.jit
@@ -211,10 +293,58 @@ def _load_tile(desc, rest_desc, ring, step, row, column, REST: gl.constexpr, STA
 
 @gluon.jit
 def _attend(
-    group: gl.constexpr, work, HEADS: gl.constexpr, REST: gl.constexpr, STAGES: gl.constexpr
+    group: gl.constexpr, work, HEADS: gl.constexpr, REST: gl.constexpr, STAGES: gl.constexpr, SHARES: gl.constexpr
 ):  # fmt: skip
-    """Compute 64 rows of each tile of a share; run by one compute group (four warps)."""
-    rings, begin, length, share, out, scale = work
+    """Compute 64 rows of each part; run by one compute group (four warps)."""
+    rings, bounds_ptr, plan, out, scale, turns = work
+    KEYS: gl.constexpr = rings[1][0].shape[1]
+    step = 0
+    at = _start(bounds_ptr, plan)
+    for part in range(plan[0]):
+        current, at = _next_part(at, part, bounds_ptr, plan, HEADS, KEYS, SHARES)
+        place, count = current[0], current[3]
+        if place[3] + group * 64 < place[1]:
+            _attend_part(
+                group, rings, out, scale, turns, plan[3], part, step, current, HEADS, REST, STAGES, SHARES
+            )  # fmt: skip
+        else:
+            _skip_part(group, rings, turns, part, step, count, STAGES)
+        step += count
+
+
+@gluon.jit
+def _skip_part(group: gl.constexpr, rings, turns, part, step, count, STAGES: gl.constexpr):
+    """Pass over a part whose rows are all beyond the end of the image."""
+    q_ring, k_ring, v_ring = rings
+    mbarrier.wait(q_ring[2].index(0), part & 1)
+    mbarrier.arrive(q_ring[3].index(0), count=1)
+    for now in range(step, step + count):
+        _take_turn(group, turns, now)
+        _pass_turn(group, turns)
+        mbarrier.wait(k_ring[2].index(now % STAGES), now // STAGES & 1)
+        mbarrier.arrive(k_ring[3].index(now % STAGES), count=1)
+        mbarrier.wait(v_ring[2].index(now % STAGES), now // STAGES & 1)
+        mbarrier.arrive(v_ring[3].index(now % STAGES), count=1)
+
+
+@gluon.jit
+def _take_turn(group: gl.constexpr, turns, step):
+    """Wait until the other group has started its products of this step, or the first group of the step before."""
+    mbarrier.wait(turns.index(group), (step & 1) ^ (1 - group))
+
+
+@gluon.jit
+def _pass_turn(group: gl.constexpr, turns):
+    mbarrier.arrive(turns.index(1 - group), count=1)
+
+
+@gluon.jit
+def _attend_part(
+    group: gl.constexpr, rings, out, scale, turns, total, part, step, current, HEADS: gl.constexpr, REST: gl.constexpr,
+    STAGES: gl.constexpr, SHARES: gl.constexpr,
+):  # fmt: skip
+    """Compute 64 rows of a part."""
+    place, tile, first, count, along = current
     q_ring, k_ring, v_ring = rings
     queries, queries_rest, queries_ready, queries_free = q_ring
     keys_free = k_ring[3]
@@ -228,57 +358,56 @@ def _attend(
     zero = gl.zeros([64, KEYS], gl.float32, layout)
     q = queries.index(group)
     q_rest = queries_rest.index(group)
-    pair, end, total, down, along = share
-    step = 0
-    for part in range(_num_parts(share)):
-        tile = pair // along
-        first = pair % along
-        count = gl.minimum(along - first, end - pair)
-        acc = gl.zeros([64, MAIN], gl.float32, acc_layout)
-        acc_rest = gl.zeros([64, RIGHT], gl.float32, rest_layout)
-        row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
-        row_sum = gl.zeros([64], gl.float32, gl.SliceLayout(1, layout))
-        mbarrier.wait(queries_ready.index(0), part & 1)
-        # The last tile of keys comes first. It alone may end beyond the image.
-        scores = _scores(q, q_rest, k_ring, step, zero, REST, STAGES)
-        scores = warpgroup_mma_wait(0, deps=[scores])
-        mbarrier.arrive(keys_free.index(step % STAGES), count=1)
-        left = length - (first + count - 1) * KEYS
-        key = gl.arange(0, KEYS, gl.SliceLayout(0, layout))
-        scores = gl.where((key < left)[None, :], scores, float("-inf"))
-        probs, row_max, row_sum, decay = _softmax(scores, row_max, row_sum, scale, values.dtype, acc_layout)
-        if left < KEYS:
-            mbarrier.wait(values_ready.index(step % STAGES), step // STAGES & 1)
-            clear_tail(values.index(step % STAGES), left)
-            if REST > 0:
-                clear_tail(values_rest.index(step % STAGES), left)
-        for index in range(1, count):
-            now = step + index
-            scores = _scores(q, q_rest, k_ring, now, zero, REST, STAGES)
-            acc, acc_rest = _add_values(probs, acc, acc_rest, v_ring, now - 1, REST, STAGES)
-            scores = warpgroup_mma_wait(2 if REST > 0 else 1, deps=[scores])
-            mbarrier.arrive(keys_free.index(now % STAGES), count=1)
-            next_probs, row_max, row_sum, decay = _softmax(
-                scores, row_max, row_sum, scale, values.dtype, acc_layout
-            )
-            acc, acc_rest, probs = warpgroup_mma_wait(0, deps=[acc, acc_rest, probs])
-            mbarrier.arrive(values_free.index((now - 1) % STAGES), count=1)
-            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, acc_layout))[:, None]
-            if REST > 0:
-                acc_rest = acc_rest * gl.convert_layout(decay, gl.SliceLayout(1, rest_layout))[:, None]
-            probs = next_probs
-        mbarrier.arrive(queries_free.index(0), count=1)
-        last = step + count - 1
-        acc, acc_rest = _add_values(probs, acc, acc_rest, v_ring, last, REST, STAGES)
+    acc = gl.zeros([64, MAIN], gl.float32, acc_layout)
+    acc_rest = gl.zeros([64, RIGHT], gl.float32, rest_layout)
+    row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
+    sums = gl.zeros([64, 8], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
+    mbarrier.wait(queries_ready.index(0), part & 1)
+    _take_turn(group, turns, step)
+    # The last tile of keys comes first. It alone may end beyond the image.
+    scores = _scores(q, q_rest, k_ring, step, zero, REST, STAGES)
+    _pass_turn(group, turns)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(keys_free.index(step % STAGES), count=1)
+    left = place[1] - (first + count - 1) * KEYS
+    key = gl.arange(0, KEYS, gl.SliceLayout(0, layout))
+    scores = gl.where((key < left)[None, :], scores, float("-inf"))
+    probs, row_max, sums, decay = _softmax(scores, row_max, sums, scale, values.dtype, acc_layout)
+    if left < KEYS:
+        mbarrier.wait(values_ready.index(step % STAGES), step // STAGES & 1)
+        clear_tail(values.index(step % STAGES), left)
+        if REST > 0:
+            clear_tail(values_rest.index(step % STAGES), left)
+    for now in range(step + 1, step + count):
+        _take_turn(group, turns, now)
+        scores = _scores(q, q_rest, k_ring, now, zero, REST, STAGES)
+        acc, acc_rest = _add_values(probs, acc, acc_rest, v_ring, now - 1, REST, STAGES)
+        _pass_turn(group, turns)
+        scores = warpgroup_mma_wait(2 if REST > 0 else 1, deps=[scores])
+        mbarrier.arrive(keys_free.index(now % STAGES), count=1)
+        next_probs, row_max, sums, decay = _softmax(scores, row_max, sums, scale, values.dtype, acc_layout)
+        # ptxas moves the next wait before the softmax, but not across the branch of this one, which waits no longer.
+        mbarrier.wait(values_ready.index((now - 1) % STAGES), (now - 1) // STAGES & 1)
         acc, acc_rest, probs = warpgroup_mma_wait(0, deps=[acc, acc_rest, probs])
-        mbarrier.arrive(values_free.index(last % STAGES), count=1)
-        step += count
-        pair += count
-        place = (begin, length, tile // down, tile % down * 128 + group * 64)
+        mbarrier.arrive(values_free.index((now - 1) % STAGES), count=1)
+        acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, acc_layout))[:, None]
+        if REST > 0:
+            acc_rest = acc_rest * gl.convert_layout(decay, gl.SliceLayout(1, rest_layout))[:, None]
+        probs = next_probs
+    mbarrier.arrive(queries_free.index(0), count=1)
+    last = step + count - 1
+    acc, acc_rest = _add_values(probs, acc, acc_rest, v_ring, last, REST, STAGES)
+    acc, acc_rest, probs = warpgroup_mma_wait(0, deps=[acc, acc_rest, probs])
+    mbarrier.arrive(values_free.index(last % STAGES), count=1)
+    row_sum = gl.convert_layout(gl.sum(sums, axis=1), gl.SliceLayout(1, layout))
+    here = (place[0], place[1], place[2], place[3] + group * 64)
+    if SHARES:
         if count == along:
-            _store(acc, acc_rest, row_sum, out[0], place, HEADS, REST)
+            _store(acc, acc_rest, row_sum, out[0], here, HEADS, REST)
         else:
-            _merge(group, acc, acc_rest, row_max, row_sum, out, place, tile, first, total, along, HEADS, REST)
+            _merge(group, acc, acc_rest, row_max, row_sum, out, here, tile, first, total, along, HEADS, REST)
+    else:
+        _store(acc, acc_rest, row_sum, out[0], here, HEADS, REST)
 
 
 @gluon.jit
@@ -309,19 +438,25 @@ def _add_values(probs, acc, acc_rest, ring, step, REST: gl.constexpr, STAGES: gl
 
 
 @gluon.jit
-def _softmax(scores, row_max, row_sum, scale, dtype: gl.constexpr, acc_layout: gl.constexpr):
+def _softmax(scores, row_max, sums, scale, dtype: gl.constexpr, acc_layout: gl.constexpr):
     """Add a tile of scores to the online softmax.
 
+    A thread has two columns of every eight, and adds up its own weights of a row: ``sums`` ``(64, 8)``. So there are
+    more chains of dependent instructions, shorter ones than reductions of whole rows have.
+
     Returns:
-        The tile's weights as an operand of the product with values, the new maximum and sum, and the factor by
-        which earlier sums shrink.
+        The tile's weights as an operand of the product with values, the new maxima and sums, and the factors by which
+        earlier sums of values shrink.
     """
-    new_max = gl.maximum(row_max, gl.max(scores, axis=1) * scale)
+    KEYS: gl.constexpr = scores.shape[1]
+    best = gl.max(gl.max(scores.reshape([64, KEYS // 8, 8]), axis=1), axis=1)
+    new_max = gl.maximum(row_max, gl.convert_layout(best, row_max.type.layout) * scale)
     probs = gl.exp2(scores * scale - new_max[:, None])
     decay = gl.exp2(row_max - new_max)
-    row_sum = row_sum * decay + gl.sum(probs, axis=1)
+    more = gl.convert_layout(gl.sum(probs.reshape([64, KEYS // 8, 8]), axis=1), sums.type.layout)
+    sums = sums * gl.convert_layout(decay, gl.SliceLayout(1, sums.type.layout))[:, None] + more
     operand: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    return gl.convert_layout(probs.to(dtype), operand), new_max, row_sum, decay
+    return gl.convert_layout(probs.to(dtype), operand), new_max, sums, decay
 
 
 @gluon.jit

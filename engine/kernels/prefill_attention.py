@@ -7,6 +7,10 @@ descriptors (TMA); two groups of four warps with 64 rows each share the loaded t
 of one tile while its next score matmul and its last value matmul are in flight, and while the other group
 uses the tensor cores.
 
+Prompts of a few hundred tokens have too few tiles for all SMs to be busy to the end, and the last tile of a prompt
+sees all its keys. With *pairs* a program has a tile of 64 rows from the prompt's end and one from its start: all
+programs of a prompt then have nearly the same work. The group with fewer keys lets the others pass.
+
 This needs control over layouts, barriers and asynchronous matmuls, which Gluon has and Triton's language has
 not. Gluon has no interpreter, so the tests of this kernel need a Hopper GPU.
 """
@@ -41,13 +45,16 @@ _find_tile = gluon.jit(find_tile.fn)
 def supports(q: torch.Tensor, cache: KVCache) -> bool:
     """Return whether the kernel can compute the attention of ``q`` ``(T, Hq, D)`` over ``cache``."""
     group, dim = q.shape[1] // cache.kv_heads, q.shape[2]
-    fits = dim in (16, 32, 64, 128) and group <= _ROWS and cache.block_size >= 8
+    fits = dim in (16, 32, 64, 128) and group <= _ROWS // 2 and cache.block_size >= 8
     return fits and q.element_size() == 2 and q.dtype == cache.keys.dtype and is_hopper(q.device)
 
 
-def prefill_attention_gluon(q, cache, meta, *, scale, out=None):
-    """See :func:`engine.kernels.dispatch.paged_attention`; for what :func:`supports` admits, without a
-    window."""
+def prefill_attention_gluon(q, cache, meta, *, scale, paired, out=None):
+    """See :func:`engine.kernels.dispatch.paged_attention`; for what :func:`supports` admits, without a window.
+
+    Args:
+        paired: a program has two tiles of 64 rows, which don't share all keys, in place of one of 128.
+    """
     tokens, heads, dim = q.shape
     kv_heads, sequences = cache.kv_heads, meta.seq_lens.shape[0]
     assert q.stride(-1) == 1 and meta.block_tables.stride(-1) == 1
@@ -56,7 +63,7 @@ def prefill_attention_gluon(q, cache, meta, *, scale, out=None):
     if tokens == 0 or sequences == 0:
         return out
     group = heads // kv_heads
-    tokens_per_tile = _ROWS // group
+    tokens_per_tile = _ROWS // 2 // group * 2 if paired else _ROWS // group
     launch(
         _prefill_kernel, (query_tiles(tokens, sequences, tokens_per_tile), kv_heads),
         q_ptr=q, k_desc=_describe(cache.keys), v_desc=_describe(cache.values), table_ptr=meta.block_tables,
@@ -64,7 +71,7 @@ def prefill_attention_gluon(q, cache, meta, *, scale, out=None):
         sequences=sequences, scale=scale * LOG2E,
         q_token=q.stride(0), q_head=q.stride(1), table_row=meta.block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size,
-        KEYS=_KEYS, TOKENS=tokens_per_tile, STAGES=_STAGES,
+        KEYS=_KEYS, TOKENS=tokens_per_tile, STAGES=_STAGES, PAIRED=paired,
         COMPUTE_REGISTERS=_COMPUTE_REGISTERS, LOAD_REGISTERS=_LOAD_REGISTERS,
         num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
@@ -96,9 +103,9 @@ def _prefill_kernel(
     sequences, scale, q_token, q_head, table_row,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     KEYS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-    COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    PAIRED: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One program per query tile and KV head. TOKENS: query tokens per tile."""
+    """One program per query tile, or pair of tiles, and KV head. TOKENS: query tokens of a program."""
     # A prompt's last tile has the most keys: started first, it does not run alone at the end.
     tile = gl.num_programs(0) - 1 - gl.program_id(0)
     kv_head = gl.program_id(1)
@@ -106,11 +113,15 @@ def _prefill_kernel(
         query_start_ptr, seq_lens_ptr, tile, sequences, TOKENS
     )
     if first_token < count:
-        # Tiles of keys that some row sees, processed from the last to the first. The first ``masked`` of them
-        # need a mask: not every row sees them in full.
-        before = length - count + first_token
-        num_tiles = gl.cdiv(length - count + gl.minimum(first_token + TOKENS, count), KEYS)
-        masked = num_tiles - (before + 1) // KEYS
+        OF_TILE: gl.constexpr = TOKENS // 2 if PAIRED else TOKENS
+        last_token = first_token
+        if PAIRED:
+            # The first group has the tile nearer to the prompt's end.
+            number = first_token // TOKENS
+            first_token = number * OF_TILE
+            last_token = (gl.cdiv(count, OF_TILE) - 1 - number) * OF_TILE
+        # Tiles of keys that some row of the first group sees, processed from the last to the first.
+        num_tiles = _num_tiles(last_token, count, length, KEYS, OF_TILE)
         dtype: gl.constexpr = q_ptr.dtype.element_ty
         queries = buffers(2, 64, DIM, dtype)
         keys = buffers(STAGES, KEYS, DIM, dtype)
@@ -120,15 +131,15 @@ def _prefill_kernel(
         values_ready, values_free = barriers(STAGES, 1), barriers(STAGES, 2)
         ring = (keys, keys_ready, keys_free, values, values_ready, values_free)
         first_head = kv_head * GROUP
-        span = (begin, first_token, count, length, first_head, num_tiles, masked)
+        span = (begin, count, length, first_head, num_tiles)
         table = table_ptr + sequence.to(gl.int64) * table_row
         work = (q_ptr, out_ptr, queries, ring, span, (q_token, q_head), scale)
         first: gl.constexpr = 0
         second: gl.constexpr = 1
         gl.warp_specialize(
             [
-                (_attend, (first, work, KV_HEADS * GROUP, GROUP, TOKENS, STAGES)),
-                (_attend, (second, work, KV_HEADS * GROUP, GROUP, TOKENS, STAGES)),
+                (_attend, (first, work, last_token, KV_HEADS * GROUP, GROUP, OF_TILE, STAGES, PAIRED)),
+                (_attend, (second, work, first_token, KV_HEADS * GROUP, GROUP, OF_TILE, STAGES, PAIRED)),
                 (
                     _load_tiles,
                     (k_desc, v_desc, table, ring, length, kv_head, num_tiles, KV_HEADS, BLOCK_SIZE, STAGES),
@@ -137,6 +148,12 @@ def _prefill_kernel(
             [4, 1],
             [COMPUTE_REGISTERS, LOAD_REGISTERS],
         )
+
+
+@gluon.jit
+def _num_tiles(first_token, count, length, KEYS: gl.constexpr, TOKENS: gl.constexpr):
+    """The number of tiles of keys that some row of a tile of rows sees."""
+    return gl.cdiv(length - count + gl.minimum(first_token + TOKENS, count), KEYS)
 
 
 @gluon.jit
@@ -182,52 +199,114 @@ def _load_tile(
 
 @gluon.jit
 def _attend(
-    half: gl.constexpr, work,
+    half: gl.constexpr, work, first_token,
     HEADS: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
+    PAIRED: gl.constexpr,
 ):  # fmt: skip
-    """Compute the attention of 64 rows; run by one compute group (four warps). ``half``: which 64 of the
-    tile."""
+    """Compute the attention of 64 rows; run by one compute group (four warps).
+
+    Args:
+        half: which 64 rows of the program.
+        first_token: of the group's tile of rows.
+        TOKENS: query tokens of a tile.
+    """
+    ring, span = work[3], work[4]
+    keys, keys_ready, keys_free, _, values_ready, values_free = ring
+    _, count, length, _, all_tiles = span
+    KEYS: gl.constexpr = keys.shape[1]
+    num_tiles = _num_tiles(first_token, count, length, KEYS, TOKENS)
+    if PAIRED and half == 1:
+        # The first group has a tile in the middle, which has no other.
+        number = first_token // TOKENS
+        num_tiles = gl.where(gl.cdiv(count, TOKENS) == 2 * number + 1, 0, num_tiles)
+    # Tiles that only the other group sees come first.
+    skipped = all_tiles - num_tiles
+    for step in range(skipped):
+        mbarrier.wait(keys_ready.index(step % STAGES), step // STAGES & 1)
+        mbarrier.arrive(keys_free.index(step % STAGES), count=1)
+        mbarrier.wait(values_ready.index(step % STAGES), step // STAGES & 1)
+        mbarrier.arrive(values_free.index(step % STAGES), count=1)
+    if num_tiles > 0:
+        FIRST: gl.constexpr = 0 if PAIRED else half * 64
+        _attend_tiles(half, work, first_token, num_tiles, FIRST, HEADS, GROUP, TOKENS, STAGES, PAIRED)
+
+
+@gluon.jit
+def _attend_tiles(
+    half: gl.constexpr, work, first_token, num_tiles, FIRST: gl.constexpr,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, PAIRED: gl.constexpr,
+):  # fmt: skip
+    """Compute the attention of rows ``FIRST .. FIRST + 63`` of a tile over its ``num_tiles`` tiles of keys."""
     q_ptr, out_ptr, queries, ring, span, strides, scale = work
     keys, keys_ready, keys_free, values, values_ready, _ = ring
-    begin, first_token, count, length, first_head, num_tiles, masked = span
+    begin, count, length, first_head, all_tiles = span
     ROWS: gl.constexpr = queries.shape[1]
     DIM: gl.constexpr = queries.shape[2]
     KEYS: gl.constexpr = keys.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
-
     q = queries.index(half)
-    _load_queries(q_ptr, q, begin, first_token, count, first_head, half * ROWS, strides, GROUP, TOKENS)
-    row = half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    _load_queries(q_ptr, q, begin, first_token, count, first_head, FIRST, strides, GROUP, TOKENS)
+    row = FIRST + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     position = length - count + first_token + row // GROUP
     zero = gl.zeros([ROWS, KEYS], gl.float32, layout)
     acc = gl.zeros([ROWS, DIM], gl.float32, acc_layout)
     row_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
     row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
 
-    mbarrier.wait(keys_ready.index(0), 0)
-    scores = warpgroup_mma(q, keys.index(0).permute((1, 0)), zero, use_acc=False)
-    mbarrier.arrive(keys_free.index(0), count=1)
+    # The first ``masked`` tiles need a mask: not every row sees them in full.
+    masked = num_tiles - (length - count + first_token + 1) // KEYS
+    skipped = all_tiles - num_tiles
+    stage = skipped % STAGES
+    mbarrier.wait(keys_ready.index(stage), skipped // STAGES & 1)
+    scores = warpgroup_mma(q, keys.index(stage).permute((1, 0)), zero, use_acc=False)
+    mbarrier.arrive(keys_free.index(stage), count=1)
     first_key = (num_tiles - 1) * KEYS
     probs, row_max, row_sum, _ = _softmax(
         scores, row_max, row_sum, scale, first_key, position, values.dtype, acc_layout, True
     )
     if first_key + KEYS > length:
-        mbarrier.wait(values_ready.index(0), 0)
-        clear_tail(values.index(0), length - first_key)
-    for index in range(1, masked):
+        mbarrier.wait(values_ready.index(stage), skipped // STAGES & 1)
+        clear_tail(values.index(stage), length - first_key)
+    for index in range(skipped + 1, skipped + masked):
         probs, acc, row_max, row_sum = _step(
-            index, num_tiles, q, ring, probs, acc, row_max, row_sum, scale, position, zero, STAGES, True
+            index,
+            all_tiles,
+            q,
+            ring,
+            probs,
+            acc,
+            row_max,
+            row_sum,
+            scale,
+            position,
+            zero,
+            STAGES,
+            PAIRED,
+            True,
         )
-    for index in range(gl.maximum(masked, 1), num_tiles):
+    for index in range(skipped + gl.maximum(masked, 1), all_tiles):
         probs, acc, row_max, row_sum = _step(
-            index, num_tiles, q, ring, probs, acc, row_max, row_sum, scale, position, zero, STAGES, False
+            index,
+            all_tiles,
+            q,
+            ring,
+            probs,
+            acc,
+            row_max,
+            row_sum,
+            scale,
+            position,
+            zero,
+            STAGES,
+            PAIRED,
+            False,
         )
-    stage = (num_tiles - 1) % STAGES
-    mbarrier.wait(values_ready.index(stage), (num_tiles - 1) // STAGES & 1)
+    stage = (all_tiles - 1) % STAGES
+    mbarrier.wait(values_ready.index(stage), (all_tiles - 1) // STAGES & 1)
     acc = warpgroup_mma(probs, values.index(stage), acc)
 
-    row = half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, acc_layout))
+    row = FIRST + gl.arange(0, ROWS, gl.SliceLayout(1, acc_layout))
     token = first_token + row // GROUP
     valid = (row < TOKENS * GROUP) & (token < count)
     out_row = ((begin + token).to(gl.int64) * HEADS + first_head + row % GROUP) * DIM
@@ -259,7 +338,7 @@ def _load_queries(
 @gluon.jit
 def _step(
     index, num_tiles, q, ring, probs, acc, row_max, row_sum, scale, position, zero,
-    STAGES: gl.constexpr, MASKED: gl.constexpr,
+    STAGES: gl.constexpr, PAIRED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Compute the scores and softmax of one tile, and add the values of the tile before it.
 
@@ -281,6 +360,10 @@ def _step(
     next_probs, row_max, row_sum, decay = _softmax(
         scores, row_max, row_sum, scale, first_key, position, values.dtype, acc_layout, MASKED
     )
+    if PAIRED:
+        # ptxas moves the next wait before the softmax, but not across the branch of this one. Tiles of 128 rows, whose
+        # groups are both busy, take longer with it: it also keeps the values' buffer for longer.
+        mbarrier.wait(values_ready.index(before), (index - 1) // STAGES & 1)
     acc, probs = warpgroup_mma_wait(0, deps=[summed, probs])
     mbarrier.arrive(values_free.index(before), count=1)
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, acc_layout))[:, None]

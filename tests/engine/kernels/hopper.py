@@ -104,7 +104,10 @@ def prefill(heads: int, kv_heads: int, dim: int) -> None:
     from engine.kernels.prefill_attention import prefill_attention_gluon
 
     meta = metadata([2000], 2000, 2000)
-    prefill_attention_gluon(tensor(2000, heads, dim), kv_cache(kv_heads, dim), meta, scale=0.1)
+    for paired in (False, True):
+        prefill_attention_gluon(
+            tensor(2000, heads, dim), kv_cache(kv_heads, dim), meta, scale=0.1, paired=paired
+        )
 
 
 def decode(
@@ -137,7 +140,8 @@ def image(heads: int, dim: int, tokens: int) -> None:
 
     q, k, v = tensor(tokens, 3 * heads, dim).split(heads, dim=1)
     bounds, counters = torch.tensor([0, tokens], dtype=I32), part_counters(q.device)
-    image_attention_gluon(q, k, v, bounds, scale=0.1, counters=counters)
+    for each in (None, counters):
+        image_attention_gluon(q, k, v, bounds, scale=0.1, counters=each)
 
 
 def elementwise() -> None:

@@ -10,6 +10,7 @@ from engine import kernels
 from engine.kernels import dispatch, gemm_activation
 from engine.kernels.dispatch import (
     LONG_PROMPT,
+    SHORT_PROMPT,
     activated_linear,
     linear,
     norm_linear,
@@ -38,13 +39,14 @@ def spy(monkeypatch, *names):
     ("longest", "options", "expected"),
     [
         (LONG_PROMPT + 1, {}, "prefill_attention_gluon"),
-        (LONG_PROMPT, {}, "paged_attention_triton"),
+        (SHORT_PROMPT + 1, {}, "prefill_attention_gluon"),
+        (SHORT_PROMPT, {}, "paged_attention_triton"),
         (LONG_PROMPT + 1, {"window": 9}, "paged_attention_triton"),
         (LONG_PROMPT + 1, {"cap": 50.0}, "paged_attention_triton"),
         (LONG_PROMPT + 1, {"many": True}, "paged_attention_triton"),
     ],
 )
-def test_long_prompts_take_the_prefill_kernel(monkeypatch, longest, options, expected):
+def test_prompts_that_are_not_short_take_the_prefill_kernel(monkeypatch, longest, options, expected):
     q, paged = paged_problem(
         "cpu", torch.float32, lengths=[5], queries=[5], heads=2, kv_heads=1, dim=16, block_size=4
     )
@@ -56,6 +58,49 @@ def test_long_prompts_take_the_prefill_kernel(monkeypatch, longest, options, exp
     monkeypatch.setattr(dispatch.prefill_attention, "supports", lambda *_: True)
     paged_attention(q, paged.cache, paged.meta, scale=1.0, **options)
     assert called == [expected]
+
+
+@pytest.mark.parametrize(("longest", "paired"), [(LONG_PROMPT, True), (LONG_PROMPT + 1, False)])
+def test_prompts_that_are_not_long_take_pairs_of_tiles(monkeypatch, longest, paired):
+    q, paged = paged_problem(
+        "cpu", torch.float32, lengths=[5], queries=[5], heads=2, kv_heads=1, dim=16, block_size=4
+    )
+    paged.meta.max_query_len = longest
+    given = []
+    monkeypatch.setattr(
+        dispatch, "prefill_attention_gluon", lambda *_, **options: given.append(options["paired"])
+    )
+    monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
+    monkeypatch.setattr(dispatch.prefill_attention, "supports", lambda *_: True)
+    paged_attention(q, paged.cache, paged.meta, scale=1.0)
+    assert given == [paired]
+
+
+@pytest.mark.parametrize(
+    ("segments", "counted", "expected"),
+    [
+        ([2304], True, ["shares"]),
+        ([2304], False, ["whole"]),
+        ([1600] * 2, True, ["whole"]),
+        ([576], True, ["vision_attention_triton"]),
+        ([], True, ["vision_attention_triton"]),
+    ],
+)
+def test_images_choose_by_their_lengths(monkeypatch, segments, counted, expected):
+    q = torch.zeros(sum(segments), 16, 80, dtype=torch.bfloat16)
+    bounds = torch.tensor([0, *segments]).cumsum(0).int()
+    called = spy(monkeypatch, "vision_attention_triton")
+    monkeypatch.setattr(
+        dispatch,
+        "image_attention_gluon",
+        lambda *_, counters, **__: called.append("whole" if counters is None else "shares"),
+    )
+    monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
+    monkeypatch.setattr(dispatch, "num_sms", lambda _: 132)
+    monkeypatch.setattr(dispatch.image_attention, "supports", lambda *_: True)
+    counters = bounds if counted else None
+    dispatch.vision_attention(q, q, q, bounds, max_len=max(segments, default=0), scale=1.0, counters=counters)
+    assert called == expected
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,8 @@ def test_start_up_compiles_each_kernel_once_for_all_batch_sizes():
     assert later == {}, "these kernels are not compiled in parallel at start-up"
     # Without PDL (many rows) and with it (few).
     assert count["_attention_kernel"] == 2
-    assert count["_prefill_kernel"] == 1
+    # Tiles of 128 rows, and pairs of 64.
+    assert count["_prefill_kernel"] == 2
     # One program per SM; keys split, with and without PDL; many programs.
     assert count["_decode_kernel"] == 4
     # Four linear layers of a decoder layer, for two paddings of the rows.

@@ -34,25 +34,29 @@ CASES = {
 @pytest.mark.parametrize("block_size", [8, 16, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_reference(hopper, dtype, case, block_size):
+@pytest.mark.parametrize("paired", [False, True])
+def test_equals_reference(hopper, dtype, case, block_size, paired):
     q, paged = problem(hopper, dtype, **CASES[case], block_size=block_size, padding=3)
     out = torch.full(q.shape, torch.nan, dtype=dtype, device=hopper)
     live = int(paged.meta.query_start[-1])
     assert supports(q, paged.cache)
-    result = prefill_attention_gluon(q, paged.cache, paged.meta, scale=0.1, out=out)
+    result = prefill_attention_gluon(q, paged.cache, paged.meta, scale=0.1, paired=paired, out=out)
     assert result[live:].isnan().all(), "padding rows were written"
     expected = paged_attention_reference(q.double(), double(paged.cache), paged.meta, scale=0.1)
     assert_close(result[:live], expected[:live])
 
 
 @pytest.mark.gpu
-def test_the_same_prompt_gives_the_same_bits(hopper):
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_same_prompt_gives_the_same_bits(hopper, paired):
     """Warps work in parallel: a read of a tile that is not loaded yet would show now and then."""
     sizes = {"lengths": [2500], "queries": [2100], "heads": 16, "kv_heads": 4, "dim": 128}
     q, paged = problem(hopper, torch.bfloat16, **sizes, block_size=16)
-    first = prefill_attention_gluon(q, paged.cache, paged.meta, scale=0.1)
+    first = prefill_attention_gluon(q, paged.cache, paged.meta, scale=0.1, paired=paired)
     for _ in range(50):
-        assert torch.equal(prefill_attention_gluon(q, paged.cache, paged.meta, scale=0.1), first)
+        assert torch.equal(
+            prefill_attention_gluon(q, paged.cache, paged.meta, scale=0.1, paired=paired), first
+        )
 
 
 def test_only_hopper_and_16_bit_heads_are_supported(monkeypatch):
