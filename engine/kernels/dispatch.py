@@ -155,11 +155,13 @@ def paged_attention(
         return paged_attention_reference(q, cache, meta, scale=scale, window=window, cap=cap, out=out)
     if window is None and cap is None and meta.key_ends is None and prefill_attention.supports(q, cache):
         paired = meta.max_query_len <= LONG_PROMPT
+        # Of narrow heads the general kernel keeps more tiles on an SM, once there are so many.
+        crowded = paired and q.shape[2] < 128 and q.shape[0] * q.shape[1] > 128 * num_sms(q.device)
         if is_compiling():
             # Compile the kernels for other lengths too.
             for each in (False, True):
                 out = prefill_attention_gluon(q, cache, meta, scale=scale, paired=each, out=out)
-        elif meta.max_query_len > SHORT_PROMPT and not meta.many_sequences:
+        elif meta.max_query_len > SHORT_PROMPT and not crowded and not meta.many_sequences:
             return prefill_attention_gluon(q, cache, meta, scale=scale, paired=paired, out=out)
     return paged_attention_triton(q, cache, meta, scale=scale, window=window, cap=cap, out=out)
 
