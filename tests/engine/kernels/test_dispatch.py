@@ -60,20 +60,32 @@ def test_prompts_that_are_not_short_take_the_prefill_kernel(monkeypatch, longest
     assert called == [expected]
 
 
-@pytest.mark.parametrize(("longest", "paired"), [(LONG_PROMPT, True), (LONG_PROMPT + 1, False)])
-def test_prompts_that_are_not_long_take_pairs_of_tiles(monkeypatch, longest, paired):
+@pytest.mark.parametrize(
+    ("longest", "sms", "expected"),
+    [
+        (LONG_PROMPT, 9, [True]),
+        (LONG_PROMPT, 0, []),
+        (LONG_PROMPT + 1, 9, [False]),
+        (LONG_PROMPT + 1, 0, [False]),
+    ],
+)
+def test_prompts_of_middle_lengths_take_pairs_of_tiles_unless_they_are_many(
+    monkeypatch, longest, sms, expected
+):
     q, paged = paged_problem(
         "cpu", torch.float32, lengths=[5], queries=[5], heads=2, kv_heads=1, dim=16, block_size=4
     )
     paged.meta.max_query_len = longest
     given = []
+    spy(monkeypatch, "paged_attention_triton")
     monkeypatch.setattr(
         dispatch, "prefill_attention_gluon", lambda *_, **options: given.append(options["paired"])
     )
+    monkeypatch.setattr(dispatch, "num_sms", lambda _: sms)
     monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
     monkeypatch.setattr(dispatch.prefill_attention, "supports", lambda *_: True)
     paged_attention(q, paged.cache, paged.meta, scale=1.0)
-    assert given == [paired]
+    assert given == expected
 
 
 @pytest.mark.parametrize(
