@@ -76,6 +76,8 @@ from engine.kernels.wide_gemm import wide_gemm_gluon
 #: With more new tokens of one sequence the prefill kernel is faster; shorter prompts don't fill its tiles. Up to the
 #: second number it takes tiles of rows by pairs, beyond it tiles that share all keys.
 SHORT_PROMPT, LONG_PROMPT = 256, 1024
+#: Of several prompts up to this length the general kernel is faster, where heads are wide.
+MIDDLE_PROMPT = 512
 #: With more tokens, or more pairs than half the experts, tokens that share an expert should share its reading.
 MAX_EXPERT_GEMV_TOKENS = 4
 #: The kernel for Hopper GPUs is the faster one with more rows an expert than this, on average.
@@ -155,8 +157,11 @@ def paged_attention(
         return paged_attention_reference(q, cache, meta, scale=scale, window=window, cap=cap, out=out)
     if window is None and cap is None and meta.key_ends is None and prefill_attention.supports(q, cache):
         paired = meta.max_query_len <= LONG_PROMPT
-        # Of narrow heads the general kernel keeps more tiles on an SM, once there are so many.
-        crowded = paired and q.shape[2] < 128 and q.shape[0] * q.shape[1] > 128 * num_sms(q.device)
+        # The general kernel keeps more tiles on an SM. That counts once they make several rounds.
+        rounds = q.shape[0] * q.shape[1] / (128 * num_sms(q.device))
+        crowded = paired and (
+            rounds > 1 if q.shape[2] < 128 else rounds > 2 and meta.max_query_len <= MIDDLE_PROMPT
+        )
         if is_compiling():
             # Compile the kernels for other lengths too.
             for each in (False, True):

@@ -10,6 +10,7 @@ from engine import kernels
 from engine.kernels import dispatch, gemm_activation
 from engine.kernels.dispatch import (
     LONG_PROMPT,
+    MIDDLE_PROMPT,
     SHORT_PROMPT,
     activated_linear,
     linear,
@@ -61,18 +62,20 @@ def test_prompts_that_are_not_short_take_the_prefill_kernel(monkeypatch, longest
 
 
 @pytest.mark.parametrize(
-    ("longest", "sms", "expected"),
+    ("longest", "dim", "tokens", "expected"),
     [
-        (LONG_PROMPT, 9, [True]),
-        (LONG_PROMPT, 0, []),
-        (LONG_PROMPT + 1, 9, [False]),
-        (LONG_PROMPT + 1, 0, [False]),
+        (LONG_PROMPT, 64, 1056, [True]),
+        (LONG_PROMPT, 64, 1057, []),
+        (LONG_PROMPT, 128, 9000, [True]),
+        (MIDDLE_PROMPT, 128, 2112, [True]),
+        (MIDDLE_PROMPT, 128, 2113, []),
+        (LONG_PROMPT + 1, 64, 9000, [False]),
     ],
 )
 def test_prompts_of_middle_lengths_take_pairs_of_tiles_unless_they_are_many(
-    monkeypatch, longest, sms, expected
+    monkeypatch, longest, dim, tokens, expected
 ):
-    q, paged = paged_problem(
+    _, paged = paged_problem(
         "cpu", torch.float32, lengths=[5], queries=[5], heads=2, kv_heads=1, dim=16, block_size=4
     )
     paged.meta.max_query_len = longest
@@ -81,10 +84,10 @@ def test_prompts_of_middle_lengths_take_pairs_of_tiles_unless_they_are_many(
     monkeypatch.setattr(
         dispatch, "prefill_attention_gluon", lambda *_, **options: given.append(options["paired"])
     )
-    monkeypatch.setattr(dispatch, "num_sms", lambda _: sms)
+    monkeypatch.setattr(dispatch, "num_sms", lambda _: 132)
     monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
     monkeypatch.setattr(dispatch.prefill_attention, "supports", lambda *_: True)
-    paged_attention(q, paged.cache, paged.meta, scale=1.0)
+    paged_attention(torch.zeros(tokens, 16, dim), paged.cache, paged.meta, scale=1.0)
     assert given == expected
 
 
