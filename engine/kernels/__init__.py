@@ -9,8 +9,9 @@ decides::
     paged_attention   paged_attention_reference   not Triton                          paged_attention.py
                       prefill_attention_gluon     Hopper, 16-bit, no window or cap,   prefill_attention.py
                                                   a sequence with over 256 new
-                                                  tokens, KV cache in the model's
-                                                  dtype
+                                                  tokens (512 or 1024 where rows
+                                                  are many), KV cache in the
+                                                  model's dtype
                       paged_attention_triton      otherwise                           paged_attention.py
     vision_attention  vision_attention_reference  not Triton                          vision_attention.py
                       image_attention_gluon       Hopper, 16-bit, heads of 64, 80 or  image_attention.py
