@@ -114,6 +114,7 @@ def serve_config(options: argparse.Namespace, path: str) -> dict[str, Any]:
     engine: dict[str, Any] = {"model": path, "load_format": "dummy", "max_model_len": 4096}
     engine["max_num_batched_tokens"] = options.batched_tokens
     engine["first_token_goal_s"] = options.first_token_goal
+    engine |= {"quantization": options.quantization, "encoder_quantization": options.encoder_quantization}
     share: tuple[float, float] = (0.0, 0.0)
     if options.gpu:
         engine |= {"gpu_memory_utilization": 0.7, "max_num_seqs": options.seqs}
@@ -199,6 +200,8 @@ def main() -> None:
     parser.add_argument("--batch-patches", type=int, default=32768, help="most in one launch of the encoder")
     parser.add_argument("--batched-tokens", type=int, default=8192, help="most in one step of the engine")
     parser.add_argument("--seqs", type=int, default=256, help="most that the engine runs at a time, on a GPU")
+    parser.add_argument("--quantization", choices=["fp8"], help="of the decoder's matrices")
+    parser.add_argument("--encoder-quantization", choices=["fp8"], help="of the tower's matrices")
     parser.add_argument("--first-token-goal", type=float, help="seconds, of the encoder and the engine")
     parser.add_argument("--slo-ttft", type=float, default=500.0)
     parser.add_argument("--slo-itl", type=float, default=50.0)
