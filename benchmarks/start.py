@@ -122,7 +122,7 @@ def main() -> None:
         options.images
     ) = 1
     options.encoder_gpu = options.one_process = options.engine_in_replica = False
-    options.first_token_goal = None
+    options.first_token_goal = options.quantization = options.encoder_quantization = None
     options.duty_cycle, options.batch_patches = 1.0, 32768
     options.seqs, options.batched_tokens = 256, 8192 if options.gpu else 512
     rows = []

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import ModuleType
 from typing import Any
 
 import torch
 from triton import AsyncCompileMode
+from triton.runtime import build
 from triton.runtime.jit import JITFunction
 
 _compiling: ContextVar[bool] = ContextVar("compiling", default=False)
@@ -64,3 +68,22 @@ class _CompilingPool(ThreadPoolExecutor):
             with torch.cuda.device(self._device):
                 kernel.run  # noqa: B018
         return kernel
+
+
+def _load_by_itself(name: str, path: str) -> ModuleType:
+    """Load an extension that Triton has compiled as a module of its own.
+
+    Some versions of Triton name all launchers alike. Python has one module for them, and loading a file again puts
+    that file's functions into it. Then a thread that has just loaded another launcher would take this one, which
+    passes a kernel the arguments of another. A name for each path keeps them apart: Python looks for the
+    initialisation function by what follows the last dot.
+    """
+    spec = importlib.util.spec_from_file_location(f"{hashlib.sha256(path.encode()).hexdigest()}.{name}", path)
+    if spec is None or spec.loader is None:
+        raise RuntimeError(f"{path} is no extension that Python can load")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build._load_module_from_path = _load_by_itself
