@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,8 @@ from engine.scheduling.batch import StepEvents
 #: Threads that prepare prompts. Each may hold the GIL for milliseconds, and the thread that keeps the device
 #: busy waits for those before it: with 16 threads, up to 50 ms.
 _PREPARING = 4
-#: Most prompts that are added together if they have media, which are encoded in one go.
+#: Most prompts that are added together if they have media, which are encoded in one go. Without media they
+#: may fill a step.
 _TOGETHER = 16
 #: Prompts that are prepared ahead of the next one to be added. More would delay the first prompts, for which
 #: the device is waiting.
@@ -55,6 +56,23 @@ class Job:
     text: str | None = None
     update: StreamUpdate | None = None
     embedding: EmbeddingOutput | None = None
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """Jobs that are added together, the tokens of their prompts, and the embedding rows that the engine will
+    hold for them."""
+
+    jobs: list[Job] = field(default_factory=list)
+    tokens: int = 0
+    rows: int = 0
+
+    def add(self, job: Job) -> None:
+        self.jobs.append(job)
+        # Adding a job that failed to the engine raises its error.
+        if job.prepared.exception() is None:
+            self.tokens += len(job.prepared.result().inputs.token_ids)
+            self.rows += _num_rows(job)
 
 
 class OfflineRunner:
@@ -100,11 +118,11 @@ class OfflineRunner:
             try:
                 ready = next(waiting, None)
                 while ready is not None or core.has_work:
-                    batch: list[Job] = []
-                    while ready is not None and self._wants_more(ready, batch):
-                        batch.append(ready)
+                    gathered = _Gathered()
+                    while ready is not None and self._wants_more(ready, gathered):
+                        gathered.add(ready)
                         ready = next(waiting, None)
-                    for job in self._admit(batch):
+                    for job in self._admit(gathered.jobs):
                         assert job.group is not None, "an admitted job has one"
                         by_group[job.group] = job
                     events += core.step()
@@ -139,17 +157,20 @@ class OfflineRunner:
                 yield ahead.popleft()
         yield from ahead
 
-    def _wants_more(self, job: Job, gathered: Sequence[Job]) -> bool:
+    def _wants_more(self, job: Job, gathered: _Gathered) -> bool:
         """Return whether to add ``job`` to the ``gathered`` ones now.
 
-        True if it is prepared and its embeddings are within the budget, or if there is no other work.
+        True if it is prepared, its embeddings are within the budget and the step has room, or if there is no
+        other work.
         """
-        core, count = self._engine.core, len(gathered)
-        if not (core.has_work or gathered):
+        core, config, count = self._engine.core, self._engine.config, len(gathered.jobs)
+        if not (core.has_work or count):
             return True
-        if core.scheduler.num_waiting + count >= self._engine.config.max_num_seqs or not job.prepared.done():
+        if core.scheduler.num_waiting + count >= config.max_num_seqs or not job.prepared.done():
             return False
-        rows = sum(map(_num_rows, [*gathered, job]))
+        if gathered.tokens >= config.max_num_batched_tokens:
+            return False
+        rows = gathered.rows + _num_rows(job)
         return (count < _TOGETHER or not rows) and core.scheduler.ledger.fits(rows)
 
     def _admit(self, batch: Sequence[Job]) -> Sequence[Job]:
@@ -278,9 +299,8 @@ _COLLECTOR = _Collector()
 
 
 def _num_rows(job: Job) -> int:
-    """Embedding rows that the engine will hold for a job."""
+    """Embedding rows that the engine will hold for a prepared job."""
     if job.prepared.exception() is not None:
-        # Adding the job to the engine raises it.
         return 0
     completions = job.params.n if isinstance(job.params, SamplingParams) else 1
     return completions * sum(span.item.num_tokens for span in job.prepared.result().inputs.spans)

@@ -20,7 +20,7 @@ def test_a_step_leaves_as_many_enqueued_as_it_may():
 
 
 def test_two_steps_are_enqueued_while_text_is_made_and_prompts_are_added_together(tmp_path):
-    llm = LLM(str(tiny.make_qwen2_vl(tmp_path)), max_model_len=64)
+    llm = LLM(str(tiny.make_qwen2_vl(tmp_path)), max_model_len=64, max_num_batched_tokens=54)
     runner, outputs = llm._engine.core.runner, llm._engine.outputs
     execute, process = runner.execute, outputs.process
     enqueued, seen = 0, []
@@ -43,7 +43,7 @@ def test_two_steps_are_enqueued_while_text_is_made_and_prompts_are_added_togethe
     assert len(output.outputs[0].token_ids) == tokens
     assert seen[:2] == [(STEPS_TOGETHER, 2), (STEPS_TOGETHER, 2)]
 
-    # Prompts that are prepared and have no media are added together.
+    # Prompts that are prepared and have no media are added together, as many as fill a step.
     class AtOnce:
         def submit(self, prepare, encode):
             done = Future()
@@ -55,4 +55,4 @@ def test_two_steps_are_enqueued_while_text_is_made_and_prompts_are_added_togethe
     llm._runner._pool, llm._runner._admit = AtOnce(), lambda jobs: added.append(len(jobs)) or admit(jobs)
     prompts = [{"prompt_token_ids": [5, 6, 7]}] * 20
     llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)
-    assert [count for count in added if count] == [20]
+    assert [count for count in added if count] == [18, 2]
