@@ -23,6 +23,9 @@ from engine.sampling_params import SamplingParams, StructuredSpec
 _SHORT_MESSAGES, _SHORT_BYTES = 4, 512
 #: Fields of a message that is nothing but text.
 _PLAIN = frozenset({"role", "content"})
+#: Types of parts that are a text, and of those that are an image.
+_TEXTS = frozenset({"text", "input_text", "output_text"})
+_IMAGES = frozenset({"image_url", "input_image", "image"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +189,18 @@ def _is_short(given: Conversation) -> bool:
         content = message.get("content")
         parts = content if isinstance(content, list) else [content]
         for part in parts:
-            # A part that shows something counts as a text of usual length.
-            text = part.get("text", " " * 64) if isinstance(part, dict) else part
+            text = _text(part) if isinstance(part, dict) else part
             left -= len(text) * (1 if text.isascii() else 4) if isinstance(text, str) else _SHORT_BYTES
     return left > 0
+
+
+def _text(part: dict[str, Any]) -> Any:
+    """What a part adds to the text of a prompt; None if that isn't known."""
+    kind = part.get("type")
+    if kind in _TEXTS:
+        return part.get("text")
+    # A part that shows an image counts as a text of usual length.
+    return " " * 64 if kind in _IMAGES else None
 
 
 def _prompt(pipeline: Pipeline, given: Conversation) -> tuple[Build, list[MediaSource]]:

@@ -26,11 +26,12 @@ class LocalModel:
     """
 
     def __init__(self, spec: ModelSpec, config: AppConfig, tracer: Tracer) -> None:
-        turns = Turns()
+        has_encoder = load_media_processor(spec.engine) is not None
+        turns = Turns() if has_encoder else None
         self.language_model = LanguageModel.load(spec.engine, tracer, turns=turns)
         self.preprocessor: Preprocessor | None = None
         self.encoder: VisionEncoder | None = None
-        if load_media_processor(spec.engine) is not None:
+        if has_encoder:
             self.preprocessor = Preprocessor(
                 spec.preprocessor,
                 spec.engine,

@@ -57,7 +57,8 @@ class EngineConfig(BaseModel):
             of models with such states goes on (Qwen3.5); a quarter of the memory for caches if None.
         gpu_memory_utilization: share of the GPU's total memory this process may use.
         max_num_seqs: requests running at once.
-        max_num_batched_tokens: token budget of one step.
+        max_num_batched_tokens: token budget of one step. Beside running answers, prompts are spread over
+            several steps if the encoder is in this process, unless many images wait.
         max_encoder_tokens: most embedding rows of one request; offline also of all requests together whose
             placeholders are not computed yet.
         enable_prefix_caching: reuse KV blocks of equal prefixes.

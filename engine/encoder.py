@@ -321,6 +321,8 @@ class EncoderEngine(Mortal):
                     with self._watchdog.step():
                         self._serve(jobs)
                     self._rest()
+                    if self._turns is not None and not self._queue:
+                        self._turns.crowded = False
                 # Images may be large: the last ones must not stay while the thread waits for more.
                 del jobs
 

@@ -67,8 +67,11 @@ class Mailbox:
         if isinstance(result, SightlineError):
             self.fail(result)
             return
+        if self._error is not None:
+            # What comes behind an error would make an answer with a hole look whole.
+            return
         if isinstance(result, StreamUpdate):
-            if self._waiting is None and self._error is None and self._relay is not None:
+            if self._waiting is None and self._relay is not None:
                 try:
                     if self._relay.takes(result):
                         return

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from deployments.errors import as_sightline, logger
 from deployments.ray_serve.frames import Frames, connected, framed, is_own_user, listen
-from deployments.ray_serve.refusals import Refusal, abandoned, checked
+from deployments.ray_serve.refusals import Refusal, abandoned, checked, was_cancelled
 
 #: Seconds before replicas without a line are asked for one again: at first, and at most.
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
@@ -100,6 +100,11 @@ class _Answerer(asyncio.Protocol):
     async def _run(self, number: int, args: tuple[Any, ...]) -> None:
         try:
             data = framed((number, await self._answer(*args)))
+        except asyncio.CancelledError:
+            if was_cancelled():
+                raise
+            # Something else was: the caller must not wait.
+            data = framed((number, Refusal(abandoned())))
         except Exception as error:
             data = framed((number, Refusal(as_sightline(error))))
         self._transport.write(data)
@@ -146,7 +151,8 @@ class CallLine(asyncio.Protocol):
             self._transport.write(framed((number, args)))
             return checked(await future)
         except asyncio.CancelledError:
-            self._transport.write(framed(number))
+            if not self._ended:
+                self._transport.write(framed(number))
             raise
         finally:
             del self._calls[number]

@@ -11,8 +11,8 @@ from typing import Any, TypeVar, cast
 
 P = TypeVar("P", bound=asyncio.Protocol)
 
-#: Bytes of arrays that a message may hold: an image takes about one MiB. What comes behind them on the same
-#: line waits for 0.3 ms a MiB.
+#: Bytes of arrays in a request for an answer, and of what images are sent as. The pixels of an image
+#: take about one MiB. What comes behind them on the same line waits for 0.3 ms a MiB.
 MOST_BYTES = 4 << 20
 
 #: What Linux tells of a peer: process, user and group.
@@ -68,6 +68,10 @@ async def connected(address: str, make: Callable[[], P]) -> P | None:
     except OSError:
         connection.close()
         return None
+    # Anyone may listen at an abstract address, and what comes is unpickled.
+    if not _is_own(connection):
+        connection.close()
+        return None
     made = await asyncio.get_running_loop().create_unix_connection(make, sock=connection)
     return cast(tuple[Any, P], made)[1]
 
@@ -76,5 +80,9 @@ def is_own_user(transport: asyncio.BaseTransport) -> bool:
     """Return whether the process at the other end runs as this one's user."""
     # uvloop's sockets have no options of their own.
     with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as peer:
-        _, user, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        return _is_own(peer)
+
+
+def _is_own(peer: socket.socket) -> bool:
+    _, user, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
     return user == os.getuid()

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -72,13 +72,12 @@ class _Remote:
         self._handle = by_reference(handle)
         self._turns = Turns()
 
-    async def _call(self, method: Any, *args: Any) -> Any:
-        """Call a method of a replica.
+    async def _result(self, response: Any) -> Any:
+        """The result of a call. No frame keeps its arguments: an answer may last.
 
         Raises:
             SightlineError: the method refused, or the replica or the call failed.
         """
-        response = method.remote(*args)
         try:
             return checked(await response)
         except asyncio.CancelledError:
@@ -95,9 +94,11 @@ class _Remote:
             # A cycle otherwise: the response keeps its error, whose traceback keeps this frame.
             del response
 
-    async def _work(self, method: Any, *args: Any) -> Any:
-        """Call a method that does the work of a request; errors as :meth:`_call`."""
-        result = await self._call(method, *args)
+    async def _work(self, response: Any) -> Any:
+        """The result of a call that does the work of a request; errors as :meth:`_result`."""
+        call = self._result(response)
+        del response
+        result = await call
         self._ended()
         return result
 
@@ -146,23 +147,24 @@ class RemotePreprocessor(_RemoteStage):
         if self._lines is not None and not files and _are_small(sources):
             line = self._lines.choose(limits_here(self._handle))
             args = list(sources), caller, images, salt, current.get()
-            if line is not None and (found := await line.call(*args)) is not None:
+            if line is not None:
+                found = await line.call(*args)
                 self._ended()
                 return [_brought(media) for media in found]
         args = list(sources), caller, images, salt, current.get(), *_referenced(files)
-        return await self._work(self._handle.prepare, *args)
+        return await self._work(self._handle.prepare.remote(*args))
 
     async def open(
         self, sources: Sequence[MediaSource], files: Mapping[int, KeptFiles], caller: str, images: int
     ) -> list[OpenFile]:
         args = list(sources), caller, images, current.get(), *_referenced(files)
-        return await self._work(self._handle.open, *args)
+        return await self._work(self._handle.open.remote(*args))
 
     async def prepare_pages(
         self, file: OpenFile, pages: Sequence[MediaSource], images: int, salt: str = ""
     ) -> list[PixelsRef]:
         args = list(pages), images, salt, current.get(), replace(file.file, files=None), file.file.files
-        return await self._work(self._handle.prepare_pages, *args)
+        return await self._work(self._handle.prepare_pages.remote(*args))
 
 
 def _brought(media: PreparedMedia) -> PixelsRef:
@@ -191,8 +193,8 @@ class RemoteEncoder(_RemoteStage):
     name = "encoder"
 
     async def encode(self, pixels: PixelsRef, salt: str, asked: float) -> RowsRef:
-        args = pixels.item, taken(pixels.pixels), salt, asked, current.get()
-        return await self._work(self._handle.encode, *args)
+        method = self._handle.encode
+        return await self._work(method.remote(pixels.item, taken(pixels.pixels), salt, asked, current.get()))
 
 
 class LaterEncoder(_RemoteStage):
@@ -252,10 +254,10 @@ class RemoteLanguageModel(_RemoteStage):
         )
 
     async def max_model_len(self) -> int:
-        return await self._call(self._handle.max_model_len)
+        return await self._result(self._handle.max_model_len.remote())
 
     async def device(self) -> str:
-        return await self._call(self._handle.device)
+        return await self._result(self._handle.device.remote())
 
     async def generate(
         self, request: Generation, media: Sequence[RowsRef], relay: Taker | None = None
@@ -287,7 +289,7 @@ class RemoteLanguageModel(_RemoteStage):
                 if misrouted == _ROUTING_ATTEMPTS:
                     raise
             except StageLost as error:
-                if any(isinstance(ref.array, Brought) for ref in media):
+                if _any_brought(media):
                     raise RowsLost(error.message) from error
                 raise
 
@@ -335,15 +337,16 @@ class RemoteLanguageModel(_RemoteStage):
         router.asked[replica] += 1
         # From now on the answer is lost with the line.
         answer.channel = replica
-        say((request, current.get(), infos, arrays))
-        # They are on their way: see `Brought`.
-        arrays.clear()
         try:
+            say((request, current.get(), infos, arrays))
+            # They are on their way: see `Brought`.
+            arrays.clear()
             yield
             self._ended()
         except BaseException:
             if self._inbox.lines.get(replica) is say:
-                say(request.request_id)
+                with suppress(StageLost):
+                    say(request.request_id)
             raise
         finally:
             router.asked[replica] -= 1
@@ -352,13 +355,16 @@ class RemoteLanguageModel(_RemoteStage):
         self,
         request: Generation,
         infos: Sequence[RowsInfo | PixelsInfo],
-        references: Sequence[Any],
+        references: list[Any],
         answer: Answer,
     ) -> None:
-        """Bring a request to a replica, which answers at once if it has a channel to this process."""
-        args = request, current.get(), self._inbox.name, infos, *references
+        """Bring a request to a replica, which answers at once if it has a channel to this process. That has
+        the ``references`` then: see :class:`~deployments.ray_serve.handoff.Brought`."""
+        method = self._handle.hold
         try:
-            result = await self._call(self._handle.hold, *args)
+            call = self._result(method.remote(request, current.get(), self._inbox.name, infos, *references))
+            references.clear()
+            result = await call
             if isinstance(result, Sent):
                 self._ended()
                 self._inbox.all_sent(answer)
@@ -397,8 +403,14 @@ class RemoteLanguageModel(_RemoteStage):
 
     async def embed(self, request: Pooling, media: Sequence[RowsRef]) -> EmbeddingOutput:
         infos, references = _arrays(media)
-        args = request, current.get(), infos, *references
-        output, encoded = await self._work(self._handle.embed, *args)
+        call = self._work(self._handle.embed.remote(request, current.get(), infos, *references))
+        references.clear()
+        try:
+            output, encoded = await call
+        except StageLost as error:
+            if _any_brought(media):
+                raise RowsLost(error.message) from error
+            raise
         _note(encoded)
         return output
 
@@ -407,6 +419,11 @@ def _arrays(media: Sequence[RowsRef]) -> tuple[list[RowsInfo | PixelsInfo], list
     """How to read each array, and the references to them, each to be an argument of its own: Ray resolves no
     others. Errors as of :func:`~deployments.ray_serve.handoff.taken`."""
     return [ref.info for ref in media], [taken(ref.array) for ref in media]
+
+
+def _any_brought(media: Sequence[RowsRef]) -> bool:
+    """Return whether some of ``media`` came by a line: a stage that is lost loses them, too."""
+    return any(isinstance(ref.array, Brought) for ref in media)
 
 
 def _note(encoded: Sequence[Encoded]) -> None:
@@ -422,22 +439,22 @@ class RemoteKeeper(_Remote):
     name = "store of responses"
 
     async def put(self, name: str, owner: str, data: bytes) -> None:
-        await self._call(self._handle.put, name, owner, data)
+        await self._result(self._handle.put.remote(name, owner, data))
 
     async def update(self, name: str, data: bytes) -> None:
-        await self._call(self._handle.update, name, data)
+        await self._result(self._handle.update.remote(name, data))
 
     async def get(self, name: str, owner: str) -> tuple[bytes, bool] | None:
-        return await self._call(self._handle.get, name, owner)
+        return await self._result(self._handle.get.remote(name, owner))
 
     async def delete(self, name: str, owner: str) -> bool:
-        return await self._call(self._handle.delete, name, owner)
+        return await self._result(self._handle.delete.remote(name, owner))
 
     async def cancel(self, name: str, owner: str) -> None:
-        await self._call(self._handle.cancel, name, owner)
+        await self._result(self._handle.cancel.remote(name, owner))
 
     async def stopped(self, name: str) -> None:
-        await self._call(self._handle.stopped, name)
+        await self._result(self._handle.stopped.remote(name))
 
 
 class RemoteReferences(_Remote):
@@ -451,19 +468,19 @@ class RemoteReferences(_Remote):
         named = [source for source in sources if source.is_reference]
         if not named:
             return list(sources), {}
-        resolved, files = await self._call(self._handle.resolve, owner, named)
+        resolved, files = await self._result(self._handle.resolve.remote(owner, named))
         found = {source.index: source for source in resolved}
         return [found.get(source.index, source) for source in sources], files
 
     async def keep(self, owner: Owner, source: MediaSource, kept: KeptFiles) -> None:
         try:
-            await self._call(self._handle.keep, owner, without_payload(source), kept)
+            await self._result(self._handle.keep.remote(owner, without_payload(source), kept))
         except StageLost as error:
             # The request itself goes on without it.
             logger.warning("media of the uuid %r are not kept: %s", source.uuid[:64], error)
 
     async def lost(self, owner: Owner, named: Sequence[MediaSource]) -> None:
-        await self._call(self._handle.lost, owner, list(named))
+        await self._result(self._handle.lost.remote(owner, list(named)))
 
 
 def remote_stages(

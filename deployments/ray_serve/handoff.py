@@ -1,7 +1,7 @@
 """Passes requests, arrays and token streams between Ray Serve deployments.
 
 The replica that makes an array puts it into the object store, and only its reference travels on: the ingress
-in the middle never holds the bytes, unless they go on by a line (:mod:`deployments.ray_serve.line`).
+in the middle never holds the bytes, unless they come by a line (:mod:`deployments.ray_serve.call_line`).
 References are passed as top-level arguments, which Ray resolves for the receiver, without a copy on the same
 node. Both need Ray's actor calls. Serve's gRPC transport would pickle a reference into a byte string; Ray
 does not count it there and never frees its object.

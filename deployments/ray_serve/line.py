@@ -17,6 +17,7 @@ from typing import Any, cast
 from deployments.errors import as_sightline, logger
 from deployments.ray_serve.channel import Asked, Message, Outbox, Outboxes
 from deployments.ray_serve.frames import Frames, connected, framed, is_own_user, listen
+from deployments.ray_serve.refusals import abandoned, was_cancelled
 from deployments.tracing import current
 
 
@@ -122,9 +123,16 @@ class _Sender(asyncio.Protocol):
 
     async def _answer(self, outbox: Outbox, asked: Asked) -> None:
         request, span, infos, arrays = asked
+        # The arrays are dropped as soon as they are used.
+        del asked
         current.set(span)
         try:
             await self._give(outbox, request, infos, arrays)
+        except asyncio.CancelledError:
+            if was_cancelled():
+                raise
+            # Something else was: the reader must not wait.
+            outbox.fail(request.request_id, abandoned())
         except Exception as error:
             outbox.fail(request.request_id, as_sightline(error))
 
@@ -194,7 +202,13 @@ class _Reader(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def say(self, message: Asked | str) -> None:
-        """Send a message."""
+        """Send a message.
+
+        Raises:
+            StageLost: the line has ended.
+        """
+        if self.ended.done():
+            raise abandoned()
         self._transport.write(framed(message))
 
     def close(self) -> None:

@@ -23,7 +23,6 @@ from deployments.preprocessor import Preprocessor
 from deployments.ray_serve.call_line import CallLines
 from deployments.ray_serve.channel import Elsewhere, Here, Message, Outboxes, Sent
 from deployments.ray_serve.engine_process import EngineProcess
-from deployments.ray_serve.frames import MOST_BYTES
 from deployments.ray_serve.handoff import ObjectStore, PixelsRef, RowsRef
 from deployments.ray_serve.held_requests import Held, HeldRequests
 from deployments.ray_serve.packing import Encoded, PackedUpdate, Piece, PixelsInfo, RowsInfo, pieces
@@ -92,13 +91,10 @@ class PreprocessorReplica:
 
     async def _prepare_near(
         self, sources: Sequence[MediaSource], caller: str, images: int | None, salt: str, span: Carrier
-    ) -> list[PreparedMedia] | Refusal | None:
-        """As :meth:`prepare`, with the pixels themselves; None if they are too large for a line."""
+    ) -> list[PreparedMedia] | Refusal:
+        """As :meth:`prepare`, with the pixels themselves."""
         current.set(span)
-        made = await answered(self._stage.prepare(sources, {}, caller, images, salt))
-        if isinstance(made, Refusal):
-            return made
-        return made if sum(media.pixels.nbytes for media in made) <= MOST_BYTES else None
+        return await answered(self._stage.prepare(sources, {}, caller, images, salt))
 
     async def prepare(
         self,

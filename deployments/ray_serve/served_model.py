@@ -72,8 +72,9 @@ class ServedModel:
             from deployments.language_model import LanguageModel
 
         logger.info("%s: modules were imported in %s", "language model", times)
-        made, turns = None, Turns()
+        made = turns = None
         if encoder is not None:
+            turns = Turns()
             # First: the memory that is left is for keys and values.
             made = VisionEncoder(encoder, engine, make_tracer(tracing, "encoder"), turns=turns)
         stage = LanguageModel.load(engine, make_tracer(tracing, "language-model"), launcher, turns)
@@ -131,17 +132,18 @@ class ServedModel:
         """
         if (outbox := self._outboxes.find(reader)) is None:
             raise abandoned()
-        await self._give(outbox, request, infos, arrays)
+        await self._give(outbox, request, infos, list(arrays))
 
     async def _give(
         self,
         outbox: Outbox,
         request: Generation,
         infos: Sequence[RowsInfo | PixelsInfo],
-        arrays: Sequence[np.ndarray],
+        arrays: list[np.ndarray],
     ) -> None:
-        """As :meth:`answer`, into ``outbox``."""
+        """As :meth:`answer`, into ``outbox``. The pixels among ``arrays`` are not kept."""
         media, encoded = await self.embedded(infos, arrays)
+        arrays.clear()
         await give(self, outbox, request, media, encoded)
 
     def generate(

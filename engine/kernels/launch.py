@@ -78,7 +78,9 @@ def _load_by_itself(name: str, path: str) -> ModuleType:
     passes a kernel the arguments of another. A name for each path keeps them apart: Python looks for the
     initialisation function by what follows the last dot.
     """
-    spec = importlib.util.spec_from_file_location(f"{hashlib.sha256(path.encode()).hexdigest()}.{name}", path)
+    spec = importlib.util.spec_from_file_location(
+        f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.{name}", path
+    )
     if spec is None or spec.loader is None:
         raise RuntimeError(f"{path} is no extension that Python can load")
     module = importlib.util.module_from_spec(spec)

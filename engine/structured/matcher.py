@@ -18,6 +18,9 @@ from engine.structured.run_odds import RunForecast, RunOdds
 _ALONE_S = 2e-3
 #: Texts of a grammar that must follow somewhere, of which it is kept how many tokens are taken together.
 _MOST_TEXTS = 1024
+#: Tokens that are forced in one go, and before the first sampled one. llguidance looks at all of the rest of
+#: a text behind each one, so a long text would hold up the engine, or the event loop.
+_MOST_FORCED, _MOST_OPENING = 256, 64
 
 
 class GrammarMatcher:
@@ -131,8 +134,10 @@ class GrammarMatcher:
         tokens: list[int] = []
         if not self._needs_mask:
             return tokens
+        most = min(most, _MOST_FORCED)
         while len(tokens) < most and (found := self._matcher.compute_ff_tokens()):
-            found = found[: min(self._num_sure(found), most - len(tokens))]
+            found = found[: most - len(tokens)]
+            found = found[: self._num_sure(found)]
             taken = list(takewhile(lambda token: token not in excluded and token not in self._eos_ids, found))
             if not (taken and self._matcher.consume_tokens(taken)):
                 break
@@ -145,7 +150,7 @@ class GrammarMatcher:
 
     def open(self, most: int, excluded: Container[int]) -> list[int]:
         """:meth:`force`, before the first token is sampled."""
-        if tokens := self.force(most, excluded):
+        if tokens := self.force(min(most, _MOST_OPENING), excluded):
             self.forecast.sampled(tokens[-1], tokens)
         return tokens
 
@@ -162,7 +167,9 @@ class GrammarMatcher:
         if len(tokens) == 1 or kept is None:
             return 1
         key = (*tokens, self._matcher.compute_ff_bytes())
-        if key not in kept:
+        # Several threads read and write it.
+        known = kept.get(key)
+        if known is None:
             if len(kept) >= _MOST_TEXTS:
                 kept.clear()
             copy, count = self._matcher.deep_copy(), 1
@@ -170,8 +177,8 @@ class GrammarMatcher:
                 if copy.compute_ff_tokens()[:1] != [tokens[count]]:
                     break
                 count += 1
-            kept[key] = count
-        return kept[key]
+            known = kept[key] = count
+        return known
 
     def rollback(self, num_tokens: int) -> None:
         """Forgets the last tokens accepted, all of which were allowed."""

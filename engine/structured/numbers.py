@@ -6,7 +6,8 @@ The grammar can't bound them: llguidance 1.9 drops exponents as soon as a number
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from string import ascii_letters
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def advance_within(state: int, piece: bytes) -> int:
     for byte in piece:
         if byte in _DIGITS:
             # A text may have any number of digits.
-            state = min(state + 1, _FRACTION - 1) if state < _FRACTION else min(state + 1, 2 * _FRACTION)
+            state = min(state + 1, _FRACTION - 1) if state < _FRACTION else min(state + 1, 2 * _FRACTION - 1)
         elif byte == _POINT and 0 < state < _FRACTION:
             state = _FRACTION
         elif byte in b"eE" and state > 0:
@@ -120,31 +121,33 @@ class DigitBound:
 class DigitBoundWithin(DigitBound):
     """The same in an answer of which JSON is a part, such as a call behind a text.
 
-    The grammar tells a number from other digits: neither a letter nor the quote that ends a string may follow
-    it, but an exponent may, unless the number has begun one or has bounds. Integers within such answers have
-    bounds, see :func:`engine.parsers.arguments.with_bounded_integers`.
+    The grammar tells a number from other digits: neither the quote that ends a string may follow it nor a
+    letter, but for that of an exponent, unless the number has begun one or has bounds. Integers within such
+    answers have bounds, see :func:`engine.parsers.arguments.with_bounded_integers`.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], width: int) -> None:
         super().__init__(token_bytes, width)
-        self._text, self._exponent = (
-            [token for token, piece in enumerate(token_bytes) if piece in pieces]
-            for pieces in ((b"a", b'"'), (b"e", b"E"))
-        )
+        letters = {letter.encode() for letter in ascii_letters}
+        exponents = {b"e", b"E"}
+        # (width,) int32 each.
+        self._text = self._having(letters - exponents | {b'"'})
+        self._exponent = self._having(exponents)
 
     def after(self, state: int, token: int) -> int:
         return advance_within(state, self._token_bytes[token])
 
     def mask(self, state: int, row: np.ndarray) -> np.ndarray | None:
         found = self._at_most(MAX_DIGITS - state % _FRACTION)
-        if found is None or not self._text or _any(row, self._text):
+        if found is None or not self._text.any() or (row & self._text).any():
             return None
-        return found if state >= _FRACTION or _any(row, self._exponent) else None
+        return found if state >= _FRACTION or (row & self._exponent).any() else None
 
-
-def _any(row: np.ndarray, tokens: Sequence[int]) -> bool:
-    """Whether a mask lets one of ``tokens`` come."""
-    return any(int(row[token // 32]) >> token % 32 & 1 for token in tokens)
+    def _having(self, pieces: Container[bytes]) -> np.ndarray:
+        """The tokens whose text is one of ``pieces``, as a mask."""
+        bits = np.zeros(len(self._leading), np.uint8)
+        bits[: len(self._token_bytes)] = [piece in pieces for piece in self._token_bytes]
+        return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def _leading_digits(piece: bytes) -> int:

@@ -133,6 +133,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:,0"}}
         ([{"role": "assistant", "content": "?", "tool_calls": []}], {}, False),
         ([{"role": "user", "content": "?"}], {"template_options": {"long": "text"}}, False),
         ([{"role": "user", "content": "?"}], {"tools": ToolUse(({"name": "f"},))}, False),
+        ([{"role": "assistant", "content": [{"type": "refusal", "refusal": "no " * 200}]}], {}, False),
+        ([{"role": "user", "content": [{"type": "text", "text": "no " * 200}]}], {}, False),
     ],
 )
 async def test_threads_make_all_prompts_but_short_ones(spec, monkeypatch, messages, options, here):

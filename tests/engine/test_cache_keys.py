@@ -246,11 +246,11 @@ def test_encoder_rows(tmp_path):
 
 
 def test_grammars():
-    given = [("regex", "a"), ("regex", "b"), ("grammar", "a")]
-    specs = [StructuredSpec(kind=kind, text=text) for kind, text in given]
-    assert len(set(specs)) == 3 and len({hash(spec) for spec in specs}) == 3
+    given = [("regex", "a", False), ("regex", "b", False), ("grammar", "a", False), ("grammar", "a", True)]
+    specs = [StructuredSpec(kind=kind, text=text, holds_json=holds) for kind, text, holds in given]
+    assert len(set(specs)) == 4 and len({hash(spec) for spec in specs}) == 4
     # A grammar depends on nothing else that a request brings.
-    assert {field.name for field in dataclasses.fields(StructuredSpec)} == {"kind", "text"}
+    assert {field.name for field in dataclasses.fields(StructuredSpec)} == {"kind", "text", "holds_json"}
 
 
 def test_forms_of_content():

@@ -162,7 +162,8 @@ def _is_later(named: Iterable[Any], architecture: str) -> bool:
 
 def _with_times(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """``config`` with the form of the times of videos, by the class of the whole processor."""
-    files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+    kinds = ("processor", "preprocessor", "video_preprocessor", "tokenizer")
+    files = (f"{kind}_config.json" for kind in kinds)
     named = (checkpoint.json(file).get("processor_class") for file in files)
     return replace(config, extra={_TENTHS: _is_later(named, config.architecture)})
 

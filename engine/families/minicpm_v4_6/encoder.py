@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -34,6 +35,8 @@ class WindowMerger(nn.Module):
 
     def __init__(self, config: VisionConfig, build: BuildContext) -> None:
         super().__init__()
+        # It stands between blocks of the tower, and keeps its matrices as they are.
+        build = replace(build, tower=None)
         width = config.hidden_size
         self.norm1 = make_norm(config, width, build)
         self.attn = VisionAttention(config, build)

@@ -141,11 +141,23 @@ async def test_a_replica_that_stops_ends_its_calls_first():
 
 
 async def test_other_users_have_no_line(monkeypatch):
-    monkeypatch.setattr("deployments.ray_serve.frames.os.getuid", lambda: -1)
     replica = Replica()
-    with pytest.raises(StageLost):
-        await asyncio.wait_for((await replica.connect()).call(1), 60)
+    with monkeypatch.context() as patch:
+        patch.setattr("deployments.ray_serve.call_line.is_own_user", lambda transport: False)
+        with pytest.raises(StageLost):
+            await asyncio.wait_for((await replica.connect()).call(1), 60)
     assert not replica.calls
+    # Nor do those who listen at a replica's address.
+    monkeypatch.setattr("deployments.ray_serve.frames.os.getuid", lambda: -1)
+    assert await connected(await replica.lines.address(), asyncio.Protocol) is None
+
+
+async def test_a_call_whose_work_was_cancelled_is_lost():
+    replica = Replica()
+    task = await replica.begin(await replica.connect(), 1)
+    replica.calls[1].cancel()
+    with pytest.raises(StageLost):
+        await asyncio.wait_for(task, 60)
 
 
 class Deployment:
@@ -292,12 +304,14 @@ async def test_images_are_prepared_by_a_line():
     assert not replica.calls
 
 
-async def test_large_media_and_what_is_kept_are_prepared_by_ray_serve():
+async def test_large_requests_and_what_is_kept_are_prepared_by_ray_serve():
     replica = Preparing(np.zeros(MOST_BYTES + 1, np.uint8))
     stage = stage_of(replica)
     await opened(stage, replica)
+    # What has been done is not done again.
+    (found,) = await prepared(stage, IMAGE)
+    assert found.pixels.take().nbytes > MOST_BYTES and not replica.calls
     others = [
-        IMAGE,
         MediaSource(0, "video", "video", url="data:,0"),
         MediaSource(0, "video", "video", frames=(IMAGE,)),
         MediaSource(0, "image", url="data:,0", uuid="name"),

@@ -619,10 +619,13 @@ async def test_a_reader_that_leaves_takes_its_line_along(near):
 
 
 async def test_other_users_have_no_line(near, monkeypatch):
-    monkeypatch.setattr("deployments.ray_serve.frames.os.getuid", lambda: -1)
     read: list = []
     address = await near.replica._stage.line()
-    assert await asyncio.wait_for(follow(address, "reader", read.append, read.append), 60)
+    with monkeypatch.context() as patch:
+        patch.setattr("deployments.ray_serve.line.is_own_user", lambda transport: False)
+        assert await asyncio.wait_for(follow(address, "reader", read.append, read.append), 60)
+    monkeypatch.setattr("deployments.ray_serve.frames.os.getuid", lambda: -1)
+    assert not await asyncio.wait_for(follow(address, "reader", read.append, read.append), 60)
     assert not read and near.replica.served._outboxes.find("reader") is None
 
 

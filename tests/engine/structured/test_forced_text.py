@@ -105,6 +105,19 @@ def test_forced_text_comes_out_whole(name):
             assert answer is not None and json.loads(answer) == {text: text}
 
 
+def test_a_long_text_is_forced_piece_by_piece():
+    """To force it in one go would hold up everything else for seconds."""
+    model = vocabulary("byte_level")
+    letters = "".join(random.Random(0).choices("abcdefgh", k=600))
+    matcher = model.compile("json_schema", json.dumps({"const": letters})).matcher()
+    pieces = [matcher.open(4096, ())]
+    while pieces[-1]:
+        pieces.append(matcher.force(4096, ()))
+    assert [len(piece) for piece in pieces[:2]] == [64, 256]
+    text = b"".join(model.tokenizer.token_bytes(token) for piece in pieces for token in piece)
+    assert matcher.is_finished and json.loads(text) == letters
+
+
 @pytest.mark.parametrize("name", ["byte_level", "byte_fallback", "legacy_fallback"])
 def test_tokens_taken_together_are_those_taken_one_by_one(name):
     """How many are taken together is kept: several answers of a grammar meet what earlier ones have left."""

@@ -133,6 +133,9 @@ def test_exponents_within_an_answer(compiler, tokenizer, vocab_size, text, more)
         ({"pattern": "^[0-9]+$"}, f'"{LONG}"'),
         ({"pattern": "^[0-9]{24,}$"}, f'"{LONG}"'),
         ({"pattern": "^[0-9].[0-9]{30}$"}, f'"1.{LONG[:30]}"'),
+        ({"pattern": "^[0-9A-F]{30}$"}, f'"1E{LONG[:28]}"'),
+        ({"pattern": "^[A-HJ-NPR-Z0-9]{17}$"}, f'"1E{LONG[:15]}"'),
+        ({"pattern": "^[0-9]E[0-9]{3,6}[XYZ]$"}, f'"2E{LONG[:5]}Y"'),
     ],
 )
 def test_texts_of_digits_within_an_answer_are_free(compiler, tokenizer, vocab_size, schema, text):

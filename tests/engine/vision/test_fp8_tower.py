@@ -12,11 +12,17 @@ import transformers
 from torch import nn
 
 from engine.config import EngineConfig
+from engine.distributed.group import SingleProcessGroup
 from engine.encoder import EncoderEngine
 from engine.errors import ConfigError
+from engine.families.minicpm_v4_6.encoder import WindowMerger
 from engine.fit import check_fit
 from engine.kernels import dispatch
 from engine.kernels.fp8 import FP8
+from engine.layers.build import BuildContext
+from engine.layers.matrix_formats import Fp8Format
+from engine.vision.transformer import VisionTransformer
+from engine.vision.transformer_config import VisionConfig
 from tests.engine.families.opened import encoder, media_processor, parse
 from tests.engine.families.qwen import IMAGE, make_qwen2_5_vl
 from tests.engine.tiny import make_qwen2_vl, make_text, picture, reference_inputs
@@ -75,6 +81,15 @@ def test_rows_are_those_of_rounded_matrices(tmp_path, monkeypatch, family, input
     # Rounding the matrices alone, or nothing, gives other rows.
     assert error(rows, expected(path, pictures, weights=inputs, inputs=False)) > 0.03
     assert error(encoder(path).encode(prepared), expected(path, pictures, weights=False, inputs=False)) < 1e-5
+
+
+def test_what_stands_between_the_blocks_is_not_rounded():
+    config = VisionConfig(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, patch_dim=12)
+    build = BuildContext(
+        torch.device("cpu"), torch.float32, SingleProcessGroup(), tower=Fp8Format(None, "output")
+    )
+    assert FP8 in {each.dtype for each in VisionTransformer(config, build).parameters()}
+    assert {each.dtype for each in WindowMerger(config, build).parameters()} == {torch.float32}
 
 
 def test_models_that_have_no_such_tower_are_refused(tmp_path):
