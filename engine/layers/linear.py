@@ -31,12 +31,32 @@ from engine.layers.packed import PackedMatrix, packed_matrix
 from engine.layers.quantised import check_share, make_matrix, matrix_target, scale_slot
 
 
-class Linear(nn.Module):
+class _Projection(nn.Module):
+    """A linear layer whose outputs on this rank come from this rank's matrix alone."""
+
+    weight: torch.Tensor
+    scale: Scale | Int4Scale | None
+    bias: torch.Tensor | None
+
+    def takes_rounded(self, x: torch.Tensor) -> bool:
+        """Return whether rows in fp8 are taken instead of ``x``."""
+        return takes_rounded(x, self.weight, self.scale)
+
+    def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
+        if self.scale is not None:
+            return linear(x, self.weight, self.bias, scale=self.scale)
+        assert isinstance(x, torch.Tensor)
+        return F.linear(x, self.weight, self.bias)
+
+
+class Linear(_Projection):
     """Computes ``x @ weight.T + bias``, the same on every rank. Weight ``(out_features, in_features)``.
 
     Args:
         stored: the format of the weight; None for the model's dtype.
     """
+
+    scale: Scale | None
 
     def __init__(
         self,
@@ -52,16 +72,6 @@ class Linear(nn.Module):
         self.weight, self.scale = make_matrix(self, out_features, in_features, build, stored)
         self.bias = build.parameter(out_features) if bias else None
         self.dtype = build.dtype
-
-    def takes_rounded(self, x: torch.Tensor) -> bool:
-        """Return whether rows in fp8 are taken instead of ``x``."""
-        return takes_rounded(x, self.weight, self.scale)
-
-    def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
-        if self.scale is not None:
-            return linear(x, self.weight, self.bias, scale=self.scale)
-        assert isinstance(x, torch.Tensor)
-        return F.linear(x, self.weight, self.bias)
 
     def activated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         """Compute ``activation(x @ weight.T + bias)``, fused where that is faster.
@@ -116,7 +126,7 @@ def unread_words(layer: nn.Module, build: BuildContext) -> torch.Tensor:
     return words
 
 
-class FusedColumnLinear(nn.Module):
+class FusedColumnLinear(_Projection):
     """Several projections of one input, computed by one GEMM; output features are split over ranks.
 
     Returns ``(..., sum of part sizes on this rank)``, parts in order.
@@ -162,16 +172,6 @@ class FusedColumnLinear(nn.Module):
             for tensor in (self.weight, self.bias, getattr(self, "weight_scale", None)):
                 if part.padding and tensor is not None:
                     tensor.data[end - part.padding : end].zero_()
-
-    def takes_rounded(self, x: torch.Tensor) -> bool:
-        """Return whether rows in fp8 are taken instead of ``x``."""
-        return takes_rounded(x, self.weight, self.scale)
-
-    def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
-        if self.scale is not None:
-            return linear(x, self.weight, self.bias, scale=self.scale)
-        assert isinstance(x, torch.Tensor)
-        return F.linear(x, self.weight, self.bias)
 
     def after_norm(
         self,
