@@ -16,16 +16,14 @@ from engine.inputs.media_options import with_options
 from engine.inputs.messages import parse_messages
 from engine.media.source import MediaSource
 from engine.outputs import StreamUpdate
-from engine.prompt import EngineInput, MediaItem, PagesItem
+from engine.prompt import EngineInput, MediaItem, Message, PagesItem, TextPart
 from engine.sampling_params import SamplingParams, StructuredSpec
 
-#: The most messages, and bytes of theirs, of a prompt that the event loop makes.
-_SHORT_MESSAGES, _SHORT_BYTES = 4, 512
-#: Fields of a message that is nothing but text.
+#: The most messages, and bytes of theirs, of a prompt that the event loop makes; an image counts as a text of
+#: usual length.
+_SHORT_MESSAGES, _SHORT_BYTES, _IMAGE_BYTES = 4, 512, 64
+#: Fields of a message that is nothing but its content.
 _PLAIN = frozenset({"role", "content"})
-#: Types of parts that are a text, and of those that are an image.
-_TEXTS = frozenset({"text", "input_text", "output_text"})
-_IMAGES = frozenset({"image_url", "input_image", "image"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +153,7 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
         if given.constraint is not None:
             # Refuses a constraint that other parameters exclude before any image is fetched.
             replace(given.params, structured=given.constraint)
-        build, sources = _prompt(pipeline, given)
-        short = _is_short(given)
+        build, sources, short = _prompt(pipeline, given)
         prompt = await pipeline.prepare(
             build, sources, params=given.params, salt=given.cache_salt, short=short
         )
@@ -177,34 +174,24 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
     return RunningAnswer(prompt.inputs.token_ids, params, updates, reader, relay, given.include_timings)
 
 
-def _is_short(given: Conversation) -> bool:
+def _is_short(given: Conversation, messages: Sequence[Message], sources: Sequence[MediaSource]) -> bool:
     """Return whether the event loop may make the prompt, which takes 0.1 to 0.3 ms then. To have a thread do
-    it costs as much again: two threads wake, one after the other. Tools and options are not looked into."""
-    if given.tools.functions or given.template_options or len(given.messages) > _SHORT_MESSAGES:
+    it costs as much again: two threads wake, one after the other. Tools, options and media other than images
+    are not looked into: a document may be read as text."""
+    plain = not (given.tools.functions or given.template_options) and all(
+        message.keys() <= _PLAIN for message in given.messages
+    )
+    shown = all(source.kind == "image" and not (source.pages or source.rows) for source in sources)
+    if not (plain and shown) or len(messages) > _SHORT_MESSAGES:
         return False
-    left = _SHORT_BYTES
-    for message in given.messages:
-        if message.keys() - _PLAIN:
-            return False
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [content]
-        for part in parts:
-            text = _text(part) if isinstance(part, dict) else part
-            left -= len(text) * (1 if text.isascii() else 4) if isinstance(text, str) else _SHORT_BYTES
-    return left > 0
+    texts = [part.text for message in messages for part in message.parts if isinstance(part, TextPart)]
+    size = sum(len(text) * (1 if text.isascii() else 4) for text in texts)
+    return size + _IMAGE_BYTES * len(sources) < _SHORT_BYTES
 
 
-def _text(part: dict[str, Any]) -> Any:
-    """What a part adds to the text of a prompt; None if that isn't known."""
-    kind = part.get("type")
-    if kind in _TEXTS:
-        return part.get("text")
-    # A part that shows an image counts as a text of usual length.
-    return " " * 64 if kind in _IMAGES else None
-
-
-def _prompt(pipeline: Pipeline, given: Conversation) -> tuple[Build, list[MediaSource]]:
-    """Return the function that makes a conversation's prompt from its media items, and its media."""
+def _prompt(pipeline: Pipeline, given: Conversation) -> tuple[Build, list[MediaSource], bool]:
+    """Return the function that makes a conversation's prompt from its media items, its media, and whether the
+    function is short, see :func:`_is_short`."""
     messages, sources = parse_messages(given.messages)
     sources = with_options(sources, given.processor_options, given.reading_options)
 
@@ -219,7 +206,7 @@ def _prompt(pipeline: Pipeline, given: Conversation) -> tuple[Build, list[MediaS
             cache_salt=given.cache_salt,
         )
 
-    return build, sources
+    return build, sources, _is_short(given, messages, sources)
 
 
 async def tokenize(pipeline: Pipeline, given: Conversation) -> EngineInput:
@@ -229,4 +216,5 @@ async def tokenize(pipeline: Pipeline, given: Conversation) -> EngineInput:
         SightlineError: under the caller's field names.
     """
     with caller_fields(given.field_names):
-        return await pipeline.tokenize(*_prompt(pipeline, given), salt=given.cache_salt)
+        build, sources, _ = _prompt(pipeline, given)
+        return await pipeline.tokenize(build, sources, salt=given.cache_salt)
