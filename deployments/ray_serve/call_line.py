@@ -13,14 +13,14 @@ from functools import partial
 from typing import Any, cast
 
 from deployments.errors import as_sightline, logger
-from deployments.ray_serve.frames import Frames, connected, framed, is_own_user, listen
+from deployments.ray_serve.frames import Frames, LineServer, ServedLine, connected, framed
 from deployments.ray_serve.refusals import Refusal, abandoned, checked, was_cancelled
 
 #: Seconds before replicas without a line are asked for one again: at first, and at most.
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 
 
-class CallLines:
+class CallLines(LineServer):
     """A replica's end of its callers' lines.
 
     Args:
@@ -28,74 +28,26 @@ class CallLines:
     """
 
     def __init__(self, answer: Callable[..., Awaitable[Any]]) -> None:
-        self._answer = answer
-        self._address: asyncio.Future[str] | None = None
-        self._connections: set[_Answerer] = set()
-
-    async def address(self) -> str:
-        """The socket's address; empty if there can be none."""
-        if self._address is None:
-            # In a context of its own, not in that of the request that happens to be the first.
-            self._address = contextvars.Context().run(asyncio.ensure_future, self._listen())
-        return await asyncio.shield(self._address)
-
-    async def _listen(self) -> str:
-        try:
-            self._server, address = await listen(lambda: _Answerer(self._answer, self._connections))
-        except OSError as error:
-            logger.warning("all calls go by Ray Serve, because there is no socket for them: %s", error)
-            return ""
-        return address
-
-    async def answered(self) -> None:
-        """Return once all calls have ended."""
-        while running := [task for each in self._connections for task in each.tasks.values()]:
-            await asyncio.wait(running)
+        super().__init__(partial(_Answerer, answer), "all calls go by Ray Serve")
 
 
-class _Answerer(asyncio.Protocol):
+class _Answerer(ServedLine):
     """The replica's end of one line.
 
     A message is a call's number and its arguments, or the number alone of a call that is given up. An answer
     is the number and the result, which may be a :class:`~deployments.ray_serve.refusals.Refusal`.
-
-    Attributes:
-        tasks: calls that run, by number.
     """
 
-    def __init__(self, answer: Callable[..., Awaitable[Any]], connections: set["_Answerer"]) -> None:
-        self._answer, self._connections = answer, connections
-        self._frames = Frames()
-        self.tasks: dict[int, asyncio.Task[None]] = {}
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are of no class of asyncio's.
-        self._transport = cast(asyncio.Transport, transport)
-        if is_own_user(transport):
-            self._connections.add(self)
-        else:
-            transport.close()
-
-    def data_received(self, data: bytes) -> None:
-        if self not in self._connections:
-            return
-        try:
-            for message in self._frames.cut(data):
-                self._take(message)
-        except Exception:
-            logger.exception("what a caller says can't be read")
-            self._transport.abort()
+    def __init__(self, answer: Callable[..., Awaitable[Any]], connections: set[ServedLine]) -> None:
+        super().__init__(connections)
+        self._answer = answer
 
     def _take(self, message: Any) -> None:
         if isinstance(message, int):
-            # It may have ended meanwhile.
-            if (running := self.tasks.get(message)) is not None:
-                running.cancel()
-            return
-        number, args = message
-        # In a context of its own, for its span.
-        task = self.tasks[number] = contextvars.Context().run(asyncio.ensure_future, self._run(number, args))
-        task.add_done_callback(lambda _: self.tasks.pop(number))
+            self._give_up(message)
+        else:
+            number, args = message
+            self._begin(number, self._run(number, args))
 
     async def _run(self, number: int, args: tuple[Any, ...]) -> None:
         try:
@@ -108,11 +60,6 @@ class _Answerer(asyncio.Protocol):
         except Exception as error:
             data = framed((number, Refusal(as_sightline(error))))
         self._transport.write(data)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._connections.discard(self)
-        for task in self.tasks.values():
-            task.cancel()
 
 
 class CallLine(asyncio.Protocol):

@@ -1,13 +1,16 @@
 """Messages on a Unix socket between two processes of one host: each is pickled, behind its length."""
 
 import asyncio
+import contextvars
 import os
 import pickle
 import socket
 import struct
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterator
 from typing import Any, TypeVar, cast
+
+from deployments.errors import logger
 
 P = TypeVar("P", bound=asyncio.Protocol)
 
@@ -47,15 +50,93 @@ def framed(message: Any) -> bytes:
     return len(data).to_bytes(_LENGTH, "big") + data
 
 
-async def listen(make: Callable[[], asyncio.Protocol]) -> tuple[asyncio.Server, str]:
-    """A server, which makes a protocol for each connection, and its address.
+class ServedLine(asyncio.Protocol):
+    """The end of a line that works for the other end. It reads what processes of this user say, no others.
 
-    Raises:
-        OSError: there can be none.
+    Args:
+        connections: has this object while it is connected.
+
+    Attributes:
+        tasks: work that runs, by the name that the other end has given it.
     """
-    # An abstract address: nothing is left in a file system, however this process ends.
-    address = f"\0sightline-{uuid.uuid4().hex}"
-    return await asyncio.get_running_loop().create_unix_server(make, address), address
+
+    def __init__(self, connections: set["ServedLine"]) -> None:
+        self._connections = connections
+        self._frames = Frames()
+        self.tasks: dict[Hashable, asyncio.Task[None]] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are of no class of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+        if is_own_user(transport):
+            self._connections.add(self)
+        else:
+            transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        if self not in self._connections:
+            return
+        try:
+            for message in self._frames.cut(data):
+                self._take(message)
+        except Exception:
+            logger.exception("what the other end of a line says can't be read")
+            self._transport.abort()
+
+    def _take(self, message: Any) -> None:
+        """Do what a message asks for. The line ends if this raises."""
+        raise NotImplementedError
+
+    def _begin(self, name: Hashable, work: Coroutine[Any, Any, None]) -> None:
+        # In a context of its own, for its span.
+        task = self.tasks[name] = contextvars.Context().run(asyncio.ensure_future, work)
+        task.add_done_callback(lambda _: self.tasks.pop(name))
+
+    def _give_up(self, name: Hashable) -> None:
+        # It may have ended meanwhile.
+        if (task := self.tasks.get(name)) is not None:
+            task.cancel()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._connections.discard(self)
+        for task in self.tasks.values():
+            task.cancel()
+
+
+class LineServer:
+    """Listens for lines to this process.
+
+    Args:
+        make: makes the end of a line; called with the set that has all connected ones.
+        without: what it means that there can be no socket, for the log.
+    """
+
+    def __init__(self, make: Callable[[set[ServedLine]], ServedLine], without: str) -> None:
+        self._make, self._without = make, without
+        self._address: asyncio.Future[str] | None = None
+        self._connections: set[ServedLine] = set()
+
+    async def address(self) -> str:
+        """The socket's address; empty if there can be none."""
+        if self._address is None:
+            # In a context of its own, not in that of the request that happens to be the first.
+            self._address = contextvars.Context().run(asyncio.ensure_future, self._listen())
+        return await asyncio.shield(self._address)
+
+    async def _listen(self) -> str:
+        # An abstract address: nothing is left in a file system, however this process ends.
+        address, loop = f"\0sightline-{uuid.uuid4().hex}", asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_unix_server(lambda: self._make(self._connections), address)
+        except OSError as error:
+            logger.warning("%s, because there is no socket for them: %s", self._without, error)
+            return ""
+        return address
+
+    async def answered(self) -> None:
+        """Return once all work has ended that was asked for by lines."""
+        while running := [task for each in self._connections for task in each.tasks.values()]:
+            await asyncio.wait(running)
 
 
 async def connected(address: str, make: Callable[[], P]) -> P | None:

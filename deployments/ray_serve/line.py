@@ -9,19 +9,19 @@ request's media go in the same message: one more call of Ray Serve costs both si
 """
 
 import asyncio
-import contextvars
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, cast
 
 from deployments.errors import as_sightline, logger
 from deployments.ray_serve.channel import Asked, Message, Outbox, Outboxes
-from deployments.ray_serve.frames import Frames, connected, framed, is_own_user, listen
+from deployments.ray_serve.frames import Frames, LineServer, ServedLine, connected, framed
 from deployments.ray_serve.refusals import abandoned, was_cancelled
 from deployments.tracing import current
 
 
-class Lines:
+class Lines(LineServer):
     """The replica's end of lines.
 
     Args:
@@ -31,34 +31,10 @@ class Lines:
     """
 
     def __init__(self, outboxes: Outboxes, give: Callable[..., Awaitable[None]]) -> None:
-        self._outboxes, self._give = outboxes, give
-        self._address: asyncio.Future[str] | None = None
-        self._connections: set[_Sender] = set()
-
-    async def answered(self) -> None:
-        """Return once all answers have ended that were asked for by lines."""
-        while running := [task for each in self._connections for task in each.answers.values()]:
-            await asyncio.wait(running)
-
-    async def address(self) -> str:
-        """The socket's address; empty if there can be none."""
-        if self._address is None:
-            # In a context of its own, not in that of the request that happens to be the first.
-            self._address = contextvars.Context().run(asyncio.ensure_future, self._listen())
-        return await asyncio.shield(self._address)
-
-    async def _listen(self) -> str:
-        try:
-            self._server, address = await listen(
-                lambda: _Sender(self._outboxes, self._connections, self._give)
-            )
-        except OSError as error:
-            logger.warning("updates go by gRPC alone, because there is no socket for them: %s", error)
-            return ""
-        return address
+        super().__init__(partial(_Sender, outboxes, give), "updates go by gRPC alone")
 
 
-class _Sender(asyncio.Protocol):
+class _Sender(ServedLine):
     """The replica's end of one line. The reader's first message is its name. From then on this end sends its
     updates, until it leaves, and gives the answers that it asks for.
 
@@ -66,44 +42,20 @@ class _Sender(asyncio.Protocol):
 
     Args:
         outboxes: of the replica.
-        connections: has this object while it is connected.
         give: as of :class:`Lines`.
-
-    Attributes:
-        answers: those that are given, by the ids of their requests.
+        connections: as of :class:`~deployments.ray_serve.frames.ServedLine`, whose tasks are answers here, by
+            the ids of their requests.
     """
 
     def __init__(
-        self,
-        outboxes: Outboxes,
-        connections: set["_Sender"],
-        give: Callable[..., Awaitable[None]],
+        self, outboxes: Outboxes, give: Callable[..., Awaitable[None]], connections: set[ServedLine]
     ) -> None:
-        self._outboxes, self._connections, self._give = outboxes, connections, give
+        super().__init__(connections)
+        self._outboxes, self._give = outboxes, give
         self._loop = asyncio.get_running_loop()
-        self._frames = Frames()
         self._open = ExitStack()
         self._outbox: Outbox | None = None
         self._due = self._paused = False
-        self.answers: dict[str, asyncio.Task[None]] = {}
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are of no class of asyncio's.
-        self._transport = cast(asyncio.Transport, transport)
-        if not is_own_user(transport):
-            transport.close()
-            return
-        self._connections.add(self)
-
-    def data_received(self, data: bytes) -> None:
-        if self not in self._connections:
-            return
-        try:
-            for message in self._frames.cut(data):
-                self._take(message)
-        except Exception:
-            logger.exception("what a reader says can't be read")
-            self._transport.abort()
 
     def _take(self, message: Any) -> None:
         if self._outbox is None:
@@ -112,14 +64,9 @@ class _Sender(asyncio.Protocol):
             # Says that this end takes requests.
             self._transport.write(framed([]))
         elif isinstance(message, str):
-            # The answer may have ended meanwhile.
-            if (answer := self.answers.get(message)) is not None:
-                answer.cancel()
+            self._give_up(message)
         else:
-            # In a context of its own, for its span.
-            name, answering = message[0].request_id, self._answer(self._outbox, message)
-            task = self.answers[name] = contextvars.Context().run(asyncio.ensure_future, answering)
-            task.add_done_callback(lambda _: self.answers.pop(name))
+            self._begin(message[0].request_id, self._answer(self._outbox, message))
 
     async def _answer(self, outbox: Outbox, asked: Asked) -> None:
         request, span, infos, arrays = asked
@@ -141,9 +88,7 @@ class _Sender(asyncio.Protocol):
         self._transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._connections.discard(self)
-        for answer in self.answers.values():
-            answer.cancel()
+        super().connection_lost(error)
         if self._outbox is not None:
             self._outbox.close()
         self._open.close()

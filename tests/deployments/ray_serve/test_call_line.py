@@ -143,7 +143,7 @@ async def test_a_replica_that_stops_ends_its_calls_first():
 async def test_other_users_have_no_line(monkeypatch):
     replica = Replica()
     with monkeypatch.context() as patch:
-        patch.setattr("deployments.ray_serve.call_line.is_own_user", lambda transport: False)
+        patch.setattr("deployments.ray_serve.frames.is_own_user", lambda transport: False)
         with pytest.raises(StageLost):
             await asyncio.wait_for((await replica.connect()).call(1), 60)
     assert not replica.calls

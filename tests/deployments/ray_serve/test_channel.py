@@ -622,7 +622,7 @@ async def test_other_users_have_no_line(near, monkeypatch):
     read: list = []
     address = await near.replica._stage.line()
     with monkeypatch.context() as patch:
-        patch.setattr("deployments.ray_serve.line.is_own_user", lambda transport: False)
+        patch.setattr("deployments.ray_serve.frames.is_own_user", lambda transport: False)
         assert await asyncio.wait_for(follow(address, "reader", read.append, read.append), 60)
     monkeypatch.setattr("deployments.ray_serve.frames.os.getuid", lambda: -1)
     assert not await asyncio.wait_for(follow(address, "reader", read.append, read.append), 60)
