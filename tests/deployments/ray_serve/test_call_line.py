@@ -11,6 +11,7 @@ from deployments.ray_serve.call_line import CallLine, CallLines, ReplicaLines
 from deployments.ray_serve.frames import MOST_BYTES, connected
 from deployments.ray_serve.handles import RemotePreprocessor
 from deployments.ray_serve.handoff import PixelsRef
+from deployments.ray_serve.line import _Reader
 from deployments.ray_serve.refusals import Refusal, answered
 from deployments.ray_serve.replicas import PreprocessorReplica
 from deployments.stages import RowsLost, StageLost
@@ -90,6 +91,30 @@ def test_a_line_on_the_event_loop_that_replicas_have():
     uvloop = pytest.importorskip("uvloop")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_results())
+
+
+def test_what_is_said_on_a_line_that_has_ended_is_lost():
+    """uvloop's transports raise there, asyncio's don't."""
+    uvloop = pytest.importorskip("uvloop")
+
+    async def said() -> None:
+        replica = Replica()
+        line = await replica.connect()
+        task = await replica.begin(line, 1)
+        line._on_end = task.cancel
+        reader = await connected(await replica.lines.address(), lambda: _Reader(print, print))
+        assert reader is not None
+        await wait_until(lambda: len(replica.lines._connections) == 2, 60)
+        await replica.break_lines()
+        # Cancelled in the moment of the loss, a call is cancelled.
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.wait_for(reader.ended, 60)
+        with pytest.raises(StageLost):
+            reader.say("one")
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(said())
 
 
 async def test_a_call_that_is_cancelled_ends_in_the_replica():
