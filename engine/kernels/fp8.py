@@ -28,9 +28,10 @@ LARGEST = 448.0
 #: One row is multiplied by weights of up to so many numbers as it is, where to round it would take a launch. On an
 #: H200 that is faster for 2048 outputs of 4096 inputs.
 MAX_UNROUNDED = 9 << 20
-#: Hopper sums products of fp8 with 14 bits; torch else adds those of some inputs up outside of the tensor cores. On an
-#: H200 that takes 10 to 20 % longer for 1280 to 5120 inputs and errs by 1.7 thousandths, which the result's own
-#: rounding does, in place of 2.1. With 18 944 inputs it is as fast, and errs by 1.7 in place of 3.8.
+#: Hopper's tensor cores keep 14 bits of a sum of fp8 products. Unless told otherwise torch adds up the sums of a few
+#: inputs outside of them: on an H200 that takes 10 to 20 % longer for 1280 to 5120 inputs, and errs by 1.7
+#: thousandths, as much as rounding the result does, not by 2.1. With 18 944 inputs it takes no longer, and errs by
+#: 1.7, not by 3.8.
 MAX_FAST_INPUTS = 8192
 #: Lower bound of a row's largest magnitude.
 _SMALLEST = 2.0**-100

@@ -56,8 +56,9 @@ def pdl_options(x: torch.Tensor) -> dict[str, Any]:
     """Return the launch options of a kernel over the rows of ``x`` that passes ``PDL`` to
     :func:`wait_for_previous`.
 
-    PDL is on for few rows only, where nearly all kernels are ours. Elsewhere a kernel between two of torch's kernels
-    gains nothing, and its waiting programs take SM resources from the running ones.
+    It is on for few rows only, where nearly all kernels are ours. A kernel between two of torch's kernels gains
+    nothing, and its waiting programs take SM resources from the running ones. Attention of images, whose programs
+    are few, turns PDL on by itself.
     """
     return _PDL if x.shape[0] <= MEMORY_BOUND_ROWS and _supports_pdl(x.device) else _NO_PDL
 
