@@ -171,7 +171,7 @@ def _complete(operation: Json, route: APIRoute, description: _Description, model
     body = description.body
     if body is not None:
         content: Json = {"schema": _ref(body)}
-        name = next((name for name, task in models.items() if task == body.TASK), "model")
+        name = next((name for name, task in models.items() if task in body.TASKS), "model")
         content["example"] = {"model": name, **body.EXAMPLE}
         operation["requestBody"] = {"required": True, "content": {"application/json": content}}
     if description.answer is not None:

@@ -40,15 +40,15 @@ class RequestBody(Part):
     Attributes:
         PLAIN: the shapes of fields that hold plain objects.
         EXAMPLE: a body that is answered, without its model.
-        TASK: of the models that answer it.
-        model: the name of the one that is asked.
+        TASKS: of the models that answer it.
+        model: the name of the one that is asked; empty where there is no choice.
     """
 
     PLAIN: ClassVar[Mapping[str, Shape]] = {}
     EXAMPLE: ClassVar[Mapping[str, Any]] = {}
-    TASK: ClassVar[str] = "generate"
+    TASKS: ClassVar[tuple[str, ...]] = ("generate",)
 
-    model: str
+    model: str = ""
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Self:

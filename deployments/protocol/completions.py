@@ -50,8 +50,6 @@ class CompletionRequest(GenerationBody):
             )
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest("max_tokens must be at least 1 unless echo is true.", param="max_tokens")
-        if self.echo and self.stream and self.logprobs is not None:
-            raise InvalidRequest("echo with logprobs can't be streamed.", param="echo")
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -30,7 +30,7 @@ class VectorBody(RequestBody):
     or a list of one kind; ``messages`` is a conversation or a list of them."""
 
     EXAMPLE: ClassVar[Mapping[str, Any]] = {"input": ["a red circle", "a blue square"]}
-    TASK: ClassVar[str] = "embed"
+    TASKS: ClassVar[tuple[str, ...]] = ("embed",)
     REFUSED: ClassVar[Mapping[str, str]] = {
         "chat_template": "it is set where the model is configured",
         "embed_dtype": "numbers are float32",

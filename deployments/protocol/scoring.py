@@ -37,7 +37,7 @@ class ScoringBody(RequestBody):
     :func:`engine.inputs.media_options.with_options`.
     """
 
-    TASK: ClassVar[str] = "embed"
+    TASKS: ClassVar[tuple[str, ...]] = ("embed", "score")
     REFUSED: ClassVar[Mapping[str, str]] = {
         "activation": "scores are cosines, or a reranker's probabilities",
         "chat_template": "it is set where the model is configured",

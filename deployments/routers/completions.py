@@ -21,7 +21,7 @@ from deployments.report import current_report
 from deployments.routers.models import read_request
 from deployments.routers.values import TokenName, finite, prompt_row, token_name, usage_body
 from deployments.tasks import all_or_none, merged
-from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
+from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage, merge_updates
 from engine.prompt import EngineInput, MediaItem, PagesItem
 from engine.sampling_params import SamplingParams
 
@@ -75,6 +75,8 @@ async def create_completion(request: Request) -> Response:
         )
         if body.only_echo:
             updates = _without_completion(updates)
+        if body.echo and body.logprobs is not None:
+            updates = _prompt_first(updates, len(prompt.inputs.token_ids))
         ids, text = prompt.inputs.token_ids, ""
         if body.echo:
             text = given if isinstance(given, str) else tokenizer.decode(ids)
@@ -120,6 +122,20 @@ async def _without_completion(
                 for delta in update.deltas
             ]
             yield replace(update, deltas=deltas, usage=replace(update.usage, completion_tokens=0))
+
+
+async def _prompt_first(
+    updates: AsyncGenerator[StreamUpdate, None], length: int
+) -> AsyncGenerator[StreamUpdate, None]:
+    """Updates of which the first has the log-probabilities of all ``length`` tokens of the prompt. They may
+    come in pieces, and one choice of several may begin before another has them."""
+    async with aclosing(updates) as stream:
+        first = await anext(stream)
+        while len(first.prompt_logprobs or ()) < length and not first.finished:
+            first = merge_updates(first, await anext(stream))
+        yield first
+        async for update in stream:
+            yield update
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +202,8 @@ def _choice(
         stop_reason=choice.stop_reason,
     )
     if choice.logprobs is not None:
-        rows: list[_Row] = list(zip(choice.token_ids, choice.logprobs, strict=False))
-        before: list[_Row] = list(zip(each.token_ids, prompt_logprobs, strict=False)) if body.echo else []
-        # Tokens that the tokenizer put before the text begin where it does.
-        start = len(each.text) - sum(len(_added(answer, *row)) for row in before)
+        before, start = _echoed(answer, each, prompt_logprobs)
+        rows = zip(choice.token_ids, choice.logprobs, strict=False)
         made.logprobs, _ = _logprobs(answer, [*before, *rows], start)
     if body.prompt_logprobs is not None:
         made.prompt_logprobs = [prompt_row(row) for row in prompt_logprobs]
@@ -200,6 +214,13 @@ def _choice(
 
 #: A token, and the log-probabilities in its place; None for the first token of a prompt, which has none.
 _Row = tuple[int, Mapping[int, TokenLogprob] | None]
+
+
+def _echoed(answer: _Answer, each: _Running, prompt_logprobs: list) -> tuple[list[_Row], int]:
+    """The rows of a prompt that is given back, and where its first token begins in the choice's text."""
+    rows: list[_Row] = list(zip(each.token_ids, prompt_logprobs, strict=False)) if answer.body.echo else []
+    # Tokens that the tokenizer put before the text begin where it does.
+    return rows, len(each.text) - sum(len(_added(answer, *row)) for row in rows)
 
 
 def _logprobs(answer: _Answer, rows: Sequence[_Row], offset: int) -> tuple[wire.CompletionLogprobs, int]:
@@ -250,31 +271,36 @@ async def _events(
     """The response as events."""
     offsets: dict[int, int] = {}
     usages: dict[int, Usage] = {}
+    echoes: dict[int, tuple[list[_Row], int]] = {}
     async with aclosing(updates) as stream:
         item: tuple[int, StreamUpdate] | None = first
         while item is not None:
             number, update = item
             usages[number] = update.usage
+            if number not in echoes:
+                echoes[number] = _echoed(answer, running[number], update.prompt_logprobs or [])
             for delta in update.deltas:
                 index = number * answer.params.n + delta.index
                 text, begins = delta.text, index not in offsets
+                rows: list[_Row] = []
                 if begins:
                     text = running[number].text + text
+                    # Of the tokens so far: text may still be held back.
+                    before, offsets[index] = echoes[number]
+                    rows += before
                 choice = wire.CompletionChoice(
                     index=index, text=text, logprobs=None, finish_reason=delta.finish_reason
                 )
-                # Of the tokens so far: text may still be held back.
-                offset = offsets.setdefault(index, 0)
-                if delta.logprobs is not None:
-                    rows: list[_Row] = list(zip(delta.token_ids, delta.logprobs, strict=False))
-                    choice.logprobs, offsets[index] = _logprobs(answer, rows, offset)
+                rows += zip(delta.token_ids, delta.logprobs or (), strict=False)
+                if rows or delta.logprobs is not None:
+                    choice.logprobs, offsets[index] = _logprobs(answer, rows, offsets[index])
                 if delta.stop_reason is not None:
                     choice.stop_reason = delta.stop_reason
                 if answer.body.return_token_ids:
                     choice.token_ids = delta.token_ids
                     if begins:
                         choice.prompt_token_ids = running[number].token_ids
-                if text or delta.finish_reason or delta.logprobs or answer.body.return_token_ids:
+                if text or delta.finish_reason or rows or answer.body.return_token_ids:
                     fields = {"usage": None} if answer.body.ends_with_usage else {}
                     yield sse.event(answer.completion([choice], **fields))
             item = await anext(stream, None)

@@ -1,6 +1,7 @@
 """Endpoints that list the served models."""
 
 import time
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,7 +11,7 @@ from deployments.body import M, read_body
 from deployments.pipeline import Pipeline
 from deployments.protocol.models import ModelCard, ModelList
 from deployments.report import current_report
-from engine.errors import ModelNotFound, Unavailable
+from engine.errors import InvalidRequest, ModelNotFound, Unavailable
 
 router = APIRouter()
 _STARTED = int(time.time())
@@ -24,20 +25,36 @@ def find_pipeline(request: Request, name: str) -> Pipeline:
     """
     pipelines = request.app.state.pipelines
     if name not in pipelines:
-        known = ", ".join(repr(known) for known in pipelines)
-        raise ModelNotFound(f"The model {name[:200]!r} does not exist; served here: {known}.", param="model")
+        known = f"served here: {_listed(pipelines)}"
+        raise ModelNotFound(f"The model {name[:200]!r} does not exist; {known}.", param="model")
     current_report().model = name
     return pipelines[name]
 
 
 async def read_request(request: Request, form: type[M]) -> tuple[M, Pipeline]:
-    """The body of a request, and the pipeline of the model that it names.
+    """The body of a request, and the pipeline of the model that it names, or that alone answers such bodies.
 
     Raises:
         SightlineError: as :func:`~deployments.body.read_body` and :func:`find_pipeline`.
+        InvalidRequest: the body names no model, and there are several.
     """
     body = await read_body(request, form, request.app.state.config.max_body_bytes)
+    body.model = body.model or _only_model(request, form.TASKS)
     return body, find_pipeline(request, body.model)
+
+
+def _only_model(request: Request, tasks: Collection[str]) -> str:
+    """The only model that is served, or the only one for some tasks."""
+    pipelines: Mapping[str, Pipeline] = request.app.state.pipelines
+    fitting = [name for name, pipeline in pipelines.items() if pipeline.task in tasks]
+    for names in (list(pipelines), fitting):
+        if len(names) == 1:
+            return names[0]
+    raise InvalidRequest(f"model is missing; served here: {_listed(pipelines)}.", param="model")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 @router.get("/v1/models", response_model=ModelList)

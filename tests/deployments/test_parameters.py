@@ -45,8 +45,8 @@ def cases(state: str) -> list[tuple[str, str]]:
 
 def body(path: str) -> dict:
     given = BODIES[path]
-    model = "tests/vectors" if given.TASK == "embed" else "pocket"
-    return {**given.EXAMPLE, "model": model} | ({} if given.TASK == "embed" else {"temperature": 0})
+    model = "tests/vectors" if "embed" in given.TASKS else "pocket"
+    return {**given.EXAMPLE, "model": model} | ({} if "embed" in given.TASKS else {"temperature": 0})
 
 
 def at_most(path: str, tokens: int) -> dict:

@@ -52,8 +52,12 @@ async def test_prompts_in_lists_and_several_choices(client):
             "max_tokens": 0,
             "extra_body": {"return_token_ids": True},
         },
+        {"prompt": ["red circle", "a"], "echo": True, "logprobs": 2, "n": 2, "max_tokens": 3},
+        {"prompt": ["red circle", "a"], "echo": True, "logprobs": 0, "max_tokens": 0},
+        # A step takes 512 tokens: the second prompt is scored in two pieces.
+        {"prompt": [[75] * 400, [76] * 400], "echo": True, "logprobs": 0, "max_tokens": 2},
     ],
-    ids=["two", "stop", "echo"],
+    ids=["two", "stop", "echo", "scored echo", "scored echo alone", "long scored echoes"],
 )
 async def test_a_streamed_completion_is_the_whole_one(client, asked):
     whole = await complete(client, **asked)
@@ -65,11 +69,15 @@ async def test_a_streamed_completion_is_the_whole_one(client, asked):
         assert [c.finish_reason for c in found if c.finish_reason] == [wanted.finish_reason]
         ids = [id for choice in found for id in (choice.model_extra or {}).get("token_ids", ())]
         assert ids == (wanted.model_extra or {}).get("token_ids", [])
-        for name in ("tokens", "token_logprobs", "text_offset") if wanted.logprobs else ():
+        for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs") if wanted.logprobs else ():
             pieces = [piece for c in found if c.logprobs for piece in getattr(c.logprobs, name)]
             given = getattr(wanted.logprobs, name)
             # Another batch may change the last bits.
-            assert pieces == (pytest.approx(given, abs=1e-4) if name == "token_logprobs" else given)
+            if name == "token_logprobs":
+                given = pytest.approx(given, abs=1e-4)
+            elif name == "top_logprobs":
+                given = [row and pytest.approx(row, abs=1e-4) for row in given]
+            assert pieces == given
     assert chunks[-1].usage == whole.usage and not any(chunk.usage for chunk in chunks[:-1])
 
 

@@ -1,5 +1,7 @@
 """The list of models, and their health."""
 
+import pytest
+
 
 async def test_models_and_health(http, client):
     assert [model.id async for model in client.models.list()] == ["pocket", "tests/vectors"]
@@ -9,3 +11,24 @@ async def test_models_and_health(http, client):
     assert [(card["root"], card["parent"]) for card in cards] == [("pocket", None), ("tests/vectors", None)]
     health = await http.get("/health")
     assert health.json() == {"status": "ok", "models": {"pocket": "ok", "tests/vectors": "ok"}}
+
+
+@pytest.mark.parametrize("named", [{}, {"model": None}, {"model": ""}], ids=["absent", "null", "empty"])
+async def test_a_model_need_not_be_named_where_one_alone_can_answer(http, running, named, monkeypatch):
+    chat = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 2, **named}
+    assert (await http.post("/v1/chat/completions", json=chat)).json()["model"] == "pocket"
+    vectors = {"input": "a", **named}
+    assert (await http.post("/v1/embeddings", json=vectors)).json()["model"] == "tests/vectors"
+    pair = {"query": "a", "documents": ["b"], **named}
+    assert (await http.post("/v1/rerank", json=pair)).json()["model"] == "tests/vectors"
+    state = running.app.api.state
+    several = {**state.pipelines, "another": state.pipelines["pocket"]}
+    monkeypatch.setattr(state, "pipelines", several)
+    refused = await http.post("/v1/chat/completions", json=chat)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "model")
+    assert error["message"] == "model is missing; served here: 'pocket', 'tests/vectors', 'another'."
+    # The only one is asked, also if it makes vectors.
+    monkeypatch.setattr(state, "pipelines", {"tests/vectors": several["tests/vectors"]})
+    refused = await http.post("/v1/chat/completions", json=chat)
+    assert refused.status_code == 400 and "makes embeddings" in refused.json()["error"]["message"]
