@@ -13,6 +13,7 @@ than what it has in work when it is busy all the time. The signal that asks for 
 | language model | ``waiting_tokens`` | known tokens of requests that wait for a slot | 4096 |
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,14 +34,14 @@ def targets_of(stage: str, given: Mapping[str, float]) -> dict[str, float]:
     """The targets of a stage: the defaults, or ``given`` in their place; 0 turns a signal off.
 
     Raises:
-        ValueError: the stage has no such signal, or a target is negative.
+        ValueError: the stage has no such signal, or a target is negative or no number.
     """
     known = SIGNALS[stage]
     for name, target in given.items():
         if name not in known:
             raise ValueError(f"the {stage} has no signal {name!r}; it has {', '.join(known)}")
-        if target < 0:
-            raise ValueError(f"the target of {name} must not be negative")
+        if not (isinstance(target, int | float) and 0 <= target < math.inf):
+            raise ValueError(f"the target of {name} must be a number from 0 on, not {target!r}")
     chosen = {**known, **given}
     return {name: float(target) for name, target in chosen.items() if target}
 
@@ -73,10 +74,16 @@ def autoscaling_config(stage: str, given: Mapping[str, Any], gang_size: int = 1)
         gang_size: see :class:`StagePolicy`.
 
     Raises:
-        ValueError: as :func:`targets_of`, or both ``targets`` and ``policy`` are given.
+        ValueError: as :func:`targets_of`, ``targets`` are no mapping, or both ``targets`` and ``policy`` are
+            given.
     """
     fields = dict(given)
-    targets = dict(fields.pop("targets", None) or {})
+    targets = fields.pop("targets", None) or {}
+    if not isinstance(targets, Mapping):
+        raise ValueError(
+            f"targets must name signals and how much of each a replica should have, not {targets!r}"
+        )
+    targets = dict(targets)
     if "policy" in fields:
         if targets:
             raise ValueError("targets belong to this server's policy; leave out either them or policy")

@@ -20,6 +20,7 @@ from deployments.access import KeyConfig
 from deployments.logs import LoggingConfig
 from deployments.references import ReferenceConfig
 from deployments.stage_config import (
+    Count,
     EncoderConfig,
     LanguageModelConfig,
     PreprocessorConfig,
@@ -183,7 +184,7 @@ class IngressConfig(StageConfig):
     # As the language model's: a stream lasts as long in both.
     graceful_shutdown_timeout_s: NonNegativeFloat = 120.0
     # Above max_active_requests, so that the ingress refuses first: its answer says what happened.
-    max_ongoing_requests: PositiveInt = 4096
+    max_ongoing_requests: Count = 4096
 
     @field_validator("cors_origins")
     @classmethod
@@ -210,7 +211,8 @@ class AppConfig(StrictModel):
     """The ``args`` of the application.
 
     Attributes:
-        models: at least one, with different names. Clients name their model: there is no default.
+        models: at least one, with different names. A request need not name its model where one alone can
+            answer.
         ingress: the HTTP side.
         fetch: the addresses that images may come from.
         images: limits on an image's format and size.

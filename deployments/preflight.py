@@ -3,7 +3,8 @@
 Without it ``serve run`` would put the application into whatever Ray cluster it finds, in place of that
 cluster's applications, and share a busy port with the other server: each would get some of the requests. An
 option that does not exist, or a model that is not there, would be told by a long traceback, and the server
-would stay without an application.
+would stay without an application. Ray Serve's own options would not be told at all: without ``http_options``,
+because it is misspelt, a server is open to all machines.
 """
 
 import argparse
@@ -13,13 +14,14 @@ import re
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from ray.serve.schema import ServeDeploySchema
 
 from deployments.config import AppConfig
 from engine.errors import ConfigError, SightlineError
@@ -29,6 +31,8 @@ from engine.frontend import load_media_processor, load_prompt_builder, load_retr
 _HOST, _PORT = "0.0.0.0", 8000
 #: Values of ``import_path`` whose ``args`` are an :class:`~deployments.config.AppConfig`.
 _BUILDERS = ("deployments.app:build", "deployments.app:build_stages")
+#: Where all options are told.
+_LISTED = "docs/configuration.md lists all options."
 
 
 class InTheWay(Exception):
@@ -44,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = read_config(options.config)
         applications = check_applications(config)
+        check_options(config)
         check_cluster(options.address, os.environ)
         if options.address in (None, "auto", "local"):
             check_files(applications, os.environ)
@@ -75,22 +80,60 @@ def check_applications(config: Mapping[str, Any]) -> dict[str, AppConfig]:
     """Check the options of the applications that are built here, and return them by their places.
 
     Raises:
-        InTheWay: an option doesn't exist, is missing, or has a value that it can't have.
+        InTheWay: an option doesn't exist, is missing, or has a value that it can't have; or there is no such
+            builder.
     """
     applications = config.get("applications")
     if not isinstance(applications, list) or not applications:
         raise InTheWay("the configuration has no applications: see serve_config.yaml.")
     found = {}
     for index, application in enumerate(applications):
-        if not isinstance(application, Mapping) or application.get("import_path") not in _BUILDERS:
+        if not isinstance(application, Mapping):
+            continue
+        # Ray Serve takes a dot for the colon too.
+        module, _, name = str(application.get("import_path")).replace(":", ".").rpartition(".")
+        if f"{module}:{name}" not in _BUILDERS:
+            if module == "deployments.app":
+                known = " or ".join(_BUILDERS)
+                raise InTheWay(f"applications[{index}].import_path must be {known}, not {module}:{name}.")
             continue
         where = f"applications[{index}].args"
         try:
             found[where] = AppConfig.model_validate(application.get("args") or {})
         except ValidationError as error:
             faults = [_fault(where, each) for each in error.errors()]
-            raise InTheWay(" ".join([*faults, "docs/configuration.md lists all options."])) from None
+            raise InTheWay(" ".join([*faults, _LISTED])) from None
     return found
+
+
+def check_options(config: Mapping[str, Any]) -> None:
+    """Check Ray Serve's own options, of which it takes unknown ones in silence.
+
+    Raises:
+        InTheWay: an option doesn't exist, is missing, or has a value that it can't have.
+    """
+    for unknown in _unknown(ServeDeploySchema, config):
+        raise InTheWay(f"{unknown}: Ray Serve has no such option.")
+    try:
+        ServeDeploySchema.model_validate(config)
+    except ValidationError as error:
+        raise InTheWay(" ".join(_fault("", each) for each in error.errors())) from None
+
+
+def _unknown(form: type[BaseModel], given: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    """The ways to the fields of ``given`` that ``form`` and the forms within it don't have."""
+    for name, value in given.items():
+        field = form.model_fields.get(name)
+        if field is None:
+            yield f"{where}{name}"
+            continue
+        options = (field.annotation, *get_args(field.annotation))
+        forms = [each for each in options if isinstance(each, type) and issubclass(each, BaseModel)]
+        entries = enumerate(value) if isinstance(value, list) else [(None, value)]
+        for index, entry in entries:
+            if forms and isinstance(entry, Mapping):
+                place = "" if index is None else f"[{index}]"
+                yield from _unknown(forms[0], entry, f"{where}{name}{place}.")
 
 
 def check_files(applications: Mapping[str, AppConfig], environment: Mapping[str, str]) -> None:
@@ -121,11 +164,12 @@ def check_files(applications: Mapping[str, AppConfig], environment: Mapping[str,
 def _fault(where: str, error: ErrorDetails) -> str:
     """One fault of the options, with the way to it."""
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
+    path = f"{where}{path}".removeprefix(".")
     if error["type"] == "extra_forbidden":
-        return f"{where}{path}: there is no such option."
+        return f"{path}: there is no such option."
     if error["type"] == "missing":
-        return f"{where}{path} must be given."
-    return f"{where}{path}: {error['msg'].removeprefix('Value error, ').rstrip('.')}."
+        return f"{path} must be given."
+    return f"{path}: {error['msg'].removeprefix('Value error, ').rstrip('.')}."
 
 
 def check_cluster(address: str | None, environment: Mapping[str, str]) -> None:

@@ -1,6 +1,6 @@
 """Replicas, resources and options of each stage, a part of the arguments in ``serve_config.yaml``."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,6 +20,12 @@ class StrictModel(BaseModel):
     """A part of the configuration; unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+#: Ray Serve keeps counts in 32 bits.
+Count = Annotated[int, Field(gt=0, lt=1 << 31)]
+#: Of a resource.
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class StageConfig(StrictModel):
@@ -56,15 +62,15 @@ class StageConfig(StrictModel):
     #: Fields that a running replica can take over, see :mod:`deployments.in_place`.
     IN_PLACE: ClassVar[frozenset[str]] = frozenset()
 
-    num_replicas: PositiveInt = 1
+    num_replicas: Count = 1
     autoscaling: dict[str, Any] | None = None
-    num_cpus: NonNegativeFloat = 0.1
-    num_gpus: NonNegativeFloat = 0.0
-    resources: dict[str, NonNegativeFloat] = {}
+    num_cpus: Amount = 0.1
+    num_gpus: Amount = 0.0
+    resources: dict[str, Amount] = {}
     label_selector: dict[str, str] = {}
     env: dict[str, str] = {}
-    max_ongoing_requests: PositiveInt = 64
-    max_queued_requests: PositiveInt | None = None
+    max_ongoing_requests: Count = 64
+    max_queued_requests: Count | None = None
     graceful_shutdown_timeout_s: NonNegativeFloat = 20.0
     max_surge_percent: int | None = Field(default=None, ge=0, le=100)
     health_check_period_s: PositiveFloat = 10.0
@@ -86,7 +92,18 @@ class StageConfig(StrictModel):
 
             if unknown := value.keys() - AutoscalingConfig.model_fields.keys() - {"targets"}:
                 raise ValueError(f"Ray Serve's autoscaling_config has no field {sorted(unknown)[0]!r}")
-            AutoscalingConfig.model_validate(autoscaling_config(cls.stage, value))
+            try:
+                AutoscalingConfig.model_validate(autoscaling_config(cls.stage, value))
+            except (ImportError, AttributeError) as error:
+                raise ValueError(f"the policy can't be had: {error}") from None
+        return value
+
+    @field_validator("resources")
+    @classmethod
+    def _resources_are_further_ones(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, field in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+            if name in value:
+                raise ValueError(f"say {field} instead of {name}")
         return value
 
     @field_validator("label_selector")
@@ -156,7 +173,7 @@ class PreprocessorConfig(StageConfig):
     video_processes: PositiveInt = 2
     document_processes: PositiveInt = 2
     cache_bytes: int = Field(default=256 << 20, ge=0)
-    max_ongoing_requests: PositiveInt = 512
+    max_ongoing_requests: Count = 512
 
 
 #: How a request's replica is chosen: by what the replicas have seen and their load, or by load alone.
@@ -186,7 +203,7 @@ class EncoderConfig(StageConfig):
     cache_bytes: int = Field(default=512 << 20, ge=0)
     routing: Routing = "content"
     with_language_model: bool = False
-    max_ongoing_requests: PositiveInt = 1024
+    max_ongoing_requests: Count = 1024
 
 
 class LanguageModelConfig(StageConfig):
@@ -211,9 +228,9 @@ class LanguageModelConfig(StageConfig):
     stage: ClassVar[str] = "language_model"
 
     routing: Routing = "content"
-    max_ongoing_requests: PositiveInt = 4096
+    max_ongoing_requests: Count = 4096
     graceful_shutdown_timeout_s: NonNegativeFloat = 120.0
-    hosts: PositiveInt = 1
+    hosts: Count = 1
     gpus_per_host: PositiveInt | None = None
     engine_process: bool = True
 

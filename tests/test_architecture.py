@@ -145,7 +145,7 @@ MAY_LOAD = {
         "deployments.ray_serve.hosts",
         "deployments.ray_serve.replicas",
     },
-    "ray": {"deployments.app", "deployments.ray_serve"},
+    "ray": {"deployments.app", "deployments.preflight", "deployments.ray_serve"},
 }
 
 Imports = Mapping[str, frozenset[str]]

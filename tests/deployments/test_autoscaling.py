@@ -86,6 +86,14 @@ def test_serve_takes_the_policy_with_its_targets():
     [
         (EncoderConfig, {"targets": {"megapixels": 3}}, "megapixels"),
         (LanguageModelConfig, {"targets": {"kv_usage": -1}}, "kv_usage"),
+        (
+            LanguageModelConfig,
+            {"targets": {"kv_usage": "much"}},
+            "kv_usage must be a number from 0 on, not 'much'",
+        ),
+        (LanguageModelConfig, {"targets": {"kv_usage": float("nan")}}, "kv_usage"),
+        (LanguageModelConfig, {"targets": ["kv_usage"]}, "targets must name signals"),
+        (EncoderConfig, {"policy": {"policy_function": "nowhere:policy"}}, "No module named 'nowhere'"),
         (EncoderConfig, {"targets": {"visual_tokens": 1}, "policy": {}}, "policy"),
         (EncoderConfig, {"max": 3}, "'max'"),
         (EncoderConfig, {"min_replicas": 3, "max_replicas": 2}, "max_replicas"),

@@ -29,6 +29,11 @@ from tests.serving import app_args, changed_config
         (("images",), {"formats": []}, "images"),
         (("models", 0, "language_model", "num_gpu"), 1, "models.0.language_model.num_gpu"),
         (("models", 0, "encoder", "num_gpus"), 1.5, "models.0.encoder.num_gpus"),
+        # What Ray would refuse when the application is deployed.
+        (("models", 0, "encoder", "num_cpus"), float("inf"), "models.0.encoder.num_cpus"),
+        (("models", 0, "encoder", "resources"), {"GPU": 1}, "models.0.encoder.resources"),
+        (("models", 0, "encoder", "num_replicas"), 1 << 31, "models.0.encoder.num_replicas"),
+        (("ingress", "max_ongoing_requests"), 10**10, "ingress.max_ongoing_requests"),
         (("models", 0, "encoder", "autoscaling"), {"min_replica": 1}, "models.0.encoder.autoscaling"),
         (
             ("models", 0, "encoder", "autoscaling"),

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deployments.preflight import InTheWay, check_cluster, main
+from deployments.preflight import (
+    InTheWay,
+    check_applications,
+    check_cluster,
+    check_options,
+    main,
+    read_config,
+)
 from tests.serving import ROOT, free_port
 
 
@@ -34,8 +41,8 @@ def no_other_cluster(monkeypatch, tmp_path):
 def config(folder: Path, args: dict | None = None, **http_options) -> str:
     file = folder / "serve.yaml"
     given = {"models": [{"name": "pocket", "engine": {"model": "models/pocket"}}]} | (args or {})
-    application = {"import_path": "deployments.app:build", "args": given}
-    others = {"import_path": "elsewhere:app", "args": {"unknown": 1}}
+    application = {"name": "one", "import_path": "deployments.app:build", "args": given}
+    others = {"name": "two", "route_prefix": "/two", "import_path": "elsewhere:app", "args": {"unknown": 1}}
     http = {"host": "127.0.0.1"} | http_options
     file.write_text(yaml.safe_dump({"http_options": http, "applications": [others, application]}))
     return str(file)
@@ -101,10 +108,66 @@ def test_keys_come_from_the_environment_of_the_ingress_too(tmp_path, monkeypatch
     assert main([config(tmp_path, given, port=free_port())]) == 0
 
 
-@pytest.mark.parametrize("port", ["http", -1, 65536])
+@pytest.mark.parametrize("port", [-1, 65536])
 def test_a_port_that_is_none(tmp_path, capsys, port):
     assert main([config(tmp_path, port=port)]) == 1
     assert f"http_options.port must be a number below 65536, not {port!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (
+            lambda given: given.update(http_option=given.pop("http_options")),
+            "http_option: Ray Serve has no such",
+        ),
+        (lambda given: given["http_options"].update(hots="::1"), "http_options.hots: Ray Serve has no such"),
+        (
+            lambda given: given["http_options"].update(port="http"),
+            "http_options.port: Input should be a valid",
+        ),
+        (lambda given: given.update(proxy_location="All"), "proxy_location: Input should be 'Disabled', "),
+        (
+            lambda given: given["applications"][1].update(nam="a"),
+            "applications[1].nam: Ray Serve has no such",
+        ),
+        (
+            lambda given: given["applications"][1].update(
+                deployments=[{"name": "Ingress", "num_replica": 2}]
+            ),
+            "applications[1].deployments[0].num_replica: Ray Serve has no such",
+        ),
+        (
+            lambda given: given["applications"][1].update(name="two"),
+            'Found multiple configs for application "two"',
+        ),
+        (
+            lambda given: given["applications"][1].update(import_path="deployments.app.buidl"),
+            "applications[1].import_path must be deployments.app:build or deployments.app:build_stages, not ",
+        ),
+        (
+            lambda given: given["applications"][1].update(import_path="deployments.app.build", args={}),
+            "applications[1].args.models must be given",
+        ),
+    ],
+    ids=range(9),
+)
+def test_options_of_ray_serve_that_it_would_ignore_or_refuse_at_length(tmp_path, capsys, change, fault):
+    file = Path(config(tmp_path, port=free_port()))
+    given = yaml.safe_load(file.read_text())
+    change(given)
+    file.write_text(yaml.safe_dump(given))
+    assert main([str(file)]) == 1
+    said = capsys.readouterr().err
+    assert f"make serve: {fault}" in said or f": {fault}" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_the_shipped_configuration_has_no_fault():
+    for path in (ROOT / "serve_config.yaml", *ROOT.glob("k8s/overlays/*/serve_config.yaml")):
+        given = read_config(path)
+        assert check_applications(given)
+        check_options(given)
 
 
 def test_a_configuration_without_applications(tmp_path, capsys):
