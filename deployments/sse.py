@@ -31,6 +31,10 @@ _HEADERS = (
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
+class Closing(bytes):
+    """Events behind which nothing comes but the response's end: they are sent together with it."""
+
+
 class EventResponse(StreamingResponse):
     """A response of events.
 
@@ -69,8 +73,12 @@ class EventResponse(StreamingResponse):
         report = current_report()
         response = report.response
         assert response is not None, "every HTTP request has one"
+        end = self._end
         try:
             while (each := await self._relay.next(self._events, response)) is not None:
+                if type(each) is Closing:
+                    end = each + end
+                    break
                 await response.body(each)
         except OSError:
             # Nothing can be sent any more.
@@ -79,10 +87,8 @@ class EventResponse(StreamingResponse):
             reported = as_sightline(error)
             # The request's line in the log will name it.
             report.error = reported
-            await response.body(self._failed(reported))
-        if self._end:
-            await response.body(self._end)
-        await response.body(b"", more=False)
+            end = self._failed(reported) + end
+        await response.body(end, more=False)
 
 
 class EventRelay:

@@ -75,6 +75,7 @@ class Answer:
     body: wire.ChatCompletionRequest
     resumption: Resumption | None = None
     _around: tuple[bytes, bytes] | None = None
+    _around_texts: dict[tuple[int, str | None], tuple[bytes, bytes]] = field(default_factory=dict)
     _call_ids: dict[tuple[int, int], str] = field(default_factory=dict)
 
     @property
@@ -105,8 +106,11 @@ class Answer:
 
     def text_event(self, index: int, text: str, finish_reason: str | None = None) -> bytes:
         """The event of a piece of text, which nearly all events are."""
-        before, after = _around_text(index, finish_reason)
-        return self.event(before + sse.quoted(text) + after)
+        if (around := self._around_texts.get((index, finish_reason))) is None:
+            begin, end = self._around_choices()
+            before, after = _around_text(index, finish_reason)
+            around = self._around_texts[index, finish_reason] = begin + before, after + end
+        return around[0] + sse.quoted(text) + around[1]
 
     def plain_event(self, update: StreamUpdate) -> bytes | None:
         """The event of an update that holds a piece of one choice's text, empty if there is no text; None if
@@ -119,13 +123,17 @@ class Answer:
         return self.text_event(delta.index, delta.text) if delta.text else b""
 
     def event(self, choices: bytes) -> bytes:
-        """The event of some choices in JSON. Everything around them is built once, by :meth:`chunk`, which
-        takes several times as long."""
+        """The event of some choices in JSON."""
+        before, after = self._around_choices()
+        return before + choices + after
+
+    def _around_choices(self) -> tuple[bytes, bytes]:
+        """What an event has before and after its choices. It is built once, by :meth:`chunk`, which takes
+        several times as long as all else."""
         if self._around is None:
             before, _, after = sse.event(self.chunk([])).partition(b'"choices":[]')
             self._around = before + b'"choices":[', b"]" + after
-        before, after = self._around
-        return before + choices + after
+        return self._around
 
     def chunk(self, choices: list[wire.ChunkChoice], **fields: Any) -> wire.ChatCompletionChunk:
         if self.body.service_tier is not None:
@@ -221,8 +229,8 @@ def _choice(answer: Answer, found: FinishedChoice, tops: int) -> wire.Choice:
 
 
 async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -> AsyncGenerator[bytes, None]:
-    """The response as events. Nearly all updates hold a piece of text and nothing else: those take the short
-    way."""
+    """The response as events; those that are there at the same time come together. Nearly all updates hold a
+    piece of text and nothing else: those take the short way."""
     text_alone = not (
         running.reader.parses
         or answer.counts_in_each
@@ -232,21 +240,24 @@ async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -
     if text_alone:
         running.relay.event = answer.plain_event
     async with aclosing(running.updates) as stream:
-        if answer.resumption is None or not answer.resumption.resumed:
-            yield answer.line() + _first_event(answer, running)
-        for event in _update_events(answer, running, first):
-            yield event
+        resumed = answer.resumption is not None and answer.resumption.resumed
+        data = b"" if resumed else answer.line() + _first_event(answer, running)
+        data += _update_events(answer, running, first)
         last = first
+        if data and not last.finished:
+            yield data
+            data = b""
         async for last in stream:
-            if text_alone and (plain := answer.plain_event(last)) is not None:
-                if plain:
-                    yield plain
-                continue
-            for event in _update_events(answer, running, last):
-                yield event
+            if not text_alone or (plain := answer.plain_event(last)) is None:
+                plain = _update_events(answer, running, last)
+            data += plain
+            if data and not last.finished:
+                yield data
+                data = b""
         if answer.body.ends_with_usage:
             usage = usage_body(last.usage, running.reader.reasoning_tokens, running.usage_extras())
-            yield sse.event(answer.chunk([], usage=usage))
+            data += sse.event(answer.chunk([], usage=usage))
+        yield sse.Closing(data)
 
 
 def _first_event(answer: Answer, running: RunningAnswer) -> bytes:
@@ -258,12 +269,14 @@ def _first_event(answer: Answer, running: RunningAnswer) -> bytes:
     return before + b'"choices":[' + choices + b"]" + after
 
 
-def _update_events(answer: Answer, running: RunningAnswer, update: StreamUpdate) -> list[bytes]:
+def _update_events(answer: Answer, running: RunningAnswer, update: StreamUpdate) -> bytes:
     read = map(running.reader.read, update.deltas)
     if answer.resumption is None:
-        return [event for delta in read for event in _delta_events(answer, running, delta, update)]
+        return b"".join(event for delta in read for event in _delta_events(answer, running, delta, update))
     parts = (part for delta in read for part in answer.resumption.unseen(delta))
-    return [answer.line() + event for part in parts for event in _delta_events(answer, running, part, update)]
+    return b"".join(
+        answer.line() + event for part in parts for event in _delta_events(answer, running, part, update)
+    )
 
 
 def _delta_events(

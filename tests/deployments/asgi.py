@@ -67,6 +67,7 @@ class Exchange(httpx.AsyncByteStream, httpx2.AsyncByteStream):
     ) -> None:
         self._body = list(body) or [b""]
         self._then = then
+        self._more = True
         self.read = 0
         # As a connection does, it takes no more from the application than the client reads.
         self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue(1)
@@ -89,11 +90,11 @@ class Exchange(httpx.AsyncByteStream, httpx2.AsyncByteStream):
             get.cancel()
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        more = True
-        while more:
+        # Clients look whether something follows the last piece.
+        while self._more:
             message = await self.next_message()
+            self._more = message.get("more_body", False)
             yield message.get("body", b"")
-            more = message.get("more_body", False)
 
     async def aclose(self) -> None:
         self._task.cancel()
