@@ -1,6 +1,6 @@
 """Chat completions on the wire: OpenAI's fields, and those that vLLM's users know beside them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
@@ -14,6 +14,26 @@ from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams
 
 _NO_THINKING = ("none", "disabled")
+
+
+def ends_with_prefix(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the last message is the beginning of the answer: the clients of Mistral and DeepSeek say
+    so by ``prefix``.
+
+    Raises:
+        InvalidRequest: another message says so.
+    """
+    for index, message in enumerate(messages):
+        said = message.get("prefix")
+        if said is None or said is False:
+            continue
+        if said is not True or message.get("role") != "assistant" or index < len(messages) - 1:
+            raise InvalidRequest(
+                "prefix can be true in the last message alone, and only in one of the assistant.",
+                param=f"messages[{index}].prefix",
+            )
+        return True
+    return False
 
 
 class Thinking(Part):
@@ -76,6 +96,11 @@ class ChatCompletionRequest(ConversationBody):
     thinking_token_budget: int | None = Field(default=None, ge=-1)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+
+    @property
+    def continues(self) -> bool:
+        """The answer goes on with the last message."""
+        return self.continue_final_message or ends_with_prefix(self.messages)
 
     def check(self) -> None:
         super().check()

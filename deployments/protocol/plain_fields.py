@@ -79,6 +79,7 @@ _CALLED = _shape("name", "arguments")
 MESSAGE = _shape(
     "role",
     "name",
+    "prefix",
     "tool_call_id",
     "reasoning",
     "reasoning_content",

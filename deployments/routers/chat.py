@@ -61,7 +61,7 @@ def _conversation(body: wire.ChatCompletionRequest, pipeline: Pipeline) -> Conve
         body.messages,
         body.field_names(),
         add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
+        continue_final_message=body.continues,
     )
 
 

@@ -9,6 +9,7 @@ from deployments.conversations import Conversation
 from deployments.openapi import described
 from deployments.pipeline import Pipeline
 from deployments.protocol import tokens as wire
+from deployments.protocol.chat import ends_with_prefix
 from deployments.routers.models import read_request
 from deployments.tools import read_tools
 from engine.errors import InvalidRequest
@@ -35,7 +36,7 @@ async def tokenize(request: Request) -> wire.TokenizeResponse:
                 tools,
                 template_options=body.chat_template_kwargs or {},
                 add_generation_prompt=body.add_generation_prompt,
-                continue_final_message=body.continue_final_message,
+                continue_final_message=body.continue_final_message or ends_with_prefix(body.messages),
                 field_names={"prompt": "messages"},
                 processor_options=body.mm_processor_kwargs,
                 reading_options=body.media_io_kwargs,

@@ -220,4 +220,5 @@ def compare(query: EmbeddingOutput, document: EmbeddingOutput) -> float:
     if query.token_embeddings is not None and document.token_embeddings is not None:
         cosines = query.token_embeddings @ document.token_embeddings.T
         return float(cosines.max(axis=1).sum())
-    return float(np.array(query.embedding) @ np.array(document.embedding))
+    # Of equal vectors it may be rounded to a number above 1.
+    return float(np.clip(np.array(query.embedding) @ np.array(document.embedding), -1.0, 1.0))

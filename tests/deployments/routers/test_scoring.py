@@ -25,6 +25,10 @@ async def test_a_score_is_the_cosine_of_the_embeddings(http, client):
     )
     assert status == 200 and [entry["index"] for entry in made["data"]] == [0, 1]
     assert np.allclose([entry["score"] for entry in made["data"]], [red @ blue, 1], atol=1e-4)
+    # No cosine is beyond 1, though equal vectors' product is rounded.
+    words = ["a", "b", "a red circle", "two stars", "red", "blue", "a green square on white"]
+    _, made = await post(http, "/v1/score", text_1=words, text_2=words)
+    assert all(1 - 1e-6 < entry["score"] <= 1 for entry in made["data"])
     pairs = {"text_1": ["a red circle", "a blue square"], "text_2": ["a blue square", "a red circle"]}
     _, made = await post(http, "/score", **pairs)
     assert made["data"][0]["score"] == pytest.approx(made["data"][1]["score"])

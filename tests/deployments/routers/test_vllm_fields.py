@@ -194,6 +194,28 @@ async def test_the_last_message_may_be_left_open(http):
     assert not np.allclose(found, await vector(http, messages=messages), atol=1e-3)
 
 
+async def test_a_prefix_is_continued_as_a_final_message_is(http):
+    """Mistral's and DeepSeek's clients ask for it in the message itself."""
+    begun = {"role": "assistant", "content": "A red"}
+    asked = {"model": "pocket", "temperature": 0, "max_tokens": 6}
+    prefix, path = {**begun, "prefix": True}, "/v1/chat/completions"
+    status, found = await post(http, path, **asked, messages=[*PICTURE, prefix])
+    _, wanted = await post(http, path, **asked, messages=[*PICTURE, begun], continue_final_message=True)
+    assert status == 200 and found["choices"] == wanted["choices"]
+    count = found["usage"]["prompt_tokens"]
+    _, plain = await post(http, path, **asked, messages=[*PICTURE, {**begun, "prefix": False}])
+    assert plain["usage"]["prompt_tokens"] > count
+    _, tokens = await post(http, "/tokenize", model="pocket", messages=[*PICTURE, prefix])
+    assert tokens["count"] == count
+    for messages, index in (
+        ([prefix, *PICTURE], 0),
+        ([*PICTURE, {"role": "user", "content": "a", "prefix": True}], 1),
+        ([*PICTURE, {**begun, "prefix": "A"}], 1),
+    ):
+        status, made = await post(http, path, model="pocket", messages=messages)
+        assert (status, made["error"]["param"]) == (400, f"messages[{index}].prefix")
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "param"),
     [
