@@ -127,6 +127,8 @@ def error_headers(error: SightlineError) -> dict[str, str]:
     """Headers of an error's response."""
     if isinstance(error, WrongMethod):
         return {"Allow": ", ".join(error.methods)}
+    if error.status == 401:
+        return {"WWW-Authenticate": "Bearer"}
     wait = RETRY_AFTER.get(error.status)
     if isinstance(error, Overloaded) and error.retry_after_s is not None:
         wait = error.retry_after_s

@@ -46,7 +46,8 @@ def _shape(*names: str, **parts: Shape) -> Shape:
 
 #: What a part may say of its image, video or document.
 _MEDIA = ("detail", "timestamps", *VIDEO_OPTIONS, *DOCUMENT_OPTIONS)
-_ADDRESS = _shape("url", *_MEDIA)
+#: ``format`` is a media type, which is read off the content.
+_ADDRESS = _shape("url", "format", *_MEDIA)
 _FILE = ("file_data", "file_url", "file_id", "filename")
 _ROWS = _shape("image_embeds", "image_grid_thw", "image_size_list")
 

@@ -46,6 +46,7 @@ def bearer(key: str) -> dict[str, str]:
 async def test_every_path_but_the_probes_needs_a_key(guarded, headers, path):
     response = await guarded.get(path, headers={k: v.encode() for k, v in headers.items()})
     assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
+    assert response.headers["www-authenticate"] == "Bearer"
     assert "secret" not in response.text
 
 
