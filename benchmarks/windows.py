@@ -53,7 +53,7 @@ def tokens_held(decoder: DecoderConfig, groups: LayerGroups, context: int, memor
         context: tokens of each.
         memory: bytes of the KV cache.
     """
-    num_blocks = memory // block_bytes(decoder, groups.size, BLOCK, torch.bfloat16)
+    num_blocks = memory // block_bytes(groups, BLOCK, torch.bfloat16)
     kv = KVManager(BlockPool(num_blocks), None, BLOCK, windows=groups.windows, step_tokens=STEP_TOKENS)
     scheduler = Scheduler(
         kv,

@@ -41,6 +41,11 @@ def _check_tower(model: ModelConfig) -> None:
             f"encoder_quantization: {model.architecture} has no vision encoder", param="encoder_quantization"
         )
     tower: VisionConfig = model.vision.tower
+    if tower.sandwich:
+        raise ConfigError(
+            f"encoder_quantization: the encoder of {model.architecture} can't have fp8 matrices",
+            param="encoder_quantization",
+        )
     sizes = {"hidden size": tower.hidden_size}
     if not tower.gated_mlp:
         # A gated one is padded.
@@ -72,7 +77,8 @@ def _linear_heads(decoder: DecoderConfig) -> str:
 
 
 def _splits(decoder: DecoderConfig, size: int) -> bool:
-    whole_kv = decoder.num_kv_heads % size == 0 or size % decoder.num_kv_heads == 0
+    counts = {decoder.heads_of(layer)[0] for layer in range(decoder.num_layers)}
+    whole_kv = all(heads % size == 0 or size % heads == 0 for heads in counts)
     if decoder.recurrence is not None and not decoder.recurrence.splits(size):
         return False
     return whole_kv and decoder.num_heads % size == 0 and all(mlp % size == 0 for mlp in decoder.mlp_sizes)

@@ -104,7 +104,7 @@ def _load_model(
     """The scheduler, the runner, and the longest sequence in tokens, however many KV blocks there are."""
     ranks = load_ranks(config, checkpoint, model, launcher, times)
     max_model_len = ranks.max_model_len
-    groups = LayerGroups.of(model.decoder, max_model_len)
+    groups = LayerGroups.of(model.decoder, max_model_len, config.tensor_parallel_size)
     if config.num_kv_blocks is None:
         # Blocks beyond what all slots can fill serve the prefix cache alone; leave it twice as many.
         most = 1 + 3 * config.max_num_seqs * -(-max_model_len // config.block_size) * len(groups.windows)

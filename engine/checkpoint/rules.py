@@ -28,6 +28,19 @@ SANDWICH_RULES: tuple[tuple[str, str], ...] = (
 )
 """Rules of a decoder with norms after attention and MLP as well, by Gemma's names."""
 
+_LAYER_INPUTS = r"(?:.*\.)?(layers\.\d+\.)"
+GEMMA4_RULES: tuple[tuple[str, str], ...] = (
+    (_LAYER_INPUTS + r"layer_scalar", r"\1layer_scale"),
+    (_LAYER_INPUTS + r"per_layer_input_gate\.(.*)", r"\1layer_input.gate.\2"),
+    (_LAYER_INPUTS + r"per_layer_projection\.(.*)", r"\1layer_input.projection.\2"),
+    (_LAYER_INPUTS + r"post_per_layer_input_norm\.(.*)", r"\1layer_input.norm.\2"),
+    (r"(?:.*\.)?embed_tokens_per_layer\.(.*)", r"layer_inputs.embedding.\1"),
+    (r"(?:.*\.)?per_layer_model_projection\.(.*)", r"layer_inputs.projection.\1"),
+    (r"(?:.*\.)?per_layer_projection_norm\.(.*)", r"layer_inputs.norm.\1"),
+    *SANDWICH_RULES,
+)
+"""Rules of a decoder by Gemma 4's names."""
+
 MULTI_TOKEN_HEADS = r"mtp\..*"
 """Qwen3.5's layers that predict further tokens, which Transformers leaves out too."""
 
@@ -35,6 +48,17 @@ MULTI_TOKEN_HEADS = r"mtp\..*"
 def further_layers(layers: int) -> str:
     """GLM's layer behind the ``layers`` of the model. It predicts a further token; Transformers drops it."""
     return rf"(?:.*\.)?layers\.{layers}\..*"
+
+
+def unused_keys(layers: Iterable[int]) -> tuple[str, ...]:
+    """Names of the keys and values, which files may have, of a decoder's ``layers`` that borrow those of
+    another one."""
+    numbers = "|".join(map(str, layers))
+    return (
+        (rf"(?:(?:model|language_model)\.)*layers\.(?:{numbers})\.self_attn\.[kv]_(?:proj|norm)\..*",)
+        if numbers
+        else ()
+    )
 
 
 _EXPERTS = r"(?:.*\.)?(layers\.\d+\.)block_sparse_moe\."

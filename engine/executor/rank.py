@@ -88,7 +88,7 @@ class ModelRank:
                 vectors_only=config.task == "embed",
                 quantization=config.quantization,
             )
-        groups = LayerGroups.of(model.decoder, max_model_len)
+        groups = LayerGroups.of(model.decoder, max_model_len, group.size)
         return cls(config, model, decoder, group, max_model_len, groups, times)
 
     def measure_blocks(self) -> int:
@@ -124,9 +124,7 @@ class ModelRank:
             kept = config.state_snapshot_bytes
             free = max(0, free - (free // 4 if kept is None else kept))
         stored = kv_dtype(config, decoder.dtype)
-        num_blocks = free // block_bytes(
-            decoder.config, self.groups.size, config.block_size, stored, self.group.size
-        )
+        num_blocks = free // block_bytes(self.groups, config.block_size, stored)
         if num_blocks < 2:
             raise ConfigError(
                 f"{free >> 20} MiB are left for KV blocks, too little for one; raise gpu_memory_utilization "

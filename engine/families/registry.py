@@ -12,6 +12,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "colpali": ("ColPaliForRetrieval",),
     "colqwen2": ("ColQwen2ForRetrieval",),
     "gemma3": ("Gemma3ForConditionalGeneration",),
+    "gemma4": ("Gemma4ForConditionalGeneration",),
     "glm4v": (
         "Glm46VForConditionalGeneration",
         "Glm4vForConditionalGeneration",
@@ -44,6 +45,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "GemmaForCausalLM",
         "Gemma2ForCausalLM",
         "Gemma3ForCausalLM",
+        "Gemma4ForCausalLM",
         "GlmForCausalLM",
         "Glm4ForCausalLM",
         "Glm4MoeForCausalLM",

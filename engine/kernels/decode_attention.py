@@ -33,7 +33,7 @@ from engine.kernels.paged import (
 )
 from engine.kernels.paged_attention import paged_attention_reference
 from engine.kernels.pdl import pdl_options, wait_for_previous
-from engine.kernels.rms_norm import head_norms_reference, inverse_rms, norm_arguments, scaled_by_norm
+from engine.kernels.rms_norm import inverse_rms, norm_arguments, scaled_by_norm
 from engine.kernels.rotary import load_angles
 from engine.kernels.tile import AttentionTile
 
@@ -46,9 +46,7 @@ def decode_attention_reference(
     q, k, v, positions, table, cache, meta, *, scale, norms=None, window=None, cap=None
 ):  # fmt: skip
     """Compute :func:`~engine.kernels.dispatch.decode_attention` step by step; attention in float32."""
-    if norms is not None:
-        q, k = head_norms_reference(q, k, norms)
-    rotary_kv_write_reference(q, k, v, positions, table, cache, meta.slot_mapping)
+    rotary_kv_write_reference(q, k, v, positions, table, cache, meta.slot_mapping, norms)
     return paged_attention_reference(q, cache, meta, scale=scale, window=window, cap=cap)
 
 
@@ -79,7 +77,8 @@ def choose_tile(
     keys = 32 if many or large else 64
     splits = num_splits(programs, sms, max_seq_len, keys)
     if large:
-        return AttentionTile(rows, keys, 4, 2, splits)
+        # Heads of 512 take the registers of twice as many warps.
+        return AttentionTile(rows, keys, 8 if head_dim > 256 else 4, 2, splits)
     if many:
         # Small programs keep an SM busier than large ones. Converting fp8 takes the registers of twice as many
         # warps.
@@ -111,6 +110,10 @@ def decode_attention_triton(
     """See :func:`engine.kernels.dispatch.decode_attention`."""
     sequences, heads, dim = q.shape
     kv_heads = cache.kv_heads
+    borrowed = k is None
+    if borrowed:
+        # Never accessed.
+        k = v = q
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == meta.block_tables.stride(-1) == 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if sequences == 0:
@@ -134,7 +137,7 @@ def decode_attention_triton(
         counters = meta.split_counters
         if counters is None:
             counters = torch.zeros((sequences, kv_heads), dtype=torch.int32, device=q.device)
-        assert counters.is_contiguous() and len(counters) >= sequences and counters.shape[1] == kv_heads
+        assert counters.is_contiguous() and counters.numel() >= sequences * kv_heads
     launch(
         _decode_kernel, (sequences, kv_heads, splits),
         q_ptr=q, k_ptr=k, v_ptr=v, **norm_arguments(norms, q), **table.arguments(positions),
@@ -145,12 +148,14 @@ def decode_attention_triton(
         key_scale=cache.key_scale, value_scale=cache.value_scale,
         q_token=q.stride(0), q_head=q.stride(1), k_token=k.stride(0), k_head=k.stride(1),
         v_token=v.stride(0), v_head=v.stride(1), table_row=meta.block_tables.stride(0),
-        KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size, FP8_CACHE=cache.is_fp8,
+        KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size, BLOCK_STRIDE=cache.block_stride,
+        FP8_CACHE=cache.is_fp8, BORROWED=borrowed,
         ROWS=tile.rows, KEYS=tile.keys, WINDOW=window is not None, SPLIT=splits > 1,
         CAP=(cap or 0.0) * LOG2E,
         MERGED=_num_merged(group, dim, tile.warps),
-        # A single warp has no registers for a prefetched tile.
-        PREFETCH=tile.warps > 1,
+        # A single warp has no registers for a prefetched tile; and of borrowed keys an earlier layer of this
+        # pass has written the last.
+        PREFETCH=tile.warps > 1 and not borrowed,
         num_warps=tile.warps, num_stages=tile.stages, **pdl_options(q),
     )  # fmt: skip
     return out
@@ -170,8 +175,8 @@ def _decode_kernel(
     q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, eps, offset, positions_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, table_ptr,
     seq_lens_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr, splits, scale, window,
     key_scale, value_scale, q_token, q_head, k_token, k_head, v_token, v_head, axis_stride, position_stride, angle_stride, table_row,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    FP8_CACHE: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_STRIDE: tl.constexpr,
+    FP8_CACHE: tl.constexpr, BORROWED: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
     HALF: tl.constexpr, SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, ADJACENT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, CAP: tl.constexpr,
     MERGED: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
@@ -182,6 +187,7 @@ def _decode_kernel(
         partial_ptr: ``(S, Hq, splits, D)`` float32, each split's unnormalised sum.
         stats_ptr: ``(S, Hq, splits, 2)`` float32, each split's maximum score and sum.
         counters_ptr: ``(S, Hkv)`` int32, splits that have finished.
+        BORROWED: the new token's key and value are in the cache already.
         CAP: of the scores, in units of log2(e); 0 without one.
         MERGED: splits that are merged at a time.
         PREFETCH: load the share's last tile before waiting for the previous kernel.
@@ -194,7 +200,8 @@ def _decode_kernel(
     column = tl.arange(0, DIM_PAD)
     in_head = column < DIM
     # The previous kernel writes q, k and v. What is read before the wait was there before this pass.
-    cached = tl.load(seq_lens_ptr + sequence) - 1
+    newest = tl.load(seq_lens_ptr + sequence) - 1
+    cached = newest + 1 if BORROWED else newest
     rotated = column < 2 * HALF
     cos, sin = load_angles(
         positions_ptr, cos_ptr, sin_ptr, sequence, axis_stride, position_stride, angle_stride,
@@ -216,19 +223,18 @@ def _decode_kernel(
     # This program's share of the visible keys in the cache; the first ``used`` splits have one.
     start = 0
     if WINDOW:
-        start = tl.maximum(cached - window + 1, 0) // KEYS * KEYS
+        start = tl.maximum(newest - window + 1, 0) // KEYS * KEYS
     share = tl.maximum(tl.cdiv(tl.cdiv(cached - start, KEYS), splits), 1) * KEYS
     used = tl.maximum(tl.cdiv(cached - start, share), 1)
     start = start + split * share
     end = tl.minimum(start + share, cached)
     last = tl.maximum((end - 1) // KEYS * KEYS, start)
     head_stride = BLOCK_SIZE * DIM
-    block_stride = KV_HEADS * BLOCK_SIZE * DIM
     keys = HeadKeys(
         k_cache_ptr + kv_head * head_stride,
         v_cache_ptr + kv_head * head_stride,
         table_ptr + sequence * table_row,
-        block_stride,
+        BLOCK_STRIDE,
     )
     if PREFETCH:
         last_k, last_v = load_keys(keys, last, end, DIM, BLOCK_SIZE, KEYS, MASKED=True)
@@ -243,11 +249,13 @@ def _decode_kernel(
     q_row = q_ptr + sequence * q_token + head[:, None] * q_head
     q = tl.load(q_row + column[None, :], mask=mask, other=0.0)
     q_partner = tl.load(q_row + partner[None, :], mask=mask, other=0.0)
-    # The new token's key and value, which only the first split needs: loaded later, it would wait for them twice.
-    k_row = k_ptr + sequence * k_token + kv_head * k_head
-    k = tl.load(k_row + column, mask=in_head, other=0.0)
-    k_partner = tl.load(k_row + partner, mask=in_head, other=0.0)
-    v = tl.load(v_ptr + sequence * v_token + kv_head * v_head + column, mask=in_head, other=0.0)
+    if not BORROWED:
+        # The new token's key and value, which only the first split needs: loaded later, it would wait for them
+        # twice.
+        k_row = k_ptr + sequence * k_token + kv_head * k_head
+        k = tl.load(k_row + column, mask=in_head, other=0.0)
+        k_partner = tl.load(k_row + partner, mask=in_head, other=0.0)
+        v = tl.load(v_ptr + sequence * v_token + kv_head * v_head + column, mask=in_head, other=0.0)
     if NORM:
         inverse = inverse_rms(q, 1, eps, DIM)
         q = scaled_by_norm(q, inverse, q_norm[None, :], offset, OFFSET)
@@ -255,7 +263,7 @@ def _decode_kernel(
     q = _rotate(q, q_partner, cos[None, :], sin[None, :])
 
     acc, row_max, row_sum = empty_softmax(ROWS, DIM_PAD)
-    if split == 0:
+    if split == 0 and not BORROWED:
         # The new token: its key and value go to the cache, and are the first of the softmax.
         if NORM:
             inverse_k = inverse_rms(k, 0, eps, DIM)
@@ -267,7 +275,7 @@ def _decode_kernel(
             new_k = round_to_fp8(new_k, key_scale, k_cache_ptr.dtype.element_ty)
             new_v = round_to_fp8(new_v, value_scale, v_cache_ptr.dtype.element_ty)
         if slot >= 0:
-            place = slot // BLOCK_SIZE * block_stride + kv_head * head_stride + slot % BLOCK_SIZE * DIM
+            place = slot // BLOCK_SIZE * BLOCK_STRIDE + kv_head * head_stride + slot % BLOCK_SIZE * DIM
             tl.store(k_cache_ptr + place + column, new_k, mask=in_head)
             tl.store(v_cache_ptr + place + column, new_v, mask=in_head)
         row_max = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], axis=1) * scale
@@ -276,7 +284,7 @@ def _decode_kernel(
         row_sum += 1.0
         acc += new_v.to(tl.float32)[None, :]
 
-    position = tl.zeros([ROWS], tl.int32) + cached
+    position = tl.zeros([ROWS], tl.int32) + newest
     state = Softmax(acc, row_max, row_sum)
     if PREFETCH:
         state = accumulate(

@@ -92,8 +92,8 @@ ALIGNED_INPUTS = 16
 
 def decode_attention(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
     positions: torch.Tensor,
     table: RotaryTable,
     cache: KVCache,
@@ -112,7 +112,8 @@ def decode_attention(
 
     Args:
         q: ``(S, Hq, D)``; last dimension contiguous, also of ``k`` and ``v``.
-        k, v: ``(S, Hkv, D)``; ``Hq`` is a multiple of ``Hkv``.
+        k, v: ``(S, Hkv, D)``; ``Hq`` is a multiple of ``Hkv``. None: the tokens' keys and values are in the
+            cache already.
         positions: ``(S,)``, or ``(3, S)`` if the table has sections; int64.
         cache: changed in place.
         meta: a batch with one new token per sequence, so ``T == S``.

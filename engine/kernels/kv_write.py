@@ -23,15 +23,15 @@ from engine.kernels.rotary import (
 
 def rotary_kv_write(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
     positions: torch.Tensor,
     table: RotaryTable,
     cache: KVCache,
     slot_mapping: torch.Tensor,
     norms: HeadNorms | None = None,
 ) -> None:
-    """Rotate ``q`` in place; write the rotated ``k``, and ``v``, to each token's KV slot.
+    """Rotate ``q`` in place; write the rotated ``k``, and ``v``, to each token's KV slot if there are such.
 
     With ``norms`` it rotates :func:`~engine.kernels.rms_norm.head_norms`.
 
@@ -46,10 +46,14 @@ def rotary_kv_write(
 
 
 def rotary_kv_write_reference(q, k, v, positions, table, cache, slot_mapping, norms=None) -> None:
+    borrowed = k is None
+    k = q[:, :0] if borrowed else k
     if norms is not None:
         normed, k = head_norms_reference(q, k, norms)
         q.copy_(normed)
     rotary_reference(q, k, positions, table)
+    if borrowed:
+        return
     written = slot_mapping >= 0
     if not written.all():
         k, v, slot_mapping = k[written], v[written], slot_mapping[written]
@@ -67,6 +71,10 @@ def _write(blocks, block, offset, rows, scale: float) -> None:
 
 
 def rotary_kv_write_triton(q, k, v, positions, table, cache, slot_mapping, norms=None) -> None:
+    borrowed = k is None
+    if borrowed:
+        # Never accessed.
+        k = v = q
     tokens, kv_heads, dim = k.shape
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     if tokens == 0:
@@ -78,7 +86,8 @@ def rotary_kv_write_triton(q, k, v, positions, table, cache, slot_mapping, norms
         q_token=q.stride(0), q_head=q.stride(1), k_token=k.stride(0), k_head=k.stride(1),
         v_token=v.stride(0), v_head=v.stride(1),
         key_scale=cache.key_scale, value_scale=cache.value_scale,
-        Q_HEADS=q.shape[1], KV_HEADS=kv_heads, DIM=dim, BLOCK_SIZE=cache.block_size, FP8_CACHE=cache.is_fp8,
+        Q_HEADS=q.shape[1], KV_HEADS=kv_heads, DIM=dim, BLOCK_SIZE=cache.block_size,
+        BLOCK_STRIDE=cache.block_stride, FP8_CACHE=cache.is_fp8, BORROWED=borrowed,
         num_warps=4, **pdl_options(q),
     )  # fmt: skip
 
@@ -90,12 +99,12 @@ def _rotary_kv_write_kernel(
     q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, eps, offset, positions_ptr, cos_ptr, sin_ptr,
     k_cache_ptr, v_cache_ptr, slot_ptr, q_token, q_head, k_token, k_head, v_token, v_head, axis_stride, position_stride, angle_stride,
     key_scale, value_scale,
-    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    FP8_CACHE: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_STRIDE: tl.constexpr,
+    FP8_CACHE: tl.constexpr, BORROWED: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
     HALF: tl.constexpr, SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, ADJACENT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per token."""
+    """One program per token. BORROWED: there are no keys and values to write."""
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     angle = tl.arange(0, triton.next_power_of_2(HALF))
@@ -124,8 +133,8 @@ def _rotary_kv_write_kernel(
     else:
         rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF, ADJACENT)
     slot = tl.load(slot_ptr + token)
-    if slot >= 0:
-        place = (slot // BLOCK_SIZE * KV_HEADS * BLOCK_SIZE + slot % BLOCK_SIZE) * DIM
+    if slot >= 0 and not BORROWED:
+        place = slot // BLOCK_SIZE * BLOCK_STRIDE + slot % BLOCK_SIZE * DIM
         k_row, k_target = k_ptr + token * k_token, k_cache_ptr + place
         head_stride = BLOCK_SIZE * DIM
         head = tl.arange(0, triton.next_power_of_2(KV_HEADS))[:, None]

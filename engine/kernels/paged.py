@@ -24,8 +24,8 @@ class KVCache:
     It is built once, when the cache is allocated, so launches need not check the layout.
 
     Attributes:
-        keys, values: ``(num_blocks, kv_heads, block_size, head_dim)`` contiguous, of one dtype, that of the
-            model or fp8; ``kv_heads`` of this rank.
+        keys, values: ``(num_blocks, kv_heads, block_size, head_dim)``, each block contiguous, of one dtype,
+            that of the model or fp8; ``kv_heads`` of this rank.
         key_scale, value_scale: what keys and values in fp8 are multiplied by; 1 for other dtypes.
         group: the layer's group, whose block tables say where its keys and values are.
     """
@@ -37,8 +37,9 @@ class KVCache:
     group: int = 0
 
     def __post_init__(self) -> None:
-        assert self.keys.is_contiguous() and self.values.is_contiguous()
+        assert self.keys[0].is_contiguous() and self.values[0].is_contiguous()
         assert self.keys.shape == self.values.shape and self.keys.dtype == self.values.dtype
+        assert self.keys.stride() == self.values.stride()
         assert self.is_fp8 or self.key_scale == self.value_scale == 1.0
 
     @property
@@ -48,6 +49,11 @@ class KVCache:
     @property
     def kv_heads(self) -> int:
         return self.keys.shape[1]
+
+    @property
+    def block_stride(self) -> int:
+        """Numbers from a block to the next one: there may be other layers' between them."""
+        return self.keys.stride(0)
 
     @property
     def block_size(self) -> int:
@@ -75,7 +81,7 @@ class AttentionMetadata:
         key_ends: ``(T,)`` int32, where the keys that a new token sees end: its index in the sequence plus
             one, or more, up to the sequence's length, where tokens attend both ways. It doesn't decrease
             within a sequence. None: every token sees the keys up to its own.
-        split_counters: ``(S or more, kv_heads)`` int32 zeros, which count finished programs where decode
+        split_counters: ``(S or more, kv_heads or more)`` int32 zeros, which count finished programs where decode
             attention splits keys (flash-decoding); zeros again after each launch. Launches that share them
             must not overlap. None allocates and clears them at each launch.
         state_rows: ``(S,)`` int64, row of each sequence in the pools of recurrent states; None for models

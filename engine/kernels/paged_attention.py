@@ -85,7 +85,8 @@ def choose_tile(head_dim: int, group: int, itemsize: int) -> AttentionTile:
     """
     rows = triton.next_power_of_2(group)
     if head_dim > 128 or itemsize > 2:
-        return AttentionTile(max(rows, 32), 32, 4, 2)
+        # Heads of 512 take the registers of twice as many warps.
+        return AttentionTile(max(rows, 32), 32, 8 if head_dim > 256 else 4, 2)
     return AttentionTile(max(rows, 64), 64, 4, 2)
 
 
@@ -107,7 +108,7 @@ def paged_attention_triton(q, cache, meta, *, scale, window=None, cap=None, out=
         query_start_ptr=meta.query_start, seq_lens_ptr=meta.seq_lens, key_ends_ptr=meta.key_ends, out_ptr=out,
         sequences=sequences, scale=scale * cache.key_scale * LOG2E, value_scale=cache.value_scale, window=window or 0,
         q_token=q.stride(0), q_head=q.stride(1), table_row=meta.block_tables.stride(0),
-        KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size,
+        KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size, BLOCK_STRIDE=cache.block_stride,
         ROWS=tile.rows, KEYS=tile.keys, TOKENS=tokens_per_tile, WINDOW=window is not None,
         CAP=(cap or 0.0) * LOG2E,
         num_warps=tile.warps, num_stages=tile.stages, **pdl_options(q),
@@ -120,7 +121,7 @@ def paged_attention_triton(q, cache, meta, *, scale, window=None, cap=None, out=
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, query_start_ptr, seq_lens_ptr, key_ends_ptr, out_ptr,
     sequences, scale, value_scale, window, q_token, q_head, table_row,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_STRIDE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -171,7 +172,7 @@ def _attention_kernel(
         k_ptr + kv_head * head_stride,
         v_ptr + kv_head * head_stride,
         table_ptr + sequence.to(tl.int64) * table_row,
-        KV_HEADS * BLOCK_SIZE * DIM,
+        BLOCK_STRIDE,
     )
     state = empty_softmax(ROWS, DIM_PAD)
     for first_key in range(start, whole, KEYS):

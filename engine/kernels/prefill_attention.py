@@ -46,6 +46,8 @@ def supports(q: torch.Tensor, cache: KVCache) -> bool:
     """Return whether the kernel can compute the attention of ``q`` ``(T, Hq, D)`` over ``cache``."""
     group, dim = q.shape[1] // cache.kv_heads, q.shape[2]
     fits = dim in (16, 32, 64, 128) and group <= _ROWS // 2 and cache.block_size >= 8
+    # Tensor descriptors know one distance between rows.
+    fits = fits and cache.keys.is_contiguous()
     return fits and q.element_size() == 2 and q.dtype == cache.keys.dtype and is_hopper(q.device)
 
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from engine.errors import ConfigError
 from engine.kernels.dispatch import decode_attention, paged_attention
 from engine.kernels.fp8 import FP8
 from engine.kernels.paged import AttentionMetadata, KVCache
@@ -17,20 +18,24 @@ from engine.kernels.split_sums import SplitSums
 from engine.layers.build import BuildContext, WeightSlot
 from engine.layers.decoder_config import DecoderConfig
 from engine.layers.linear import RowLinear, qkv_linear
-from engine.layers.norm import RMSNorm
+from engine.layers.norm import RMSNorm, UnitNorm
 from engine.layers.rotary import Rotary
 
 
 class Attention(nn.Module):
     """One attention block.
 
-    In order: norm, fused qkv projection, optional norm of queries and keys, rotation, write to the KV cache,
-    attention over the cache, optional gate, output projection.
+    In order: norm, fused qkv projection, optional norms of queries, keys and values, rotation, write to the
+    KV cache, attention over the cache, optional gate, output projection. A layer that borrows keys and values
+    has queries alone, and writes nothing.
     """
 
     def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary, build: BuildContext) -> None:
         super().__init__()
-        heads, kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        heads, (kv_heads, self.head_dim) = config.num_heads, config.heads_of(layer)
+        borrows = config.keys_of(layer) != layer
+        #: The projection of keys is that of values.
+        self.joint = config.keys_are_values and layer not in config.local_layers
         self.qkv_proj = qkv_linear(
             config.hidden_size,
             heads,
@@ -39,13 +44,17 @@ class Attention(nn.Module):
             build,
             bias=config.qkv_bias,
             gated=config.output_gate,
+            names=() if borrows else ("k_proj",) if self.joint else ("k_proj", "v_proj"),
         )
         self.o_proj = RowLinear(
             heads * self.head_dim, config.hidden_size, build.at("o_proj"), bias=config.o_bias
         )
         norm = partial(RMSNorm, self.head_dim, config.rms_norm_eps, build, offset=config.norm_offset)
         self.q_norm = norm() if config.qk_norm else None
-        self.k_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm and not borrows else None
+        self.v_norm = None
+        if config.value_norm and not borrows:
+            self.v_norm = UnitNorm(self.head_dim, config.rms_norm_eps, build)
         self.gated = config.output_gate
         self.sizes = [part.size for part in self.qkv_proj.parts]
         self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
@@ -58,6 +67,8 @@ class Attention(nn.Module):
         self.head_scales: torch.Tensor | None
         ones = None
         if build.formats is not None and build.formats.head_scales:
+            if config.num_borrowing or config.keys_are_values:
+                raise ConfigError("scales of each head of keys and values are not supported for this model")
             heads = self.qkv_proj.parts[1].size // self.head_dim
             ones = torch.ones((2, heads), dtype=torch.float32, device=build.device)
         self.register_buffer("head_scales", ones, persistent=False)
@@ -106,14 +117,23 @@ class Attention(nn.Module):
             The output and ``x + residual``, both ``(T, hidden)``, or ``(R, hidden)`` for ``rows``.
         """
         qkv, residual = self.qkv_proj.after_norm(norm, x, residual)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.sizes, dim=-1))
+        parts = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.sizes, dim=-1))
+        q, k, v = (*parts, None, None)[:3]
+        if self.joint:
+            v = k
+        if self.v_norm is not None and v is not None:
+            v = self.v_norm(v)
         if self.gated:
             q, gate = q[:, ::2], q[:, 1::2]
         scales = self.head_scales if cache.keys.dtype == FP8 else None
         decode = meta.max_query_len == 1
         norms = self._norms()
         # The kernel that rotates does the norms as well, where nothing comes between.
-        if norms is not None and (self.rotary.query_scale is not None or scales is not None):
+        if (
+            norms is not None
+            and k is not None
+            and (self.rotary.query_scale is not None or scales is not None)
+        ):
             q, k = head_norms(q, k, norms)
             norms = None
         if self.rotary.query_scale is not None:
@@ -139,9 +159,10 @@ class Attention(nn.Module):
         return self.o_proj(out), residual
 
     def _norms(self) -> HeadNorms | None:
-        if self.q_norm is None or self.k_norm is None:
+        if self.q_norm is None:
             return None
-        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.offset)
+        keys = self.k_norm or self.q_norm
+        return HeadNorms(self.q_norm.weight, keys.weight, self.q_norm.eps, self.q_norm.offset)
 
     def _decode(
         self, q, k, v, positions, cache: KVCache, meta: AttentionMetadata, norms: HeadNorms | None

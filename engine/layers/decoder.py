@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,11 +13,12 @@ from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.recurrent_state import StateCache
 from engine.kernels.split_sums import SplitSums, whole
 from engine.layers.attention import Attention
-from engine.layers.build import BuildContext
+from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.decoder_config import DecoderConfig, DeltaNetConfig, ShortConvConfig
 from engine.layers.delta_net import GatedDeltaNet
 from engine.layers.embedding import LMHead, VocabEmbedding
 from engine.layers.experts import ExpertsMLP
+from engine.layers.layer_inputs import LayerInput, LayerInputs
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
@@ -27,7 +29,8 @@ from engine.layers.short_conv import ShortConv
 class DecoderLayer(nn.Module):
     """Attention, a gated delta net or a short convolution, then a gated MLP or a mixture of experts.
 
-    Each comes after a norm, and before another one if the model has such.
+    Each comes after a norm, and before another one if the model has such. Some models add the layer's own
+    input of each token behind both, and multiply the sum by a number.
 
     The residual is passed beside the hidden states, so that each addition can be fused with the norm behind
     it, and the norm with the GEMM behind that where it is faster.
@@ -48,6 +51,9 @@ class DecoderLayer(nn.Module):
         self.mlp_out_norm = norm() if config.sandwich else None
         self.multiplier = config.residual_multiplier
         self.mlp = _make_mlp(config, layer, build.at("mlp"))
+        inputs = config.layer_inputs
+        self.layer_input = None if inputs is None else LayerInput(config, inputs, build.at("layer_input"))
+        self.layer_scale = build.parameter(1) if config.layer_scales else None
         if isinstance(self.mlp, GatedMLP) and not config.sandwich and self.multiplier == 1:
             self.mlp.down_proj.before_norm = True
             if self.self_attn is not None:
@@ -61,14 +67,24 @@ class DecoderLayer(nn.Module):
         cache: KVCache | StateCache,
         meta: AttentionMetadata,
         rows: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | SplitSums, torch.Tensor]:
+        given: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | SplitSums, torch.Tensor | None]:
         mixer = self.self_attn or self.linear_attn or self.short_conv
         assert mixer is not None
         x, residual = mixer(self.input_layernorm, x, residual, positions, cache, meta, rows)
         x, residual = self.mlp.after_norm(
             self.post_attention_layernorm, self._added(x, self.attention_out_norm), residual
         )
-        return self._added(x, self.mlp_out_norm), residual
+        x = self._added(x, self.mlp_out_norm)
+        if self.layer_input is None and self.layer_scale is None:
+            return x, residual
+        total = whole(x) + residual
+        if self.layer_input is not None and given is not None:
+            total = total + self.layer_input(total, given if rows is None else given.index_select(0, rows))
+        return total if self.layer_scale is None else total * self.layer_scale, None
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        return [] if self.layer_scale is None else [plain_slot(prefix + "layer_scale", self.layer_scale)]
 
     def _added(self, x: torch.Tensor | SplitSums, norm: RMSNorm | None) -> torch.Tensor | SplitSums:
         """Make of a result ``x`` of attention or MLP what is added to the residual."""
@@ -81,7 +97,7 @@ def _make_mlp(config: DecoderConfig, layer: int, build: BuildContext) -> GatedML
     hidden, act = config.hidden_size, config.activation
     if config.experts is not None and layer in config.experts.layers:
         return ExpertsMLP(hidden, config.experts, act, build)
-    return GatedMLP(hidden, config.intermediate_size, act, build, bias=config.mlp_bias)
+    return GatedMLP(hidden, config.mlp_size(layer), act, build, bias=config.mlp_bias)
 
 
 class Decoder(nn.Module):
@@ -97,10 +113,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.dtype, self.device = build.dtype, build.device
-        self.num_kv_heads = max(1, config.num_kv_heads // build.tp.size)
+        heads = max(config.heads_of(layer)[0] for layer in range(config.num_layers))
+        self.num_kv_heads = max(1, heads // build.tp.size)
         length = max_model_len or config.max_position
         self.rotary = Rotary(config.rope, config.head_dim, length, build)
-        local = config.local_rope and Rotary(config.local_rope, config.head_dim, length, build)
+        local_dim = config.head_dim if config.local_heads is None else config.local_heads[1]
+        local = config.local_rope and Rotary(config.local_rope, local_dim, length, build)
         rotaries = [
             local if local and index in config.local_layers else self.rotary
             for index in range(config.num_layers)
@@ -108,6 +126,8 @@ class Decoder(nn.Module):
         # As Transformers rounds it.
         self._multiplier = float(torch.tensor(config.embedding_multiplier, dtype=build.dtype))
         self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, build)
+        inputs = config.layer_inputs
+        self.layer_inputs = None if inputs is None else LayerInputs(config, inputs, build.at("layer_inputs"))
         self.layers = nn.ModuleList(
             DecoderLayer(config, index, rotary, build.at(f"layers.{index}"))
             for index, rotary in enumerate(rotaries)
@@ -135,8 +155,14 @@ class Decoder(nn.Module):
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Map token ids ``(T,)`` to embeddings ``(T, hidden_size)``."""
-        embeds = self.embed_tokens(ids)
+        embeds = self.embed_tokens(self._named(ids))
         return embeds if self._multiplier == 1 else embeds * self._multiplier
+
+    def _named(self, ids: torch.Tensor) -> torch.Tensor:
+        """``ids`` with the blank token in place of those that stand for rows of media."""
+        for token in self.config.media_tokens:
+            ids = torch.where(ids == token, self.config.blank_token, ids)
+        return ids
 
     def scaled_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Map embedding rows ``(R, hidden_size)`` of media to what stands among the tokens' embeddings."""
@@ -151,6 +177,7 @@ class Decoder(nn.Module):
         meta: AttentionMetadata,
         deepstack: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the new tokens of a batch and write their keys and values.
 
@@ -166,6 +193,7 @@ class Decoder(nn.Module):
             deepstack: ``(n, T, hidden_size)`` added to the hidden states after each of the first ``n``
                 layers; zero at text positions.
             rows: int64 ``(R,)``, the tokens whose hidden states are returned; None for all.
+            ids: int64 ``(T,)``, the tokens, which models with inputs of each layer need.
 
         Returns:
             Hidden states after the final norm, ``(T, hidden_size)``, or ``(R, hidden_size)`` for ``rows``.
@@ -173,9 +201,18 @@ class Decoder(nn.Module):
         x: torch.Tensor | SplitSums = embeds
         residual = None
         last, metas = len(self.layers) - 1, meta.by_group()
+        causal = metas
+        if self.config.local_both_ways and meta.key_ends is not None:
+            causal = replace(meta, key_ends=None).by_group()
+        given = None
+        if self.layer_inputs is not None:
+            assert ids is not None
+            given = self.layer_inputs(self._named(ids), embeds)
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             wanted = rows if index == last else None
-            x, residual = layer(x, residual, positions, cache, metas[cache.group], wanted)
+            own = (metas if index in self.config.local_layers else causal)[cache.group]
+            inputs = None if given is None else given[:, index]
+            x, residual = layer(x, residual, positions, cache, own, wanted, inputs)
             if deepstack is not None and index < len(deepstack):
                 added = deepstack[index]
                 x = whole(x) + (added if wanted is None else added.index_select(0, wanted))

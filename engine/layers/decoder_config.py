@@ -7,7 +7,7 @@ from typing import Literal
 
 from engine.layers.experts_config import ExpertsConfig
 
-RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
+RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class RopeConfig:
     Attributes:
         theta: base of the frequencies.
         type: how frequencies are rescaled, see :func:`engine.layers.rotary.inverse_frequencies`.
-        factor: context extension factor (linear, dynamic, yarn, llama3).
+        factor: context extension factor (linear, dynamic, yarn, llama3, proportional).
         low_freq_factor, high_freq_factor: llama3's bounds.
         beta_fast, beta_slow: yarn's bounds, in rotations over the original context.
         truncate: yarn's bounds are rounded to whole dimensions.
@@ -30,6 +30,7 @@ class RopeConfig:
         short_factor, long_factor: longrope's divisors, one per angle.
         attention_factor: multiplies cos and sin.
         rotary_dim: rotated leading dimensions of a head; None rotates all.
+        turning: angles of a head, from the first on, that are not 0 (proportional).
         mrope_section: angles per axis (t, h, w) of M-RoPE; None is one-dimensional.
         query_growth: ``(b, n)``: queries at position ``p`` are multiplied by ``1 + b log(1 + floor(p / n))``
             (Ministral-3); None leaves them as they are.
@@ -52,6 +53,7 @@ class RopeConfig:
     long_factor: tuple[float, ...] = ()
     attention_factor: float = 1.0
     rotary_dim: int | None = None
+    turning: int = 0
     mrope_section: tuple[int, ...] | None = None
     query_growth: tuple[float, int] | None = None
     mrope_interleaved: bool = False
@@ -150,6 +152,19 @@ class ShortConvConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerInputsConfig:
+    """Inputs of each layer of their own, made of a token and its embedding (Gemma 4).
+
+    Attributes:
+        width: numbers of a token's input of one layer.
+        vocab_size: rows of the table by token.
+    """
+
+    width: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """A decoder-only transformer: Llama, Qwen, Mistral, Phi3, Gemma, Granite, or the text part of a VLM.
 
@@ -175,9 +190,21 @@ class DecoderConfig:
         attention_cap: the same for attention scores.
         attention_scale: factor of the attention scores; ``head_dim ** -0.5`` if None.
         local_rope: rotary embedding of the layers ``local_layers``; None if all have ``rope``.
+        local_heads: ``(num_kv_heads, head_dim)`` of these layers; None if all have the same.
+        keys_are_values: the other layers have no projection of values: keys before their norm are values,
+            too.
+        value_norm: values of a head are divided by their root mean square.
+        num_borrowing: trailing layers without keys and values of their own. Each uses those of the last layer
+            before all of them that has its window, or none as itself.
+        borrowing_size: intermediate size of their MLPs; None if it is that of all.
         both_ways: the tokens that attend to each other in both directions: those of each unbroken run of
             embedding rows (``images``), or all of a prompt (``prompt``); None: every token attends to earlier
             ones only.
+        local_both_ways: they do so in ``local_layers`` alone.
+        media_tokens: tokens in whose places embedding rows of media stand; where none does, and in the table
+            of ``layer_inputs``, they are looked up as ``blank_token``.
+        layer_inputs: what each layer adds of a token beside attention and MLP; None if there is nothing.
+        layer_scales: the output of each layer, residual included, is multiplied by a learned number.
         experts: the layers whose MLP is a mixture of experts; None if no layer's is.
         num_deepstack: leading layers after which visual features are added (Qwen3-VL).
         projected_width: numbers of a vector that a projection with bias makes of each hidden state, for
@@ -215,7 +242,17 @@ class DecoderConfig:
     attention_scale: float | None = None
     local_rope: RopeConfig | None = None
     local_layers: tuple[int, ...] = ()
+    local_heads: tuple[int, int] | None = None
+    keys_are_values: bool = False
+    value_norm: bool = False
+    num_borrowing: int = 0
+    borrowing_size: int | None = None
     both_ways: Literal["images", "prompt"] | None = None
+    local_both_ways: bool = False
+    media_tokens: tuple[int, ...] = ()
+    blank_token: int = 0
+    layer_inputs: LayerInputsConfig | None = None
+    layer_scales: bool = False
     experts: ExpertsConfig | None = None
     num_deepstack: int = 0
     projected_width: int | None = None
@@ -224,11 +261,40 @@ class DecoderConfig:
     def mlp_sizes(self) -> tuple[int, ...]:
         """The intermediate sizes of all MLPs, those of experts included, in ascending order."""
         if self.experts is None:
-            return (self.intermediate_size,)
+            return tuple(sorted({self.mlp_size(layer) for layer in range(self.num_layers)}))
         sizes = {self.experts.intermediate_size, self.experts.shared_size or self.experts.intermediate_size}
         if len(self.experts.layers) < self.num_layers:
             sizes.add(self.intermediate_size)
         return tuple(sorted(sizes))
+
+    def mlp_size(self, layer: int) -> int:
+        """Intermediate size of the MLP of ``layer``."""
+        wide = layer in self.borrowing_layers and self.borrowing_size
+        return wide or self.intermediate_size
+
+    def heads_of(self, layer: int) -> tuple[int, int]:
+        """KV heads of ``layer``, of the whole model, and numbers per head."""
+        own = self.local_heads if layer in self.local_layers else None
+        return own or (self.num_kv_heads, self.head_dim)
+
+    def kv_width(self, layer: int, num_ranks: int) -> int:
+        """Numbers of a token's keys in ``layer`` on one of ``num_ranks`` ranks; as many of its values."""
+        heads, head_dim = self.heads_of(layer)
+        return max(1, heads // num_ranks) * head_dim
+
+    @property
+    def borrowing_layers(self) -> range:
+        """The layers without keys and values of their own."""
+        return range(self.num_layers - self.num_borrowing, self.num_layers)
+
+    def keys_of(self, layer: int) -> int:
+        """The layer whose keys and values ``layer`` uses, which is itself for most."""
+        first = self.num_layers - self.num_borrowing
+        if layer < first:
+            return layer
+        return max(
+            each for each in range(first) if (each in self.local_layers) == (layer in self.local_layers)
+        )
 
     def window(self, layer: int) -> int | None:
         """Sliding window of ``layer`` in tokens; None for full attention."""

@@ -338,6 +338,7 @@ def qkv_linear(
     bias: bool,
     fused_name: str = "qkv_proj",
     gated: bool = False,
+    names: Sequence[str] = ("k_proj", "v_proj"),
 ) -> FusedColumnLinear:
     """Make the query, key and value projections.
 
@@ -345,6 +346,7 @@ def qkv_linear(
 
     Args:
         gated: each query is followed by a gate of its head, of ``head_dim`` too.
+        names: the projections to KV heads.
     """
     heads = build.share(num_heads, "attention heads")
     rank, size = build.tp.rank, build.tp.size
@@ -356,11 +358,10 @@ def qkv_linear(
         kv_start = rank // (size // num_kv_heads)
     query_dim = 2 * head_dim if gated else head_dim
     queries = FusedPart("q_proj", num_heads * query_dim, rank * heads * query_dim, heads * query_dim)
-    keys, values = (
-        FusedPart(name, num_kv_heads * head_dim, kv_start * head_dim, kv_heads * head_dim)
-        for name in ("k_proj", "v_proj")
-    )
-    return FusedColumnLinear(hidden, [queries, keys, values], build, fused_name=fused_name, bias=bias)
+    others = [
+        FusedPart(name, num_kv_heads * head_dim, kv_start * head_dim, kv_heads * head_dim) for name in names
+    ]
+    return FusedColumnLinear(hidden, [queries, *others], build, fused_name=fused_name, bias=bias)
 
 
 class RowLinear(nn.Module):

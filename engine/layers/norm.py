@@ -43,6 +43,20 @@ class RMSNorm(nn.Module):
         return [plain_slot(prefix + "weight", self.weight)]
 
 
+class UnitNorm(nn.Module):
+    """Computes ``x / sqrt(mean(x²) + eps)`` over the last dimension."""
+
+    def __init__(self, width: int, eps: float, build: BuildContext) -> None:
+        super().__init__()
+        self.eps = eps
+        self.ones: torch.Tensor
+        ones = torch.ones(width, dtype=build.dtype, device=build.device)
+        self.register_buffer("ones", ones, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.ones, self.eps)
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation with scale and shift over the last dimension."""
 

@@ -22,7 +22,8 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, *, length: int | torc
     ``default`` is ``theta^(-2i/d)``, which ``linear`` divides by ``factor``. ``llama3`` divides long
     wavelengths by it, ``yarn`` those with few rotations over the original context, and both blend in between.
     ``dynamic`` raises ``theta`` for a ``length`` beyond the original context. ``longrope`` divides by
-    ``long_factor`` if ``length`` is beyond it, else by ``short_factor``.
+    ``long_factor`` if ``length`` is beyond it, else by ``short_factor``. ``proportional`` divides by
+    ``factor`` and has 0 behind its first ``turning`` angles.
 
     Args:
         length: with ``dynamic`` also int64 ``(N, 1)``, for a row of frequencies per length.
@@ -38,8 +39,10 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, *, length: int | torc
     if rope.type == "yarn":
         return _yarn(powers, rope, rotary_dim)
     frequencies = 1.0 / powers
-    if rope.type == "linear":
-        return frequencies / rope.factor
+    if rope.type in ("linear", "proportional"):
+        frequencies = frequencies / rope.factor
+    if rope.type == "proportional":
+        frequencies[rope.turning :] = 0
     if rope.type == "llama3":
         return _llama3(frequencies, rope)
     return frequencies
@@ -169,14 +172,15 @@ class Rotary(nn.Module):
     def forward(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
         positions: torch.Tensor,
         cache: KVCache,
         slot_mapping: torch.Tensor,
         norms: HeadNorms | None = None,
     ) -> None:
-        """Rotate ``q`` in place, after ``norms``; write the rotated ``k``, and ``v``, to their KV slots.
+        """Rotate ``q`` in place, after ``norms``; write the rotated ``k``, and ``v``, to their KV slots if
+        there are such.
 
         Args:
             q: ``(T, heads, head_dim)``.

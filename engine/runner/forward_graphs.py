@@ -43,7 +43,15 @@ def captured_sizes(layer_parameters: int, max_tokens: int) -> list[int]:
 
 
 Forward = Callable[
-    [torch.Tensor, torch.Tensor, AttentionMetadata, torch.Tensor | None, torch.Tensor | None], torch.Tensor
+    [
+        torch.Tensor,
+        torch.Tensor,
+        AttentionMetadata,
+        torch.Tensor | None,
+        torch.Tensor | None,
+        torch.Tensor | None,
+    ],
+    torch.Tensor,
 ]
 
 
@@ -54,8 +62,8 @@ class ForwardGraphs:
 
     Args:
         forward: embeddings ``(T, width)``, positions, metadata, what is added after the first layers
-            ``(deepstack, T, width)`` or None, and R row indices or None, to the hidden states ``(R, width)``
-            of these rows, or of all rows.
+            ``(deepstack, T, width)`` or None, R row indices or None, and the tokens ``(T,)`` or None, to the
+            hidden states ``(R, width)`` of these rows, or of all rows.
         capture: see :class:`engine.graphs.Capture`.
         sizes: numbers of tokens to capture, ascending.
         width: of embeddings and hidden states.
@@ -69,6 +77,7 @@ class ForwardGraphs:
         padding_slot: row of recurrent states for padding sequences.
         all_rows: return the hidden states of all rows, else of at most one row per sequence.
         both_ways: batches have :attr:`~engine.kernels.paged.AttentionMetadata.key_ends`.
+        takes_ids: the pass takes the tokens.
         device: device of all tensors.
     """
 
@@ -89,6 +98,7 @@ class ForwardGraphs:
         padding_slot: int,
         all_rows: bool,
         both_ways: bool,
+        takes_ids: bool,
         device: torch.device,
     ) -> None:
         self._forward, self._capture = forward, capture
@@ -102,6 +112,7 @@ class ForwardGraphs:
         self._num_added = 0
         self._slot_mapping = torch.full((num_groups, most), -1, dtype=torch.int64, device=device)
         self._key_ends = torch.zeros((most,), dtype=torch.int32, device=device) if both_ways else None
+        self._ids = torch.zeros((most,), dtype=torch.int64, device=device) if takes_ids else None
         self._counts = sorted({min(FEW_SEQUENCES, max_sequences), max_sequences})
         tables = (num_groups, max_sequences, max_blocks)
         self._tables = torch.zeros(tables, dtype=torch.int32, device=device)
@@ -138,6 +149,7 @@ class ForwardGraphs:
         meta: AttentionMetadata,
         deepstack: torch.Tensor | None,
         rows: torch.Tensor | None,
+        ids: torch.Tensor,
     ) -> torch.Tensor:
         """Hidden states ``(R, width)`` of ``rows``, or ``(T, width)`` with ``all_rows``.
 
@@ -155,6 +167,8 @@ class ForwardGraphs:
         self._slot_mapping[:, tokens:] = -1
         if self._key_ends is not None and meta.key_ends is not None:
             self._key_ends[:tokens] = meta.key_ends
+        if self._ids is not None:
+            self._ids[:tokens] = ids
         self._tables[:, :sequences] = meta.block_tables
         self._starts[: sequences + 1] = meta.query_start
         self._starts[sequences + 1 :] = tokens
@@ -205,4 +219,5 @@ class ForwardGraphs:
         embeds, positions = self._embeds[:size], self._positions[..., :size]
         deepstack = self._deepstack[:, :size] if len(self._deepstack) else None
         rows = None if self.all_rows else self._rows[:count]
-        return lambda: self._forward(embeds, positions, meta, deepstack, rows)
+        ids = None if self._ids is None else self._ids[:size]
+        return lambda: self._forward(embeds, positions, meta, deepstack, rows, ids)

@@ -21,12 +21,9 @@ def kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
     return FP8 if config.kv_cache_dtype == "fp8" else dtype
 
 
-def block_bytes(
-    config: DecoderConfig, num_layers: int, block_size: int, dtype: torch.dtype, tp_size: int = 1
-) -> int:
-    """Bytes of one KV block of ``num_layers`` layers on one tensor-parallel rank."""
-    heads = max(1, config.num_kv_heads // tp_size)
-    return 2 * num_layers * heads * block_size * config.head_dim * dtype.itemsize
+def block_bytes(groups: LayerGroups, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one KV block on one tensor-parallel rank."""
+    return 2 * groups.size * groups.width * block_size * dtype.itemsize
 
 
 def state_bytes(config: DecoderConfig, dtype: torch.dtype, tp_size: int = 1) -> int:
@@ -52,8 +49,8 @@ def num_snapshots(config: EngineConfig, decoder: DecoderConfig, dtype: torch.dty
         return 0
     budget = config.state_snapshot_bytes
     if budget is None:
-        stored, layers = kv_dtype(config, dtype), decoder.num_attention_layers
-        budget = num_blocks * block_bytes(decoder, layers, config.block_size, stored, size) // 3
+        stored, groups = kv_dtype(config, dtype), LayerGroups.single(decoder, size)
+        budget = num_blocks * block_bytes(groups, config.block_size, stored) // 3
     return budget // each
 
 
@@ -95,7 +92,8 @@ def allocate_caches(
 ) -> Caches:
     """Allocate the cache of every layer: keys and values, or ``num_states`` recurrent states.
 
-    The first layers of all groups have the same tensors, and so on: a block belongs to one group at a time.
+    The first places of all groups have the same tensors, and so on: a block belongs to one group at a time.
+    Layers that borrow keys and values have the cache of the layer that they borrow from.
 
     Keys and values are zeroed, because padded rows of captured graphs read block 0: whatever lay in memory
     could be NaN, and a masked NaN still poisons a dot product.
@@ -105,18 +103,29 @@ def allocate_caches(
         kv_dtype: of keys and values, if it is another.
         kv_scales: the scales of each layer's keys and values, if they are in fp8.
     """
-    heads = max(1, config.num_kv_heads // tp_size)
-    shape = (num_blocks, heads, block_size, config.head_dim)
 
     def zeros() -> torch.Tensor:
-        return torch.zeros(shape, dtype=kv_dtype or dtype, device=device)
+        return torch.zeros((num_blocks, groups.width * block_size), dtype=kv_dtype or dtype, device=device)
+
+    def part(whole: torch.Tensor, layer: int, index: int) -> torch.Tensor:
+        """The share that the ``index``-th layer of a place has, see :class:`KVCache`."""
+        width, head_dim = config.kv_width(layer, tp_size), config.heads_of(layer)[1]
+        first, count = index * width * block_size, width * block_size
+        return whole[:, first : first + count].unflatten(1, (-1, block_size, head_dim))
 
     pairs = [(zeros(), zeros()) for _ in range(groups.size)]
     found: dict[int, KVCache | StateCache] = {
-        layer: KVCache(*pair, *(kv_scales[layer] if kv_scales else (1.0, 1.0)), group)
+        layer: KVCache(
+            part(keys, layer, index),
+            part(values, layer, index),
+            *(kv_scales[layer] if kv_scales else (1.0, 1.0)),
+            group,
+        )
         for group, members in enumerate(groups.members)
-        for layer, pair in zip(members, pairs, strict=False)
+        for place, (keys, values) in zip(members, pairs, strict=False)
+        for index, layer in enumerate(place)
     }
+    found |= {layer: found[config.keys_of(layer)] for layer in config.borrowing_layers}
     number = len(groups.members)
     net = config.recurrence
     if net is None:

@@ -141,6 +141,7 @@ class ModelRunner:
                 padding_slot=self._state.padding_slot,
                 all_rows=pooling,
                 both_ways=self._both_ways,
+                takes_ids=model.layer_inputs is not None,
                 device=self.device,
             )
 
@@ -292,7 +293,7 @@ class ModelRunner:
             state_rows=torch.full((len(starts) - 1,), self._state.padding_slot, device=device),
         )
         positions = zeros.expand(3, -1) if self._mrope else zeros
-        hidden = self.model(self.model.embed(zeros), positions, self._caches.layers, meta)
+        hidden = self.model(self.model.embed(zeros), positions, self._caches.layers, meta, ids=zeros)
         rows = hidden[: self._state.padding_slot]
         self.model.logits(rows).float().softmax(-1)
 
@@ -389,7 +390,8 @@ class ModelRunner:
             state_rows=slots,
         )
         positions = inputs.positions.expand(3, -1) if self._mrope else inputs.positions
-        hidden = self.model(self.model.embed(inputs.ids), positions, self._caches.layers, meta)
+        embeds = self.model.embed(inputs.ids)
+        hidden = self.model(embeds, positions, self._caches.layers, meta, ids=inputs.ids)
         return self.model.logits(hidden)
 
     def _decode_sample(self, slots: torch.Tensor, logits: torch.Tensor, plan: SamplingPlan) -> torch.Tensor:
@@ -454,9 +456,9 @@ class ModelRunner:
         embeds, deepstack = self._embed(batch, ids, chunks.embedded_rows)
         graphs = self._forwards
         if graphs is not None and graphs.all_rows == (rows is None) and graphs.fits(len(embeds), len(slots)):
-            hidden = graphs.replay(embeds, positions, meta, deepstack, rows)
+            hidden = graphs.replay(embeds, positions, meta, deepstack, rows, ids)
         else:
-            hidden = self.model(embeds, positions, self._caches.layers, meta, deepstack, rows)
+            hidden = self.model(embeds, positions, self._caches.layers, meta, deepstack, rows, ids)
         state.length.index_copy_(0, slots, lengths)
         if settled is not None:
             state.length.index_copy_(0, *settled)

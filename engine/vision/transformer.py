@@ -25,6 +25,7 @@ from engine.layers.matrix_formats import Formats
 from engine.layers.mlp import MLP, GatedMLP
 from engine.layers.norm import LayerNorm, RMSNorm
 from engine.vision.graphs import TowerGraphs
+from engine.vision.sandwich import SandwichBlock
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer_config import VisionConfig
 
@@ -180,7 +181,8 @@ class VisionTransformer(nn.Module):
             build.parameter(config.num_positions, width) if config.num_positions else None
         )
         self.pre_norm = make_norm(config, width, build) if config.pre_norm else None
-        self.blocks = nn.ModuleList(VisionBlock(config, build) for _ in range(config.num_layers))
+        block = SandwichBlock if config.sandwich else VisionBlock
+        self.blocks = nn.ModuleList(block(config, build) for _ in range(config.num_layers))
         self.post_norm = make_norm(config, width, build) if config.post_norm else None
 
     def forward(self, patches: torch.Tensor, segments: VisionSegments) -> torch.Tensor:

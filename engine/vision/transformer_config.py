@@ -34,6 +34,9 @@ class VisionConfig:
             columns; None if there are none.
         rope_alternates: whether rows rotate by the even and columns by the odd frequencies of a
             one-dimensional embedding (Pixtral); else both rotate by the even ones (Qwen).
+        sandwich: norms of attention's and the MLP's results as well, of values, and of each half of a head
+            rotated by itself; see :mod:`engine.vision.sandwich`.
+        bounded: inputs and outputs of the linear layers of such blocks are cut to bounds of the checkpoint.
         features: hidden states that are concatenated to the tower's output, 0 being the input of the first
             block and ``n`` the output of block ``n - 1``; empty takes the last block's output alone.
         stored_layers: number of blocks in the checkpoint, if that is more than ``num_layers``.
@@ -63,6 +66,8 @@ class VisionConfig:
     rope_theta: float | None = None
     full_layers: tuple[int, ...] | None = None
     rope_alternates: bool = False
+    sandwich: bool = False
+    bounded: bool = False
     features: tuple[int, ...] = ()
     stored_layers: int = 0
 

@@ -297,6 +297,7 @@ TEXT_ARCHITECTURES = (
     "gemma",
     "gemma2",
     "gemma3",
+    "gemma4",
     "glm",
     "glm4",
     "glm4_moe",
@@ -452,6 +453,21 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
             "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
         }
+    elif kind == "gemma4":
+        common |= {
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": vocab_size,
+            "sliding_window": 7,
+            "num_hidden_layers": 3,
+            "num_kv_shared_layers": 1,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        }
+        rope = {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "full_attention": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        }
     elif kind in ("glm", "glm4"):
         common["head_dim"] = 32
     elif kind in ("granite", "granitemoe"):
@@ -485,7 +501,7 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
     names["glm4_moe"] = "Glm4Moe"
     names |= {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
     family = names.get(kind, kind.capitalize().replace("_moe", "Moe"))
-    text = "Text" if kind in ("gemma3", *DELTA_NETS) else ""
+    text = "Text" if kind in ("gemma3", "gemma4", *DELTA_NETS) else ""
     config_class = getattr(transformers, f"{family}{text}Config")
     config = config_class(**{**common, "rope_parameters": rope, **overrides})
     model = getattr(transformers, f"{family}ForCausalLM")(config)

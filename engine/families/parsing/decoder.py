@@ -6,6 +6,7 @@ from engine.errors import CheckpointError
 from engine.families.parsing.defaults import DEFAULTS, DecoderKind
 from engine.families.parsing.experts import parse_experts
 from engine.families.parsing.fields import Json, activation, flag, integer, number
+from engine.families.parsing.gemma4 import gemma4_fields
 from engine.families.parsing.lfm2 import lfm2_fields
 from engine.families.parsing.rope import parse_ropes, stretched_context
 from engine.families.parsing.switches import SWITCHES
@@ -19,6 +20,7 @@ _BIASED_QKV = ("glm4v_text", "qwen2", "qwen2_vl")
 _UNBIASED_OUTPUT = ("glm", "glm4", "glm4_moe", "glm4v_moe_text")
 _NORMED_QK = (
     "gemma3_text",
+    "gemma4_text",
     "lfm2",
     "qwen3",
     "qwen3_5_moe_text",
@@ -36,13 +38,15 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         CheckpointError: naming the field that is missing or not supported.
     """
     defaults = DEFAULTS[kind]
-    if "hidden_activation" in raw and kind in ("gemma2", "gemma3_text"):
+    if "hidden_activation" in raw and kind in ("gemma2", "gemma3_text", "gemma4_text"):
         raw = {**raw, "hidden_act": raw["hidden_activation"]}
     if kind == "gemma" and raw.get("hidden_act") == "gelu":
         # Files of the first releases call the activation so.
         raw = {**raw, "hidden_act": "gelu_pytorch_tanh"}
     if kind == "lfm2":
         raw = lfm2_fields(raw)
+    if kind == "gemma4_text":
+        raw = gemma4_fields(raw)
     if "num_local_experts" in raw and "num_experts" in defaults:
         # As Transformers 5 saves what public files call num_experts.
         raw = {"num_experts": raw["num_local_experts"], **raw}
@@ -55,7 +59,8 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
     heads = integer(config, "num_attention_heads")
     layers, positions = integer(config, "num_hidden_layers"), integer(config, "max_position_embeddings")
     head_dim = _head_dim(config, kind, heads)
-    rope, local_rope = parse_ropes(config, kind, head_dim)
+    local_dim = config["local_heads"][1] if "local_heads" in config else head_dim
+    rope, local_rope = parse_ropes(config, kind, head_dim, local_dim)
     # Gemma states its context after scaling.
     context = positions if local_rope else stretched_context(rope, positions)
     sliding = sliding_layers(config, layers) if local_rope else ()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from engine.families.parsing.experts import LOCAL_EXPERTS, QWEN_EXPERTS, ROUTED_EXPERTS, SPARSE_LAYERS
+from engine.families.parsing.gemma4 import GEMMA4_DEFAULTS
 from engine.families.parsing.lfm2 import LFM2_DEFAULTS
 
 DecoderKind = Literal[
     "gemma",
     "gemma2",
     "gemma3_text",
+    "gemma4_text",
     "glm",
     "glm4",
     "glm4_moe",
@@ -172,6 +174,7 @@ DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "attn_logit_softcapping": None,
         "use_bidirectional_attention": False,
     },
+    "gemma4_text": GEMMA4_DEFAULTS,
     "glm": _GLM,
     "glm4": _GLM,
     "glm4_moe": {**_GLM_MOE, "use_qk_norm": False},

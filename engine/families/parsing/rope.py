@@ -25,7 +25,10 @@ _ALIASES: dict[str, dict[Any, str]] = {
     "qwen3_vl_moe": {"mrope": "default"},
     "phi3": {"su": "longrope", "yarn": "longrope"},
 }
-_TYPES: dict[str, tuple[RopeType, ...]] = {"phi3": ("default", "longrope")}
+_TYPES: dict[str, tuple[RopeType, ...]] = {
+    "gemma4_text": ("default", "linear", "proportional"),
+    "phi3": ("default", "longrope"),
+}
 _ALL_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 #: Kinds whose neighbouring dimensions rotate against each other.
 _GLM = ("glm", "glm4", "glm4v_text", "glm_ocr_text")
@@ -51,12 +54,15 @@ _SECTIONS = {
 }
 
 
-def parse_ropes(config: Json, kind: str, head_dim: int) -> tuple[RopeConfig, RopeConfig | None]:
+def parse_ropes(
+    config: Json, kind: str, head_dim: int, local_head_dim: int
+) -> tuple[RopeConfig, RopeConfig | None]:
     """Read the rotary embeddings of a decoder: that of all layers, or of those with full attention; and that
-    of the layers with a window, if they have one of their own (Gemma 3).
+    of the layers with a window, if they have one of their own (Gemma 3 and 4).
 
     Args:
         config: see :func:`parse_rope`.
+        head_dim, local_head_dim: numbers per head of the two.
 
     Raises:
         CheckpointError: naming the field that is missing or not supported.
@@ -67,8 +73,8 @@ def parse_ropes(config: Json, kind: str, head_dim: int) -> tuple[RopeConfig, Rop
     full = {**(stated.get("full_attention") or {}), **(config.get("rope_scaling") or {})}
     local = {"rope_theta": config["rope_local_base_freq"], **(stated.get("sliding_attention") or {})}
     both = [
-        parse_rope({**config, "rope_scaling": None, "rope_parameters": parameters}, kind, head_dim)
-        for parameters in (full, local)
+        parse_rope({**config, "rope_scaling": None, "rope_parameters": parameters}, kind, dim)
+        for parameters, dim in ((full, head_dim), (local, local_head_dim))
     ]
     if any(rope.depends_on_length for rope in both):
         raise CheckpointError(
@@ -159,7 +165,7 @@ def _rotary_dim(config: Json, parameters: Json, kind: str, rope_type: RopeType, 
     """
     field = "partial_rotary_factor"
     partial = kind in _PARTIAL
-    if not partial and rope_type == "default":
+    if rope_type == "proportional" or (not partial and rope_type == "default"):
         return None
     beside = config.get(field, _SHARES.get(kind, 1.0))
     if beside is None and not partial:
@@ -196,6 +202,16 @@ def _only(mapping: Json, field: str) -> dict[str, Any]:
 
 def _default(config: Json, parameters: Json, positions: int, angles: int) -> dict[str, Any]:
     return {}
+
+
+def _proportional(config: Json, parameters: Json, positions: int, angles: int) -> dict[str, Any]:
+    share = number({"partial_rotary_factor": 1.0, **parameters}, "partial_rotary_factor", param=_PARAM)
+    if share > 1:
+        raise CheckpointError(f"config.json: partial_rotary_factor {share} should be at most 1", param=_PARAM)
+    return {
+        "factor": number({"factor": 1.0, **parameters}, "factor", param=_PARAM),
+        "turning": int(share * 2 * angles // 2),
+    }
 
 
 def _linear(config: Json, parameters: Json, positions: int, angles: int) -> dict[str, Any]:
@@ -273,4 +289,5 @@ _READERS = {
     "yarn": _yarn,
     "llama3": _llama3,
     "longrope": _longrope,
+    "proportional": _proportional,
 }

@@ -8,6 +8,7 @@ from typing import Any
 from engine.errors import CheckpointError
 from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, activation, integer, number
+from engine.families.parsing.gemma4 import gemma4_switches
 from engine.families.parsing.lfm2 import lfm2_switches
 from engine.families.parsing.recurrent import recurrent_layers
 from engine.layers.decoder_config import DeltaNetConfig
@@ -87,6 +88,7 @@ SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "glm4v_text": lambda config: {"sandwich": True},
     "glm_ocr_text": lambda config: {"sandwich": True},
     "gemma3_text": _gemma3,
+    "gemma4_text": gemma4_switches,
     "granite": _granite,
     "lfm2": lfm2_switches,
     "qwen3_5_moe_text": _qwen3_5,

@@ -1,4 +1,4 @@
-"""Language models without images: Gemma 1 to 3, GLM-4, Granite, LFM2, Llama, Mistral, Ministral-3, Phi3,
+"""Language models without images: Gemma 1 to 4, GLM-4, Granite, LFM2, Llama, Mistral, Ministral-3, Phi3,
 Qwen2, Qwen3, Qwen3.5; with experts GLM-4.5, Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
 
 from __future__ import annotations
@@ -6,12 +6,14 @@ from __future__ import annotations
 from engine.checkpoint.rules import (
     DECODER_RULES,
     EXPERT_RULES,
+    GEMMA4_RULES,
     GLM_RULES,
     LFM2_RULES,
     MULTI_TOKEN_HEADS,
     SANDWICH_RULES,
     WeightRules,
     further_layers,
+    unused_keys,
 )
 from engine.families.base import ModelConfig
 from engine.families.family import Family, with_head
@@ -24,6 +26,7 @@ _KINDS: dict[str, DecoderKind] = {
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
+    "Gemma4ForCausalLM": "gemma4_text",
     "GlmForCausalLM": "glm",
     "Glm4ForCausalLM": "glm4",
     "Glm4MoeForCausalLM": "glm4_moe",
@@ -54,6 +57,8 @@ def _weights(config: ModelConfig) -> WeightRules:
     rules = rules if config.decoder.experts is None else EXPERT_RULES
     if config.architecture.startswith("Glm"):
         return WeightRules(language=GLM_RULES, ignore=(further_layers(config.decoder.num_layers),))
+    if config.architecture == "Gemma4ForCausalLM":
+        return WeightRules(language=GEMMA4_RULES, ignore=unused_keys(config.decoder.borrowing_layers))
     rules = LFM2_RULES if config.architecture == "Lfm2ForCausalLM" else rules
     unused = (MULTI_TOKEN_HEADS,) if config.architecture.startswith("Qwen3_5") else ()
     return WeightRules(language=rules, ignore=unused)

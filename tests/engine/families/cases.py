@@ -14,6 +14,10 @@ from tests.engine.families.colqwen2 import ColQwen2Reference, make_colqwen2
 from tests.engine.families.gemma3 import FRAME as GEMMA3_FRAME
 from tests.engine.families.gemma3 import IMAGE as GEMMA3_IMAGE
 from tests.engine.families.gemma3 import Gemma3Reference, make_gemma3
+from tests.engine.families.gemma4 import FRAME as GEMMA4_FRAME
+from tests.engine.families.gemma4 import IMAGE as GEMMA4_IMAGE
+from tests.engine.families.gemma4 import VIDEO as GEMMA4_VIDEO
+from tests.engine.families.gemma4 import Gemma4Reference, make_gemma4
 from tests.engine.families.glm import FPS as GLM_FPS
 from tests.engine.families.glm import FRAME as GLM_FRAME
 from tests.engine.families.glm import IMAGE as GLM_IMAGE
@@ -146,6 +150,20 @@ CASES = [
         # In two parts beside each other; whole; in parts below each other.
         several=(((20, 24), (33, 70)), ((20, 20), (64, 40), (41, 45))),
         options={"mm_processor_kwargs": {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 9}},
+    ),
+    *(
+        FamilyCase(
+            name,
+            partial(make_gemma4, large=large),
+            Gemma4Reference,
+            frame=GEMMA4_FRAME,
+            placeholder=lambda index, count: GEMMA4_IMAGE,
+            video=GEMMA4_VIDEO,
+            windows=True,
+            # Of one square, and a line of squares.
+            several=(((90, 30), (33, 70)), ((8, 9), (3, 400), (41, 83))),
+        )
+        for name, large in (("Gemma 4 E2B", False), ("Gemma 4 31B", True))
     ),
     FamilyCase(
         "InternVL",
@@ -350,7 +368,7 @@ CASES = [
             partial(make_text_model, kind=kind),
             TextReference,
             texts=TEXTS,
-            windows=kind in ("gemma2", "gemma3", "mistral", "mixtral"),
+            windows=kind in ("gemma2", "gemma3", "gemma4", "mistral", "mixtral"),
             # Recurrent states of all slots come out of it.
             options={"kv_cache_bytes": 32 << 20} if kind in HYBRIDS else {},
         )
@@ -358,6 +376,7 @@ CASES = [
             "gemma",
             "gemma2",
             "gemma3",
+            "gemma4",
             "glm",
             "glm4",
             "glm4_moe",
@@ -393,8 +412,10 @@ LIKE = {
     "LLaVA with Pixtral": "Mistral3",
     "LightOnOCR": "Mistral3",
     "Gemma 3 with pan and scan": "Gemma 3",
+    "Gemma 4 31B": "Gemma 4 E2B",
     "InternVL, publishers' names": "InternVL",
     "Qianfan-OCR": "InternVL",
+    "gemma4": "Gemma 4 E2B",
     "VLM2Vec": "Phi-3.5-vision",
     "Qwen3-VL-MoE": "Qwen3-VL",
     "ColQwen2": "Qwen2-VL",

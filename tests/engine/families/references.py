@@ -73,6 +73,10 @@ def make_text_model(path: Path, hub: bool, kind: str) -> None:
         (path / "config.json").write_text(json.dumps(config))
         split_shards(path)
         return
+    if kind == "gemma4":
+        # Public files have the spelling of Transformers 5.
+        split_shards(path)
+        return
     if kind == "gemma3":
         config = json.loads((path / "config.json").read_text())
         ropes = config.pop("rope_parameters")

@@ -126,6 +126,24 @@ def decode(
     )
 
 
+def wide_heads(sequences: int) -> None:
+    """Attention of a layer of Gemma 4 with full attention, and of one that borrows its keys and values."""
+    from engine.kernels.decode_attention import decode_attention_triton
+    from engine.kernels.kv_write import rotary_kv_write_triton
+    from engine.kernels.paged_attention import paged_attention_triton
+    from engine.kernels.rms_norm import HeadNorms
+
+    dim = 512
+    q, k, v = tensor(sequences, 12, dim).split([8, 2, 2], dim=1)
+    positions, angles = torch.zeros(sequences, dtype=torch.int64), torch.randn(64, dim // 2)
+    table, norms = RotaryTable(angles, angles), HeadNorms(*tensor(2, dim), 1e-6)
+    cache, meta = kv_cache(2, dim), metadata([1] * sequences, 1000, 4096)
+    for keys, values in ((k, v), (None, None)):
+        rotary_kv_write_triton(q, keys, values, positions, table, cache, meta.slot_mapping, norms)
+        decode_attention_triton(q, keys, values, positions, table, cache, meta, scale=1.0, norms=norms)
+    paged_attention_triton(tensor(308, 8, dim), cache, metadata([300, 1, 7], 1000, 1000), scale=1.0)
+
+
 def vision(heads: int, dim: int, tokens: int, images: int = 1) -> None:
     from engine.kernels.vision_attention import vision_attention_triton
 
@@ -524,6 +542,7 @@ CASES: list[Callable[[], None]] = [
     lambda: decode(12, 2, 128, 64),
     lambda: paged(28, 4, 128, [300, 1, 7]),
     lambda: both_ways(8, 4, 256, [300, 1, 7], 1024),
+    partial(wide_heads, 1),
     lambda: prefill(28, 4, 128),
     lambda: vision(16, 80, 1600),
     lambda: image(16, 80, 1600),
@@ -550,6 +569,7 @@ MORE_CASES: list[Callable[[], None]] = [
     lambda: decode(32, 32, 128, 64),
     lambda: paged(32, 32, 128, [300, 1, 7]),
     lambda: both_ways(8, 4, 256, [300, 1, 7], None),
+    partial(wide_heads, 256),
     lambda: prefill(14, 2, 64),
     lambda: vision(16, 80, 1600, images=4),
     lambda: vision(16, 64, 577),

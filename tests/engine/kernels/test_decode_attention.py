@@ -8,7 +8,7 @@ from engine.kernels.decode_attention import decode_attention_reference, decode_a
 from engine.kernels.dispatch import decode_attention
 from engine.kernels.kv_write import rotary_kv_write_reference
 from engine.kernels.paged import AttentionMetadata, KVCache
-from engine.kernels.paged_attention import paged_attention_reference
+from engine.kernels.paged_attention import paged_attention_reference, paged_attention_triton
 from engine.kernels.rms_norm import HeadNorms, head_norms_reference
 from engine.kernels.rotary import RotaryTable
 
@@ -152,6 +152,44 @@ def test_norms_of_heads(device, dtype, case, offset, splits, monkeypatch):
     expected = decode_attention_reference(*step.copy().arguments(), **options)
     assert_close(decode_attention_triton(*step.copy().arguments(), **options), expected)
     run(step)
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("case", ["many", "one short", "head of 96", "half rotated"])
+def test_borrowed_keys(device, dtype, case, window, splits, monkeypatch):
+    """The new token's key is in the cache: the result is that of a step that puts it there."""
+    force_splits(monkeypatch, splits)
+    step = problem(device, dtype, **CASES[case])
+    step.norms = HeadNorms(*torch.randn(2, CASES[case]["dim"]).to(device, dtype), 1e-5)
+    written = step.rotated()
+    expected = paged_attention_reference(
+        written.q.double(), double(written.cache), step.meta, scale=step.scale, window=window
+    )
+    before, options = clone(written.cache), {"scale": step.scale, "norms": step.norms, "window": window}
+    for run_one in (decode_attention_triton, decode_attention_reference):
+        q = step.q.clone()
+        found = run_one(q, None, None, step.positions, step.table, written.cache, step.meta, **options)
+        assert_close(found, expected)
+    torch.testing.assert_close(written.cache.keys, before.keys, rtol=0, atol=0, equal_nan=True)
+
+
+def test_blocks_with_others_between(device, dtype):
+    """A layer's blocks are parts of wider ones, and the rest stays as it is."""
+    step = problem(device, dtype, **CASES["many"])
+    wide = [
+        torch.full((len(x), 3, *x.shape[1:]), torch.nan).to(x) for x in (step.cache.keys, step.cache.values)
+    ]
+    for whole, part in zip(wide, (step.cache.keys, step.cache.values), strict=True):
+        whole[:, 1] = part
+    step.cache = KVCache(wide[0][:, 1], wide[1][:, 1])
+    expected = decode_attention_reference(
+        *replace(step.copy(), cache=clone(step.cache)).arguments(), scale=0.25
+    )
+    assert_close(decode_attention_triton(*step.arguments(), scale=0.25), expected)
+    assert all(whole[:, ::2].isnan().all() for whole in wide)
+    assert_close(paged_attention_triton(step.rotated().q, step.cache, step.meta, scale=0.25), expected)
 
 
 def test_a_token_without_a_slot_is_seen_and_not_written(device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.engine.families.drawn.checkpoint import Family
 from tests.engine.families.drawn.composed import MiniCPMVFamily, Phi3VFamily
 from tests.engine.families.drawn.gemma3 import Gemma3Family
+from tests.engine.families.drawn.gemma4 import Gemma4Family
 from tests.engine.families.drawn.glm import GlmFamily
 from tests.engine.families.drawn.idefics import IdeficsFamily
 from tests.engine.families.drawn.internvl import InternVLChatFamily, InternVLFamily
@@ -26,6 +27,7 @@ _ALL: tuple[Family, ...] = (
     LlavaNextFamily(),
     *(SquaresFamily(kind) for kind in ("Mistral3", "LightOnOcr")),
     Gemma3Family(),
+    Gemma4Family(),
     *(InternVLFamily(kind) for kind in ("InternVL", "QianfanOCR")),
     InternVLChatFamily(),
     Ovis2Family(),

@@ -12,6 +12,7 @@ from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, same_weight
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.gemma3 import draw_gemma2_decoder, draw_gemma3_decoder
+from tests.engine.families.drawn.gemma4 import draw_gemma4_decoder
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.drawn.rope import lengths_of
 from tests.engine.families.references import TextReference
@@ -23,6 +24,7 @@ ARCHITECTURES = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
     "glm": "GlmForCausalLM",
     "glm4": "Glm4ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
@@ -89,6 +91,8 @@ class TextFamily:
             return draw_gemma2_decoder(draw, vocab)
         if self.kind == "gemma3_text":
             return draw_gemma3_decoder(draw, vocab, rows=0)
+        if self.kind == "gemma4_text":
+            return draw_gemma4_decoder(draw, vocab)
         if self.kind in _QWEN3_5:
             return draw_decoder(draw, self.kind.removesuffix("_text"), vocab, tokens=_TOKENS, section=True)
         return draw_decoder(draw, self.kind, vocab, tokens=_TOKENS)
@@ -97,4 +101,7 @@ class TextFamily:
 _QWEN3_5 = ("qwen3_5_moe_text", "qwen3_5_text")
 
 #: Embeddings that are multiplied must be smaller, or they would hide what the layers add.
-_MOST_EMBEDDING = {"gemma": 0.1, "gemma2": 0.1, "gemma3_text": 0.1, "granite": 0.3, "granitemoe": 0.3}
+_MOST_EMBEDDING = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gemma4_text"), 0.1),
+    **dict.fromkeys(("granite", "granitemoe"), 0.3),
+}
