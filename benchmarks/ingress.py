@@ -1,7 +1,7 @@
 """CPU time of a streamed answer in the ingress: of the request, and of each token, from the tuple that a
 replica sends to the bytes of its event.
 
-    python -m benchmarks.ingress [--rounds 20] [--streams 40] [--together 1] [--tokens 500]
+    python -m benchmarks.ingress [--rounds 20] [--streams 40] [--together 1] [--tokens 500] [--completions]
 
 No Ray, no engine and no socket takes part: a handle of this process yields the updates of a step when those
 of the last one were read. API keys, metrics and the log of requests are on; the log goes to a file. The
@@ -126,16 +126,27 @@ def application(tokens: int) -> Any:
     return create_api(config, {"pocket": pipeline})
 
 
-async def stream(api: Any, tokens: int) -> None:
+#: Paths, what asks for an answer there, and what an event with a token holds.
+ENDPOINTS = {
+    "chat": (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "Hello!"}]},
+        b'"content":" word"',
+    ),
+    "text": ("/v1/completions", {"prompt": "Hello!"}, b'"text":" word"'),
+}
+
+
+async def stream(api: Any, tokens: int, endpoint: str) -> None:
     """Read one streamed answer."""
-    asked = {"model": "pocket", "messages": [{"role": "user", "content": "Hello!"}], "stream": True}
-    body = json.dumps(asked | {"max_tokens": tokens}).encode()
+    path, asked, mark = ENDPOINTS[endpoint]
+    body = json.dumps({"model": "pocket", "stream": True, "max_tokens": tokens} | asked).encode()
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
         "method": "POST",
-        "path": "/v1/chat/completions",
+        "path": path,
         "query_string": b"",
         "headers": [(b"authorization", b"Bearer secret")],
     }
@@ -147,13 +158,13 @@ async def stream(api: Any, tokens: int) -> None:
 
     async def send(message: Any) -> None:
         nonlocal events
-        events += b'"content":" word"' in message.get("body", b"")
+        events += message.get("body", b"").count(mark)
 
     await api(scope, receive, send)
     assert events == tokens, f"{events} events for {tokens} tokens"
 
 
-def measure(streams: int, tokens: int, rounds: int, together: int) -> list[float]:
+def measure(streams: int, tokens: int, rounds: int, together: int, endpoint: str) -> list[float]:
     """CPU microseconds of a stream, for each round."""
     found = []
     with tempfile.NamedTemporaryFile("w") as file:
@@ -164,12 +175,12 @@ def measure(streams: int, tokens: int, rounds: int, together: int) -> list[float
 
         async def run() -> None:
             api = application(tokens)
-            await stream(api, tokens)
+            await stream(api, tokens, endpoint)
             for _ in range(rounds):
                 gc.collect()
                 began = time.process_time()
                 for _ in range(streams // together):
-                    await asyncio.gather(*(stream(api, tokens) for _ in range(together)))
+                    await asyncio.gather(*(stream(api, tokens, endpoint) for _ in range(together)))
                 made = streams // together * together
                 found.append((time.process_time() - began) / made * 1e6)
 
@@ -183,9 +194,11 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=40, help="in a round")
     parser.add_argument("--together", type=int, default=1, help="streams that run at the same time")
     parser.add_argument("--tokens", type=int, default=500, help="of each stream")
+    parser.add_argument("--completions", action="store_true", help="by /v1/completions")
     options = parser.parse_args()
+    endpoint = "text" if options.completions else "chat"
     short, long = (
-        min(measure(options.streams, tokens, options.rounds, options.together))
+        min(measure(options.streams, tokens, options.rounds, options.together, endpoint))
         for tokens in (SHORT, options.tokens)
     )
     each = (long - short) / (options.tokens - SHORT)

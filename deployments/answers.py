@@ -90,6 +90,15 @@ class AnswerReader:
         return ChoiceDelta(delta.index, events, delta.token_ids, delta.logprobs, reason, delta.stop_reason)
 
 
+def piece_of_text(update: StreamUpdate) -> OutputDelta | None:
+    """The delta of an update that holds a piece of one choice's text and nothing else, as nearly all do; None
+    for any other update. The piece may be empty."""
+    if len(update.deltas) != 1 or update.finished:
+        return None
+    delta = update.deltas[0]
+    return delta if delta.finish_reason is None and delta.logprobs is None else None
+
+
 def continues(last: Event | None, event: Event) -> bool:
     """Return whether ``event`` belongs to the text, thought or call of the event before it."""
     if isinstance(event, CallArguments):

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
-from deployments.answers import ChoiceDelta, FinishedChoice, WholeAnswer
+from deployments.answers import ChoiceDelta, FinishedChoice, WholeAnswer, piece_of_text
 from deployments.conversations import Conversation, RunningAnswer, conversation, start
 from deployments.openapi import described
 from deployments.pipeline import Pipeline
@@ -115,10 +115,7 @@ class Answer:
     def plain_event(self, update: StreamUpdate) -> bytes | None:
         """The event of an update that holds a piece of one choice's text, empty if there is no text; None if
         it holds something else."""
-        if len(update.deltas) != 1 or update.finished:
-            return None
-        delta = update.deltas[0]
-        if delta.finish_reason is not None or delta.logprobs is not None:
+        if (delta := piece_of_text(update)) is None:
             return None
         return self.text_event(delta.index, delta.text) if delta.text else b""
 
@@ -128,11 +125,8 @@ class Answer:
         return before + choices + after
 
     def _around_choices(self) -> tuple[bytes, bytes]:
-        """What an event has before and after its choices. It is built once, by :meth:`chunk`, which takes
-        several times as long as all else."""
         if self._around is None:
-            before, _, after = sse.event(self.chunk([])).partition(b'"choices":[]')
-            self._around = before + b'"choices":[', b"]" + after
+            self._around = sse.around_choices(self.chunk([]))
         return self._around
 
     def chunk(self, choices: list[wire.ChunkChoice], **fields: Any) -> wire.ChatCompletionChunk:
@@ -154,11 +148,12 @@ class Answer:
 @lru_cache(1024)
 def _around_text(index: int, finish_reason: str | None) -> tuple[bytes, bytes]:
     """The JSON of a choice before and after its text; a choice that ends has no stop string."""
-    choice = wire.ChunkChoice(index=index, delta=wire.Delta(content="text"), finish_reason=finish_reason)
+    choice = wire.ChunkChoice(
+        index=index, delta=wire.Delta(content=sse.ANY_TEXT), finish_reason=finish_reason
+    )
     if finish_reason is not None:
         choice.logprobs = choice.stop_reason = None
-    before, _, after = choice.model_dump_json(exclude_unset=True).encode().partition(b'"text"')
-    return before, after
+    return sse.around_text(choice)
 
 
 @lru_cache(1024)
@@ -247,13 +242,19 @@ async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -
         if data and not last.finished:
             yield data
             data = b""
-        async for last in stream:
-            if not text_alone or (plain := answer.plain_event(last)) is None:
-                plain = _update_events(answer, running, last)
-            data += plain
-            if data and not last.finished:
+        try:
+            async for last in stream:
+                if not text_alone or (plain := answer.plain_event(last)) is None:
+                    plain = _update_events(answer, running, last)
+                data += plain
+                if data and not last.finished:
+                    yield data
+                    data = b""
+        except Exception:
+            # The last update waits for the end, and there is none.
+            if data:
                 yield data
-                data = b""
+            raise
         if answer.body.ends_with_usage:
             usage = usage_body(last.usage, running.reader.reasoning_tokens, running.usage_extras())
             data += sse.event(answer.chunk([], usage=usage))

@@ -4,14 +4,14 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
-from deployments.answers import AnswerReader, FinishedChoice, gather
+from deployments.answers import AnswerReader, FinishedChoice, gather, piece_of_text
 from deployments.caller_fields import caller_fields
 from deployments.openapi import described
 from deployments.pipeline import EncodedPrompt, Pipeline
@@ -50,13 +50,13 @@ async def create_completion(request: Request) -> Response:
     body, pipeline = await read_request(request, wire.CompletionRequest)
     body.check()
     names: dict[str, str] = {}
-    constraint, field = body.constraint()
-    if constraint is not None and field is not None:
-        names = {"structured": field}
+    constraint, constraint_field = body.constraint()
+    if constraint is not None and constraint_field is not None:
+        names = {"structured": constraint_field}
     with caller_fields(names):
         params = replace(body.sampling_params(pipeline.sampling_defaults), structured=constraint)
     tokenizer = pipeline.builder.tokenizer
-    answer = _Answer(
+    answer = Answer(
         f"cmpl-{uuid.uuid4().hex}",
         int(time.time()),
         pipeline.name,
@@ -66,12 +66,15 @@ async def create_completion(request: Request) -> Response:
         token_name(body),
     )
     current_report().answer = answer.id
+    relay = sse.EventRelay()
+    if answer.text_alone and len(body.prompts) == 1:
+        relay.event = answer.plain_event
     with caller_fields(names):
         prompts = await all_or_none(_prepared(pipeline, body, given, params) for given in body.prompts)
     running = []
     for number, (given, prompt) in enumerate(zip(body.prompts, prompts, strict=True)):
         updates = pipeline.generate(
-            f"{answer.id}-{number}", prompt, params, priority=body.priority, names=names
+            f"{answer.id}-{number}", prompt, params, priority=body.priority, names=names, relay=relay
         )
         if body.only_echo:
             updates = _without_completion(updates)
@@ -83,10 +86,11 @@ async def create_completion(request: Request) -> Response:
         running.append(_Running(number, text, ids, updates))
     if not body.stream:
         return JSONResponse(await _whole(answer, running))
-    events = merged([each.updates for each in running])
+    streams = [each.updates for each in running]
+    events = merged(streams) if len(streams) > 1 else _numbered(*streams)
     # What fails before the first token is still an error of its own, not an event in a stream.
     first = await anext(events)
-    return sse.EventResponse(_events(answer, running, first, events), sse.error_event, sse.DONE)
+    return sse.EventResponse(_events(answer, running, first, events), sse.error_event, sse.DONE, relay)
 
 
 async def _prepared(
@@ -103,6 +107,16 @@ async def _prepared(
         )
 
     return await pipeline.prepare(build, params=params, salt=body.cache_salt)
+
+
+async def _numbered(
+    updates: AsyncGenerator[StreamUpdate, None],
+) -> AsyncGenerator[tuple[int, StreamUpdate], None]:
+    """The updates of the only prompt, as of several. No task stands between them and who reads them: updates
+    that are relayed may not pass by others."""
+    async with aclosing(updates) as stream:
+        async for update in stream:
+            yield 0, update
 
 
 async def _without_completion(
@@ -139,7 +153,7 @@ async def _prompt_first(
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class Answer:
     """Fields that all parts of one response share.
 
     Attributes:
@@ -154,6 +168,37 @@ class _Answer:
     params: SamplingParams
     first_text: Callable[[int], str]
     name: TokenName
+    _around_texts: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+
+    @property
+    def text_alone(self) -> bool:
+        """Events hold text, and nothing else but a reason to finish."""
+        body = self.body
+        return not (body.echo or body.only_echo or body.logprobs is not None or body.return_token_ids)
+
+    @property
+    def event_fields(self) -> dict[str, Any]:
+        """Further fields of each event."""
+        return {"usage": None} if self.body.ends_with_usage else {}
+
+    def plain_event(self, update: StreamUpdate, number: int = 0) -> bytes | None:
+        """The event of an update that holds a piece of one choice's text, empty if there is no text; None if
+        it holds something else.
+
+        Args:
+            number: of the prompt.
+        """
+        if (delta := piece_of_text(update)) is None:
+            return None
+        if not delta.text:
+            return b""
+        index = number * self.params.n + delta.index
+        if (around := self._around_texts.get(index)) is None:
+            begin, end = sse.around_choices(self.completion([], **self.event_fields))
+            choice = wire.CompletionChoice(index=index, text=sse.ANY_TEXT, logprobs=None, finish_reason=None)
+            before, after = sse.around_text(choice)
+            around = self._around_texts[index] = begin + before, after + end
+        return around[0] + sse.quoted(delta.text) + around[1]
 
     def usage_extras(self) -> dict[str, Any]:
         """Further fields of the usage, once all choices have ended."""
@@ -170,7 +215,7 @@ class _Answer:
         )
 
 
-async def _whole(answer: _Answer, running: list[_Running]) -> dict:
+async def _whole(answer: Answer, running: list[_Running]) -> dict:
     """The finished response: the choices of the first prompt, then those of the second, and so on."""
     found = await all_or_none(gather(each.updates, AnswerReader(lambda: None)) for each in running)
     choices, total = [], Usage()
@@ -192,7 +237,7 @@ async def _whole(answer: _Answer, running: list[_Running]) -> dict:
 
 
 def _choice(
-    answer: _Answer, each: _Running, choice: FinishedChoice, prompt_logprobs: list
+    answer: Answer, each: _Running, choice: FinishedChoice, prompt_logprobs: list
 ) -> wire.CompletionChoice:
     body = answer.body
     made = wire.CompletionChoice(
@@ -216,14 +261,14 @@ def _choice(
 _Row = tuple[int, Mapping[int, TokenLogprob] | None]
 
 
-def _echoed(answer: _Answer, each: _Running, prompt_logprobs: list) -> tuple[list[_Row], int]:
+def _echoed(answer: Answer, each: _Running, prompt_logprobs: list) -> tuple[list[_Row], int]:
     """The rows of a prompt that is given back, and where its first token begins in the choice's text."""
     rows: list[_Row] = list(zip(each.token_ids, prompt_logprobs, strict=False)) if answer.body.echo else []
     # Tokens that the tokenizer put before the text begin where it does.
     return rows, len(each.text) - sum(len(_added(answer, *row)) for row in rows)
 
 
-def _logprobs(answer: _Answer, rows: Sequence[_Row], offset: int) -> tuple[wire.CompletionLogprobs, int]:
+def _logprobs(answer: Answer, rows: Sequence[_Row], offset: int) -> tuple[wire.CompletionLogprobs, int]:
     """Rows in the older form, and where the text behind them begins in the choice's text.
 
     All tokens have an entry, also one that ends the text: callers count them, from either end.
@@ -242,7 +287,7 @@ def _logprobs(answer: _Answer, rows: Sequence[_Row], offset: int) -> tuple[wire.
     return made, offset
 
 
-def _added(answer: _Answer, token: int, row: Mapping[int, TokenLogprob] | None) -> str:
+def _added(answer: Answer, token: int, row: Mapping[int, TokenLogprob] | None) -> str:
     """What a token adds to the text."""
     if row is None:
         return answer.first_text(token)
@@ -250,7 +295,7 @@ def _added(answer: _Answer, token: int, row: Mapping[int, TokenLogprob] | None) 
     return (own.decoded_token or "") if own.bytes else ""
 
 
-def _tops(answer: _Answer, own: int, row: Mapping[int, TokenLogprob]) -> dict[str, float]:
+def _tops(answer: Answer, own: int, row: Mapping[int, TokenLogprob]) -> dict[str, float]:
     """The likeliest tokens, and the token itself where it is none of them. Of those with the same text the
     likeliest."""
     count = answer.params.logprobs or 0
@@ -263,7 +308,7 @@ def _tops(answer: _Answer, own: int, row: Mapping[int, TokenLogprob]) -> dict[st
 
 
 async def _events(
-    answer: _Answer,
+    answer: Answer,
     running: list[_Running],
     first: tuple[int, StreamUpdate],
     updates: AsyncGenerator[tuple[int, StreamUpdate], None],
@@ -272,42 +317,72 @@ async def _events(
     offsets: dict[int, int] = {}
     usages: dict[int, Usage] = {}
     echoes: dict[int, tuple[list[_Row], int]] = {}
+    left, data = len(running), b""
     async with aclosing(updates) as stream:
         item: tuple[int, StreamUpdate] | None = first
         while item is not None:
             number, update = item
             usages[number] = update.usage
-            if number not in echoes:
-                echoes[number] = _echoed(answer, running[number], update.prompt_logprobs or [])
-            for delta in update.deltas:
-                index = number * answer.params.n + delta.index
-                text, begins = delta.text, index not in offsets
-                rows: list[_Row] = []
-                if begins:
-                    text = running[number].text + text
-                    # Of the tokens so far: text may still be held back.
-                    before, offsets[index] = echoes[number]
-                    rows += before
-                choice = wire.CompletionChoice(
-                    index=index, text=text, logprobs=None, finish_reason=delta.finish_reason
-                )
-                rows += zip(delta.token_ids, delta.logprobs or (), strict=False)
-                if rows or delta.logprobs is not None:
-                    choice.logprobs, offsets[index] = _logprobs(answer, rows, offsets[index])
-                if delta.stop_reason is not None:
-                    choice.stop_reason = delta.stop_reason
-                if answer.body.return_token_ids:
-                    choice.token_ids = delta.token_ids
-                    if begins:
-                        choice.prompt_token_ids = running[number].token_ids
-                if text or delta.finish_reason or rows or answer.body.return_token_ids:
-                    fields = {"usage": None} if answer.body.ends_with_usage else {}
-                    yield sse.event(answer.completion([choice], **fields))
-            item = await anext(stream, None)
-        if answer.body.ends_with_usage:
-            total = Usage(
-                sum(usage.prompt_tokens for usage in usages.values()),
-                sum(usage.completion_tokens for usage in usages.values()),
-                sum(usage.cached_tokens for usage in usages.values()),
-            )
-            yield sse.event(answer.completion([], usage=usage_body(total, extras=answer.usage_extras())))
+            left -= update.finished
+            plain = answer.plain_event(update, number) if answer.text_alone else None
+            if plain is not None:
+                data += plain
+            else:
+                if number not in echoes:
+                    echoes[number] = _echoed(answer, running[number], update.prompt_logprobs or [])
+                for delta in update.deltas:
+                    data += _delta_event(answer, running[number], delta, echoes[number], offsets)
+            if data and left:
+                yield data
+                data = b""
+            try:
+                item = await anext(stream, None)
+            except Exception:
+                # The last update waits for the end, and there is none.
+                if data:
+                    yield data
+                raise
+    if answer.body.ends_with_usage:
+        total = Usage(
+            sum(usage.prompt_tokens for usage in usages.values()),
+            sum(usage.completion_tokens for usage in usages.values()),
+            sum(usage.cached_tokens for usage in usages.values()),
+        )
+        data += sse.event(answer.completion([], usage=usage_body(total, extras=answer.usage_extras())))
+    yield sse.Closing(data)
+
+
+def _delta_event(
+    answer: Answer,
+    each: _Running,
+    delta: OutputDelta,
+    echo: tuple[list[_Row], int],
+    offsets: dict[int, int],
+) -> bytes:
+    """The event of a delta; nothing while its tokens give no text yet, unless the client wants each token.
+
+    Args:
+        echo: see :func:`_echoed`.
+        offsets: where the text of further tokens begins in each choice that has begun.
+    """
+    index = each.number * answer.params.n + delta.index
+    text, begins = delta.text, index not in offsets
+    rows: list[_Row] = []
+    if begins:
+        text = each.text + text
+        # Of the tokens so far: text may still be held back.
+        before, offsets[index] = echo
+        rows += before
+    choice = wire.CompletionChoice(index=index, text=text, logprobs=None, finish_reason=delta.finish_reason)
+    rows += zip(delta.token_ids, delta.logprobs or (), strict=False)
+    if rows or delta.logprobs is not None:
+        choice.logprobs, offsets[index] = _logprobs(answer, rows, offsets[index])
+    if delta.stop_reason is not None:
+        choice.stop_reason = delta.stop_reason
+    if answer.body.return_token_ids:
+        choice.token_ids = delta.token_ids
+        if begins:
+            choice.prompt_token_ids = each.token_ids
+    if not (text or delta.finish_reason or rows or answer.body.return_token_ids):
+        return b""
+    return sse.event(answer.completion([choice], **answer.event_fields))

@@ -18,6 +18,7 @@ from deployments.language_model import LanguageModel
 from deployments.leaving import ends_with_client
 from deployments.pipeline import Pipeline
 from deployments.stages import Generation, Stages
+from engine.errors import RequestFailed
 from engine.outputs import OutputDelta, StreamUpdate, Usage
 from engine.prompt import EngineInput
 from engine.sampling_params import SamplingParams
@@ -49,6 +50,15 @@ class Endless:
             await asyncio.Future()
         finally:
             self.closed += 1
+
+
+class Failing(Endless):
+    """Streams that fail behind their last update."""
+
+    async def _updates(self):
+        yield StreamUpdate("one", [OutputDelta(0, "first", [1])], Usage(1, 1))
+        yield StreamUpdate("one", [OutputDelta(0, "last", [1], None, "stop")], Usage(1, 2), finished=True)
+        raise RequestFailed("too late")
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +114,16 @@ async def test_a_server_says_that_the_client_has_left(spec, stream):
     await asyncio.wait_for(answer, 30)
     assert stage.closed == 1
     assert sent.count("http.response.start") == stream
+
+
+@pytest.mark.parametrize("chat", [True, False])
+async def test_a_failure_behind_the_last_update_takes_none_back(spec, chat):
+    asked = body(True) if chat else {"model": "pocket", "prompt": "a", "stream": True}
+    async with client(spec, Failing(0)) as http:
+        answer = await http.post(f"/v1/{'chat/' * chat}completions", json=asked)
+    *events, failure, done = answer.text.removesuffix("\n\n").split("\n\n")
+    assert "first" in "".join(events[:-1]) and "last" in events[-1]
+    assert "too late" in failure and done == "data: [DONE]"
 
 
 async def test_a_client_leaves_before_its_whole_answer(spec):
