@@ -211,12 +211,12 @@ class EngineCore:
 
     def _append_forced(self, events: StepEvents, row: int, request: Request) -> None:
         """Append the tokens that alone may come after the one in ``row``, and then the end if that alone may
-        come. Other tokens that may end the answer are sampled."""
+        come. One of several tokens that may end the answer is sampled, unless any will do."""
         if room := self.scheduler.forced.room(request):
             tokens = request.grammar.force(room, request.stop_ids)
             request.grammar.forecast.sampled(int(events.tokens[row]), tokens)
             self.scheduler.append_forced(request, tokens)
-            end = request.grammar.sure_end
+            end = _only_end(request)
             if end is not None and self.scheduler.append_end(request, end):
                 tokens.append(end)
                 events.finished[row] = "stop"
@@ -291,3 +291,12 @@ class EngineCore:
         assert not self._in_flight, "steps are still in flight"
         self.scheduler.check_integrity()
         self.runner.check_idle(self.scheduler.released)
+
+
+def _only_end(request: Request) -> int | None:
+    """The token that ends the answer, if its grammar allows no other that the caller could tell from it."""
+    ends, params = request.grammar.ends, request.params
+    # The answer tells which of the caller's own stop tokens has ended it.
+    if len(ends) > 1 and not (params.any_end and ends.isdisjoint(params.stop_token_ids)):
+        return None
+    return min(ends, default=None)

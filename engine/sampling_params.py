@@ -98,6 +98,8 @@ class SamplingParams:
         max_length: likewise, after this many tokens of prompt and output. A prompt that long is no fault; it
             has no limit but the context.
         min_length: EOS and stop ids are masked until prompt and output have this many tokens.
+        any_end: where a grammar allows nothing but several tokens that end the answer, one is taken without a
+            step that samples it: for those who see texts, in which none of them stands.
     """
 
     n: int = 1
@@ -129,6 +131,7 @@ class SamplingParams:
     default_max_tokens: int | None = None
     max_length: int | None = None
     min_length: int = 0
+    any_end: bool = False
     _bad_sequences: list[list[int]] | None = field(default=None, repr=False)
     _from_checkpoint: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 

@@ -251,6 +251,7 @@ class GenerationBody(RequestBody):
             # The smallest set of likely tokens is the likeliest alone.
             found |= {"top_p": None, "temperature": 0.0}
         found = {name: value for name, value in found.items() if value is not None}
+        found["any_end"] = not (self.return_token_ids or self.include_stop_str_in_output)
         return SamplingParams.from_defaults({"max_tokens": None, **defaults}, **found)
 
     def constraint(self) -> tuple[StructuredSpec | None, str | None]:

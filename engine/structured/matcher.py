@@ -155,9 +155,9 @@ class GrammarMatcher:
         return tokens
 
     @property
-    def sure_end(self) -> int | None:
-        """The token that ends the sequence, if no other may follow; None if others may."""
-        return next(iter(self._eos_ids)) if len(self._eos_ids) == 1 and self.is_finished else None
+    def ends(self) -> frozenset[int]:
+        """The tokens that end the sequence, if no others may follow; none if others may."""
+        return self._eos_ids if self.is_finished else frozenset()
 
     def _num_sure(self, tokens: Sequence[int]) -> int:
         """Return how many of the tokens that must follow can be taken together: those that must also follow

@@ -261,6 +261,26 @@ def test_what_comes_before_and_after_the_only_choice_takes_no_step(tmp_path):
     assert counts["output_tokens"] == 2 * len(wanted.outputs[0].token_ids)
 
 
+def test_one_of_several_ends_is_taken_where_any_will_do(path):
+    """The texts are the same, and an end that the caller would be told of is sampled."""
+    asked = [given for given in ASKED if given.get("structured") is JSON][:3]
+    llm = LLM(str(path), max_model_len=190, run_ahead=0)
+    one, other = llm._engine.model.eos_token_ids
+    found, taken = [], []
+    for more in ({}, {"any_end": True}, {"any_end": True, "stop_token_ids": [one]}):
+        before = steps(llm)
+        outputs = answers(llm, [{**given, **more} for given in asked])
+        found.append([completion for output in outputs for completion in output.outputs])
+        taken.append(steps(llm) - before)
+    assert taken[1] < taken[0] == taken[2]
+    seen = [[(each.text, each.finish_reason, len(each.token_ids)) for each in kind] for kind in found]
+    assert seen[0] == seen[1] == seen[2]
+    last = [each.token_ids[-1] for each in found[0] if each.finish_reason == "stop"]
+    assert last and set(last) <= {one, other}
+    for each in found[2]:
+        assert each.stop_reason == (one if each.token_ids[-1] == one else None)
+
+
 def test_a_request_can_be_late_though_its_first_tokens_are_known():
     for given, late in (([], 0), ([1, 1], 1)):
         queue = WaitingQueue()

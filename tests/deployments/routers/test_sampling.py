@@ -29,9 +29,16 @@ def test_every_parameter_has_a_field():
     spelled_by_endpoints = {"max_tokens", "logprobs", "structured"}
     # What a checkpoint's generation_config says where a request is silent.
     defaults = {"default_max_tokens"}
+    # It follows from what the answer shows.
+    derived = {"any_end"}
     known = {field.name for field in fields(SamplingParams) if not field.name.startswith("_")}
-    assert known - spelled_by_endpoints - defaults == set(SAMPLING)
+    assert known - spelled_by_endpoints - defaults - derived == set(SAMPLING)
     assert set(SAMPLING) <= GenerationBody.model_fields.keys()
+
+
+def test_any_end_will_do_where_no_token_is_shown():
+    for given in ({}, {"return_token_ids": True}, {"include_stop_str_in_output": True}):
+        assert GenerationBody(model="m", **given).sampling({}).any_end == (not given)
 
 
 def cases(ids: list[int]) -> dict[str, dict]:
