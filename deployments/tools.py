@@ -45,6 +45,8 @@ class ToolUse:
         choice: ``required`` demands a call of one of ``allowed``.
         allowed: names of the functions that may be called; all if None.
         parallel: whether an answer may hold several calls.
+        strict: names of the functions whose schemas are refused where no grammar can follow them; of others
+            calls follow what can be followed.
     """
 
     functions: tuple[Mapping[str, Any], ...] = ()
@@ -53,6 +55,7 @@ class ToolUse:
     choice: Literal["none", "auto", "required"] = "none"
     allowed: frozenset[str] | None = None
     parallel: bool = True
+    strict: frozenset[str] = frozenset()
 
     def callable(self) -> list[ToolSchema]:
         """The functions that may be called, with schemas for a grammar.
@@ -64,7 +67,8 @@ class ToolUse:
         for tool, field in zip(self.schemas, self.fields, strict=True):
             if self.allowed is None or tool.name in self.allowed:
                 with caller_fields({"structured": field}):
-                    found.append(ToolSchema(tool.name, checked_schema(tool.parameters)))
+                    schema = checked_schema(tool.parameters, strict=tool.name in self.strict)
+                found.append(ToolSchema(tool.name, schema))
         return found
 
     @property
@@ -102,7 +106,12 @@ def read_tools(tools: Any, tool_choice: Any, parallel: bool | None) -> ToolUse:
         schemas.append(schema)
     choice, allowed = _choice(tool_choice, {schema.name for schema in schemas})
     fields = tuple(f"tools[{index}].function.parameters" for index in range(len(tools)))
-    return ToolUse(tuple(functions), tuple(schemas), fields, choice, allowed, parallel is not False)
+    strict = frozenset(
+        schema.name
+        for tool, schema in zip(tools, schemas, strict=True)
+        if tool["function"].get("strict") is True
+    )
+    return ToolUse(tuple(functions), tuple(schemas), fields, choice, allowed, parallel is not False, strict)
 
 
 def read_functions(functions: Any, function_call: Any) -> ToolUse:

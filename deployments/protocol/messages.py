@@ -1,6 +1,6 @@
 """Anthropic's Messages API on the wire: its request, as parameters of a conversation."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -115,6 +115,17 @@ class MessagesRequest(MessagesBody):
         "context_management": "send the messages that the model should see",
         "mcp_servers": "tools that run on the server are not offered",
     }
+    #: No thought is taken out of the messages here, which agents ask for with every request.
+    DEFAULTS: ClassVar[Mapping[str, Collection[Any]]] = {
+        **GenerationBody.DEFAULTS,
+        "context_management": (
+            {"edits": []},
+            *(
+                {"edits": [{"type": "clear_thinking_20251015", "keep": keep}]}
+                for keep in ("all", {"type": "all"})
+            ),
+        ),
+    }
     SILENT: ClassVar[Mapping[str, str]] = {
         **GenerationBody.SILENT,
         "cache_control": "every prompt is cached",
@@ -154,6 +165,7 @@ class CountTokensRequest(MessagesBody):
 
     EXAMPLE: ClassVar[Mapping[str, Any]] = {"messages": [{"role": "user", "content": "Hello!"}]}
     REFUSED = MessagesRequest.REFUSED
+    DEFAULTS = MessagesRequest.DEFAULTS
     SILENT: ClassVar[Mapping[str, str]] = {
         **MessagesRequest.SILENT,
         "stop_sequences": "they are no part of the prompt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -86,12 +87,17 @@ _PLAINER: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
 ]
 
 
-def prepare_schema(schema: Schema) -> Schema:
+def prepare_schema(schema: Schema, *, strict: bool = True) -> Schema:
     """A schema that llguidance takes and that allows the same answers.
 
     ``x-guidance``, ``uniqueItems`` and formats that llguidance doesn't know are left out. ``oneOf`` becomes
     ``anyOf`` where no answer can match two of its schemas. ``propertyNames`` with ``enum`` or ``pattern``
     becomes the properties themselves.
+
+    Args:
+        strict: false leaves out what llguidance can't follow instead of refusing it, so that more answers
+            are allowed: keywords that it lacks, patterns in a dialect that it doesn't read, references to
+            other documents, counts of properties that need not be there; ``oneOf`` becomes ``anyOf``.
 
     Raises:
         GrammarRefused: it uses a keyword that llguidance lacks, or spells out an integer that it can't keep.
@@ -99,7 +105,7 @@ def prepare_schema(schema: Schema) -> Schema:
     if (number := _inexact(list(literals(schema)))) is not None:
         raise GrammarRefused(f"the integer {number} has more digits than can be kept; give it as a string")
     root = {key: value for key, value in schema.items() if key != "x-guidance"}
-    return _Preparation(root).of(root, "")
+    return _Preparation(root, strict).of(root, "")
 
 
 #: Keywords that tell whether an object may have properties that the schema doesn't name.
@@ -186,15 +192,60 @@ def plainer(message: str) -> str:
 _ANNOTATIONS = frozenset({"title", "description", "examples", "default", "deprecated", "$comment"})
 
 
+#: Parts of a regular expression. llguidance reads no groups that look around, and of escapes those of
+#: punctuation and of these letters. A brace without a least count is no repetition to it, but an error.
+_PARTS_OF_REGEX = re.compile(r"\\(?P<escape>.)|(?P<other>\(\?<?[=!]|\{,)", re.DOTALL)
+_ESCAPES = frozenset("aftnrvxuUpPdDsSwW")
+
+
+def _is_read(pattern: Any) -> bool:
+    """Return whether llguidance reads a pattern, as far as its dialect of regular expressions goes."""
+    if not isinstance(pattern, str):
+        return True
+    return not any(
+        part["other"] or (part["escape"].isalnum() and part["escape"] not in _ESCAPES)
+        for part in _PARTS_OF_REGEX.finditer(pattern)
+    )
+
+
+def _loosened(schema: Schema) -> Schema:
+    """``schema``, but for what llguidance can't follow of it; the schemas within it stay as they are."""
+    left_out = set(_UNSUPPORTED)
+    if not _is_read(schema.get("pattern")):
+        left_out.add("pattern")
+    elif "pattern" in schema:
+        # Writers of both mean the pattern: Zod's times have no zone, without which no text has the format.
+        left_out.add("format")
+    if not all(_is_read(pattern) for pattern in _names(schema, "patternProperties")):
+        # Properties that the patterns would allow are then no additional ones.
+        left_out |= {"patternProperties", "additionalProperties"}
+    if _names(schema, "properties") - _names(schema, "required"):
+        left_out |= {"minProperties", "maxProperties"}
+    if not str(schema.get("$ref", "#")).startswith("#"):
+        left_out.add("$ref")
+    if "anyOf" in schema:
+        left_out.add("oneOf")
+    found = {key: value for key, value in schema.items() if key not in left_out}
+    return {"anyOf" if key == "oneOf" else key: value for key, value in found.items()}
+
+
+def _names(schema: Schema, key: str) -> set[str]:
+    """The names that a keyword lists, or that it has schemas for."""
+    value = schema.get(key)
+    return {name for name in value if isinstance(name, str)} if isinstance(value, dict | list) else set()
+
+
 class _Preparation:
-    def __init__(self, root: Schema) -> None:
-        self._root = root
+    def __init__(self, root: Schema, strict: bool) -> None:
+        self._root, self._strict = root, strict
 
     def of(self, schema: Any, path: str) -> Any:
         """``schema``, which stands at ``path`` of the root, prepared."""
         if not isinstance(schema, dict):
             return schema
         schema = self._with_named_properties(schema)
+        if not self._strict:
+            schema = _loosened(schema)
         for keyword in _UNSUPPORTED:
             if keyword in schema:
                 raise GrammarRefused(_unsupported(keyword, f" at {path or '/'}"))
@@ -208,7 +259,7 @@ class _Preparation:
                 prepared[key] = "uuid"
             elif key == "format" and "pattern" not in schema and value in BOUNDED_FORMATS:
                 prepared["pattern"] = BOUNDED_FORMATS[value]
-            elif key in _BOUNDS and "integer" in _types_given(schema):
+            elif key in _BOUNDS:
                 prepared[key] = _within_64_bits(key, value)
             elif key != "uniqueItems" and (key != "format" or value in _FORMATS):
                 prepared[key] = new
@@ -217,13 +268,19 @@ class _Preparation:
     def _with_named_properties(self, schema: Schema) -> Schema:
         """``schema`` with the keys that ``propertyNames`` allows as properties, as far as that says the same.
 
-        Such schemas are made for mappings with enumerated keys.
+        Such schemas are made for mappings with enumerated keys, and others for mappings from any string.
         """
         names = self._resolved(schema.get("propertyNames"))
-        if not isinstance(names, dict) or any(key in schema for key in ("properties", "patternProperties")):
+        if names is True:
+            names = {}
+        if not isinstance(names, dict):
             return schema
         names = {key: value for key, value in names.items() if key not in _ANNOTATIONS}
         type_ok = names.pop("type", "string") == "string"
+        if type_ok and not names:
+            return {key: value for key, value in schema.items() if key != "propertyNames"}
+        if any(key in schema for key in ("properties", "patternProperties")):
+            return schema
         value = schema.get("additionalProperties", True)
         rest = {
             key: old for key, old in schema.items() if key not in ("propertyNames", "additionalProperties")
@@ -299,9 +356,9 @@ def _types_given(schema: Schema) -> list[Any]:
 
 
 def _within_64_bits(key: str, bound: Any) -> Any:
-    """A bound of integers that llguidance can follow: it refuses the least and the greatest of 64 bits, and
-    reads bounds as doubles."""
-    if not isinstance(bound, int):
+    """A bound that llguidance can follow, also of numbers that are no integers: it refuses the least and the
+    greatest integer of 64 bits and what is beyond, and reads bounds as doubles."""
+    if not isinstance(bound, int | float) or isinstance(bound, bool) or bound in (math.inf, -math.inf):
         return bound
     return min(bound, _GREATEST) if key in ("maximum", "exclusiveMaximum") else max(bound, -_GREATEST)
 

@@ -32,8 +32,11 @@ def prepare(spec: StructuredSpec, speller: Speller) -> str:
     return spec.text
 
 
-def checked_schema(schema: Mapping[str, Any]) -> Schema:
+def checked_schema(schema: Mapping[str, Any], *, strict: bool = True) -> Schema:
     """A caller's schema that becomes a part of a grammar, in the form that :func:`prepare` gives it.
+
+    Args:
+        strict: see :func:`~engine.structured.json_schema.prepare_schema`.
 
     Raises:
         InvalidRequest: it is larger than a schema may be, or llguidance lacks a keyword that it uses.
@@ -44,7 +47,7 @@ def checked_schema(schema: Mapping[str, Any]) -> Schema:
         if reason:
             raise GrammarRefused(reason)
         check_spec(spec)
-        prepared = prepare_schema(dict(schema))
+        prepared = prepare_schema(dict(schema), strict=strict)
         _text(prepared)
     except GrammarRefused as error:
         raise InvalidRequest(refusal(spec, plainer(str(error))), param="structured") from None

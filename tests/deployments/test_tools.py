@@ -204,17 +204,17 @@ def test_schemas_are_prepared_wherever_they_stand():
 
 
 BAD = {"type": "object", "properties": {"a": {"not": {}}}}
+STRICT = {"name": "f", "parameters": BAD, "strict": True}
 
 
 @pytest.mark.parametrize(
     ("read", "param"),
     [
-        (lambda: read_tools([*TOOLS, {"function": {"name": "f", "parameters": BAD}}], None, None),
+        (lambda: read_tools([*TOOLS, {"function": STRICT}], None, None),
          "tools[2].function.parameters"),
-        (lambda: read_functions([{"name": "f", "parameters": BAD}], None), "functions[0].parameters"),
-        (lambda: read_flat_tools([{"type": "function", "name": "f", "parameters": BAD}], None, None),
-         "tools[0].parameters"),
-        (lambda: read_flat_tools([{"type": "function", "name": "f", "input_schema": BAD}], None, None,
+        (lambda: read_functions([STRICT], None), "functions[0].parameters"),
+        (lambda: read_flat_tools([{"type": "function", **STRICT}], None, None), "tools[0].parameters"),
+        (lambda: read_flat_tools([{"type": "function", **STRICT, "input_schema": BAD}], None, None,
                                  parameters="input_schema"), "tools[0].input_schema"),
     ],
     ids=["chat", "functions", "responses", "messages"],
@@ -226,6 +226,23 @@ def test_a_schema_that_no_grammar_can_follow_is_refused_by_its_field(read, param
     assert refused.value.param == param
     # Another function may be called, or the answer has a format of its own: the schema isn't needed.
     assert HERMES.constraint(use, StructuredSpec(kind="regex", text="a"), "") is not None
+
+
+@pytest.mark.parametrize("strict", [{}, {"strict": None}, {"strict": False}], ids=str)
+def test_calls_of_functions_that_are_not_strict_follow_what_can_be_followed(strict):
+    """Agents send schemas of many tools that they did not write, and each request has them all."""
+    parameters = {**BAD, "properties": {"a": {"type": "integer", "not": {"const": 5}}, "b": {"enum": ["x"]}}}
+    tools = [{"function": {"name": "f", "parameters": parameters, **strict}}, {"function": STRICT}]
+    choice = {"type": "function", "function": {"name": "f"}}
+    tools[1]["function"] = {**STRICT, "name": "g"}
+    use = read_tools(tools, choice, None)
+    spec = HERMES.constraint(use, None, "")
+    assert spec is not None and '"integer"' in spec.text and '"x"' in spec.text and '"not"' not in spec.text
+    # The prompt shows the schema as it was sent.
+    assert use.functions[0]["function"]["parameters"] == parameters
+    with pytest.raises(InvalidRequest, match="keyword not") as refused:
+        HERMES.constraint(replace(use, allowed=None), None, "")
+    assert refused.value.param == "tools[1].function.parameters"
 
 
 @pytest.mark.parametrize("levels", [40, 150, 300])
