@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from engine.structured.checks import GrammarRefused, oversize
+from engine.structured.decimals import plain_decimals
 from engine.structured.formats import BOUNDED_FORMATS
 
 Schema = dict[str, Any]
@@ -92,7 +93,8 @@ def prepare_schema(schema: Schema, *, strict: bool = True) -> Schema:
 
     ``x-guidance``, ``uniqueItems`` and formats that llguidance doesn't know are left out. ``oneOf`` becomes
     ``anyOf`` where no answer can match two of its schemas. ``propertyNames`` with ``enum`` or ``pattern``
-    becomes the properties themselves.
+    becomes the properties themselves. Of decimal numbers as pydantic describes them, those are allowed that
+    Python writes.
 
     Args:
         strict: false leaves out what llguidance can't follow instead of refusing it, so that more answers
@@ -244,6 +246,11 @@ class _Preparation:
         if not isinstance(schema, dict):
             return schema
         schema = self._with_named_properties(schema)
+        if (
+            isinstance(pattern := schema.get("pattern"), str)
+            and (plain := plain_decimals(pattern)) is not None
+        ):
+            schema = {**schema, "pattern": plain}
         if not self._strict:
             schema = _loosened(schema)
         for keyword in _UNSUPPORTED:

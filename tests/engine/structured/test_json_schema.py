@@ -179,6 +179,10 @@ CHEF, COLOUR = closed(kind={"const": "chef"}, age={"type": "integer"}), closed(k
             "additionalProperties": {"type": "null"},
         },
         {"type": "string", "format": "uuid4"},
+        {
+            "type": "string",
+            "pattern": r"^(?!^[-+.]*$)[+-]?0*(?:\d{0,3}|(?=[\d.]{1,6}0*$)\d{0,3}\.\d{0,2}0*$)",
+        },
         {"enum": [2**53, 2**60, -(2**53), True]},
         {"type": "null", "x-guidance": {"lenient": True, "whitespace_pattern": "x"}},
     ],
