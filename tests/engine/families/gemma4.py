@@ -107,7 +107,7 @@ def make_gemma4(path: Path, hub: bool = False, *, large: bool = False) -> Path:
     )
     model = transformers.Gemma4ForConditionalGeneration(config)
     spread(model, seed=17, embedding_std=0.05)
-    draw_gemma4_buffers(model)
+    draw_gemma4_buffers(model, 0.5 if large else 0.25)
     model.generation_config.eos_token_id = [1, SPECIALS.index("<turn|>")]
     model.save_pretrained(path)
     tok.save_pretrained(path)
@@ -127,8 +127,11 @@ def make_gemma4(path: Path, hub: bool = False, *, large: bool = False) -> Path:
     return path
 
 
-def draw_gemma4_buffers(model: torch.nn.Module) -> None:
-    """Draw what Transformers doesn't count among the parameters, and lower the scores of attention."""
+def draw_gemma4_buffers(model: torch.nn.Module, scores: float) -> None:
+    """Draw what Transformers doesn't count among the parameters, and multiply the scores of attention.
+
+    They have no scale: at 1 a token sees little but one other, which is another one in bfloat16.
+    """
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
@@ -141,7 +144,7 @@ def draw_gemma4_buffers(model: torch.nn.Module) -> None:
                 buffer.copy_((1 + noise) * (1 if name.endswith("_max") else -1))
         for name, parameter in model.named_parameters():
             if name.endswith("q_norm.weight"):
-                parameter.mul_(0.25)
+                parameter.mul_(scores)
 
 
 def _publish(path: Path, text: dict[str, Any]) -> None:

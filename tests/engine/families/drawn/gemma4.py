@@ -64,7 +64,7 @@ class Gemma4Family:
         }
         place_tied(draw, raw, text)
         model = write_model(draw, path, raw, _ARCHITECTURE, most_embedding=0.1)
-        draw_gemma4_buffers(model)
+        draw_gemma4_buffers(model, 0.25)
         save(draw, path, model, None)
         draw_ends(draw, path, text, 1, SPECIALS.index("<turn|>"))
         write_json(path / "config.json", {"architectures": [_ARCHITECTURE], **raw})
