@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -38,12 +38,31 @@ from engine.text.tokenizer import Tokenizer
 
 #: Adds the content hash to an item that was prepared without it.
 Name = Callable[[PreparedMedia], PreparedMedia]
-#: Gives the embedding rows of a prompt's media as :meth:`engine.encoder.EncoderEngine.encode` does, and the
-#: media with their content hashes, or it refuses the prompt. The last argument adds the hashes; None if the
-#: media have them.
-Encode = Callable[
-    [Sequence[PreparedMedia], EngineInput, Name | None], tuple[Sequence[Any], Sequence[PreparedMedia]]
-]
+
+
+class Encode(Protocol):
+    """Encodes the media of one prompt as soon as they are prepared."""
+
+    def begin(self, media: PreparedMedia) -> None:
+        """Take one of the media, which has no content hash yet, before the prompt is made of them.
+
+        Raises:
+            InvalidRequest: the item isn't what its description says.
+        """
+
+    def finish(
+        self, media: Sequence[PreparedMedia], inputs: EngineInput, name: Name | None
+    ) -> tuple[Sequence[Any], Sequence[PreparedMedia]]:
+        """Embedding rows of all ``media``, as :meth:`engine.encoder.EncoderEngine.encode` gives them, and the
+        media with their content hashes.
+
+        Args:
+            name: adds the hashes; None if the media have them.
+
+        Raises:
+            InvalidRequest: the prompt can't be served.
+        """
+
 
 #: The entries of a prompt of :meth:`engine.llm.LLM.generate`.
 _PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", FIELD, PROCESSOR_FIELD, "cache_salt"})
@@ -230,8 +249,8 @@ class Frontend:
         """Prepare one prompt of :meth:`engine.llm.LLM.generate`.
 
         Args:
-            encode: encodes the media at once, if given: the device computes their rows while they are hashed.
-                It gets the prompt as well, so that it can refuse it first.
+            encode: encodes the media at once, if given: the device computes their rows while the prompt is
+                built and they are hashed.
 
         Raises:
             InvalidRequest: naming the entry that can't be used.
@@ -256,7 +275,7 @@ class Frontend:
             tensors = {item.hash: tensor for item, tensor in given}
             return PreparedPrompt(inputs, embeddings=[tensors[span.item.hash] for span in inputs.spans])
         sources = with_options(media_sources(data), prompt.get(PROCESSOR_FIELD))
-        media = self._prepare(sources, name_later=encode is not None)
+        media = self._prepare(sources, encode)
         inputs = self._inputs(prompt, [prepared.item for prepared in media.items], salt)
         return _finished(inputs, media, encode)
 
@@ -356,7 +375,7 @@ class Frontend:
     ) -> PreparedPrompt:
         """Prepare parsed messages whose prompt ``build`` makes of their media."""
         builder.check_messages(parsed, len(sources))
-        media = self._prepare(sources, name_later=encode is not None)
+        media = self._prepare(sources, encode)
         return _finished(build(media.places), media, encode)
 
     def close(self) -> None:
@@ -384,8 +403,9 @@ class Frontend:
         check_media_limits(sources, self._config.limit_mm_per_prompt)
         return given
 
-    def _prepare(self, sources: Sequence[MediaSource], *, name_later: bool) -> _Media:
-        """Fetch, decode and prepare the media of a prompt."""
+    def _prepare(self, sources: Sequence[MediaSource], encode: Encode | None) -> _Media:
+        """Fetch, decode and prepare the media of a prompt. With ``encode`` they get their hashes later, and
+        the last one is given to it."""
         if not sources:
             return _Media()
         if self._preparation is None:
@@ -409,10 +429,11 @@ class Frontend:
         check_media_limits([*whole, *pages], self._config.limit_mm_per_prompt)
         processor = self._preparation.for_prompt(sources, num_images([*whole, *pages]))
         self._preparation.check_pages(processor, pages)
-        naming = processor if name_later and isinstance(processor, NamelessProcessor) else None
-        if naming is not None:
-            processor = naming.nameless()
-        found = _Media(name=None if naming is None else partial(self._preparation.named, naming))
+        name: Name | None = None
+        if encode is not None and _may_be_nameless(type(processor)):
+            naming: Any = processor
+            processor, name = naming.nameless(), partial(self._preparation.named, naming)
+        found = _Media(name=name)
         for source in sources:
             if source.pages is not None:
                 file, data = files[source.index]
@@ -422,6 +443,8 @@ class Frontend:
                 made = [self._prepare_whole(processor, source, budget)]
                 found.places.append(made[0].item)
             found.items.extend(made)
+        if encode is not None and name is not None:
+            encode.begin(found.items[-1])
         return found
 
     def _open(self, source: MediaSource, data: bytes) -> tuple[PagedFile, bytes]:
@@ -453,8 +476,14 @@ def _finished(inputs: EngineInput, media: _Media, encode: Encode | None) -> Prep
     items = [by_item[id(span.item)] for span in inputs.spans]
     if encode is None or not items:
         return PreparedPrompt(inputs, items)
-    rows, named = encode(items, inputs, media.name)
+    rows, named = encode.finish(items, inputs, media.name)
     if media.name is not None:
         pairs = zip(inputs.spans, named, strict=True)
         inputs = replace(inputs, spans=[replace(span, item=prepared.item) for span, prepared in pairs])
     return PreparedPrompt(inputs, embeddings=list(rows))
+
+
+@cache
+def _may_be_nameless(kind: type) -> bool:
+    """Return whether a processor of this type can leave out names. To ask for a protocol takes 20 µs."""
+    return issubclass(kind, NamelessProcessor)

@@ -438,15 +438,22 @@ def test_a_lone_prompt_s_media_are_encoded_before_they_are_named(path, llm):
         "prompt": f"{placeholder}{IMAGE}{IMAGE}",
         "multi_modal_data": {"image": [image] * 2, "video": video},
     }
-    encoded = []
+    begun, encoded = [], []
 
-    def encode(media, inputs, name):
-        encoded.extend(media)
-        assert inputs.token_ids and [span.item for span in inputs.spans] == [one.item for one in media]
-        return [len(media) * 10 + index for index in range(len(media))], [name(one) for one in media]
+    class Noting:
+        def begin(self, media):
+            assert not encoded
+            begun.append(media)
 
-    ahead, apart = front.from_prompt(prompt, encode), front.from_prompt(prompt)
+        def finish(self, media, inputs, name):
+            encoded.extend(media)
+            assert inputs.token_ids and [span.item for span in inputs.spans] == [one.item for one in media]
+            return [len(media) * 10 + index for index in range(len(media))], [name(one) for one in media]
+
+    ahead, apart = front.from_prompt(prompt, Noting()), front.from_prompt(prompt)
     assert [media.item.hash for media in encoded] == ["", "", ""]
+    # The prompt shows the video first; the sources name images first.
+    assert len(begun) == 1 and begun[0] is encoded[0]
     assert [media.item.kind for media in encoded] == ["video", "image", "image"]
     assert ahead.inputs == apart.inputs and not ahead.media
     assert ahead.embeddings == [30, 31, 32]
@@ -464,16 +471,20 @@ def test_a_lone_prompt_s_media_are_encoded_before_they_are_named(path, llm):
         (f"{IMAGE} what?", {"structured": StructuredSpec(kind="regex", text="(")}, "."),
     ],
 )
-@pytest.mark.parametrize("count", [1, 2])
-def test_what_cannot_be_served_costs_no_encoding(llm, prompt, params, words, count):
-    """A prompt that is refused is refused before its images are encoded, alone or as one of several."""
+@pytest.mark.parametrize(("count", "early_rows", "encoded"), [(1, 1024, 2), (1, 0, 0), (2, 1024, 0)])
+def test_what_cannot_be_served_costs_no_encoding(
+    llm, prompt, params, words, count, early_rows, encoded, monkeypatch
+):
+    """A prompt that is refused is refused before its images are encoded, alone or as one of several. The last
+    image of a lone one is encoded meanwhile, if it is small."""
+    monkeypatch.setattr(offline, "_EARLY_ROWS", early_rows)
     params = SamplingParams(**{"temperature": 0.0, "max_tokens": 4, **params})
     before = llm._encoder.metrics()["items"]
     with pytest.raises(InvalidRequest, match=words):
         llm.generate([about(tiny.picture(24, 24), prompt)] * count, params, use_tqdm=False)
     with pytest.raises(InvalidRequest, match="embed"):
         llm.embed([about(tiny.picture(24, 24))] * count, use_tqdm=False)
-    assert llm._encoder.metrics()["items"] == before
+    assert llm._encoder.metrics()["items"] - before == encoded
     llm.check_integrity()
 
 
