@@ -19,8 +19,8 @@ def patchify(
     """Cut an image, or the frames of a video, into patches, and look up each byte's normalised value.
 
     Args:
-        pixels: uint8 ``(H, W, C)``, or ``(F, H, W, C)`` with ``F`` a multiple of ``temporal``; contiguous. An
-            image counts as ``temporal`` equal frames. Pixels beyond the last whole square are ignored, as in
+        pixels: uint8 ``(H, W, B)``, or ``(F, H, W, B)`` with ``F`` a multiple of ``temporal``; contiguous. Bytes of a
+            pixel beyond its ``C`` channels mean nothing. An image counts as ``temporal`` equal frames. Pixels beyond the last whole square are ignored, as in
             a convolution with that stride.
         table: ``(C * 256,)``, the value of each byte of each channel.
         patch: side of a patch, in pixels.
@@ -38,7 +38,8 @@ def patchify(
 
 def patchify_reference(pixels, table, *, patch, merge, temporal):
     # Looked up before an image is repeated over time: fewer lookups.
-    values = table[pixels + torch.arange(pixels.shape[-1], device=pixels.device) * _LEVELS]
+    channels = len(table) // _LEVELS
+    values = table[pixels[..., :channels] + torch.arange(channels, device=pixels.device) * _LEVELS]
     frames = values if values.dim() == 4 else values.expand(temporal, *values.shape)
     side = patch * merge
     height, width = (length // side * side for length in pixels.shape[-3:-1])
@@ -49,7 +50,8 @@ def patchify_reference(pixels, table, *, patch, merge, temporal):
 
 
 def patchify_triton(pixels, table, *, patch, merge, temporal):
-    *frames, height, width, channels = pixels.shape
+    *frames, height, width, length = pixels.shape
+    channels = len(table) // _LEVELS
     size = channels * temporal * patch**2
     squares = (height // (patch * merge)) * (width // (patch * merge))
     rows = (frames[0] // temporal if frames else 1) * squares * merge**2
@@ -57,8 +59,8 @@ def patchify_triton(pixels, table, *, patch, merge, temporal):
     launch(
         _patchify_kernel, (rows,),
         pixels_ptr=pixels, table_ptr=table, out_ptr=out, height=height, width=width,
-        frame_stride=height * width * channels if frames else 0,
-        CHANNELS=channels, TEMPORAL=temporal, PATCH=patch, MERGE=merge, LEVELS=_LEVELS, SIZE=size,
+        frame_stride=height * width * length if frames else 0,
+        CHANNELS=channels, BYTES=length, TEMPORAL=temporal, PATCH=patch, MERGE=merge, LEVELS=_LEVELS, SIZE=size,
         num_warps=4,
     )  # fmt: skip
     return out
@@ -68,7 +70,7 @@ def patchify_triton(pixels, table, *, patch, merge, temporal):
 @triton.jit(do_not_specialize=["height", "width", "frame_stride"])
 def _patchify_kernel(
     pixels_ptr, table_ptr, out_ptr, height, width, frame_stride,
-    CHANNELS: tl.constexpr, TEMPORAL: tl.constexpr, PATCH: tl.constexpr, MERGE: tl.constexpr,
+    CHANNELS: tl.constexpr, BYTES: tl.constexpr, TEMPORAL: tl.constexpr, PATCH: tl.constexpr, MERGE: tl.constexpr,
     LEVELS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """One program per patch."""
@@ -85,7 +87,7 @@ def _patchify_kernel(
     y = top + column // PATCH % PATCH
     x = left + column % PATCH
     moment = frame * TEMPORAL + column // (PATCH * PATCH) % TEMPORAL
-    source = moment.to(tl.int64) * frame_stride + (y * width + x) * CHANNELS + channel
+    source = moment.to(tl.int64) * frame_stride + (y * width + x) * BYTES + channel
     level = tl.load(pixels_ptr + source, mask=mask, other=0).to(tl.int32)
     value = tl.load(table_ptr + channel * LEVELS + level, mask=mask, other=0.0)
     tl.store(out_ptr + row.to(tl.int64) * SIZE + column, value, mask=mask)

@@ -23,8 +23,8 @@ from engine.vision.transformer import VisionTransformer, make_norm
 
 
 class NativeVisionEncoder(nn.Module):
-    """Encodes uint8 images ``(H, W, 3)`` and videos ``(frames, H, W, 3)`` with sides that are multiples of
-    ``patch * merge``.
+    """Encodes uint8 images ``(H, W, 3)``, or ``(H, W, 4)`` with a byte that means nothing, and videos
+    ``(frames, H, W, 3)``, with sides that are multiples of ``patch * merge``.
 
     Grids are ``(t, h, w)`` in patches. Rows are ``(config.rows(grid), out_features)``, with ``out_features``
     more numbers for each deepstack layer. Inside the tower the patches of a merged square are neighbours.
@@ -65,11 +65,12 @@ class NativeVisionEncoder(nn.Module):
         window, merge = self.config.window, self.config.merge_size
         least = merge if self.config.squares is None else self.config.squares.side
         side = self.config.patch_size * least
-        image = blank((side, side, 3), (1, least, least), 1)
+        images = [blank((side, side, length), (1, least, least), 1) for length in (3, 4)]
         self.tower.capture_graphs(
             capture,
             window_len=window and (window * merge) ** 2,
-            rehearse=lambda: self.encode([image]),
+            positions=self.config.position_side is not None,
+            rehearse=lambda: [self.encode([image]) for image in images],
         )
 
     @torch.inference_mode()
@@ -107,7 +108,8 @@ class NativeVisionEncoder(nn.Module):
         side, merge = self.config.patch_size, self.config.merge_size
         frames = () if entry.item.kind == "image" else (t * self.config.temporal_patch_size,)
         fits = (
-            entry.pixels.shape == (*frames, h * side, w * side, 3)
+            entry.pixels.shape[:-1] == (*frames, h * side, w * side)
+            and entry.pixels.shape[-1] in ((3,) if frames else (3, 4))
             and entry.pixels.dtype == np.uint8
             and h % merge == w % merge == 0
             and entry.item.num_tokens == self.config.rows(entry.item.grid)

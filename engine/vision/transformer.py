@@ -173,6 +173,8 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.keep = keep or tuple(sorted({state - 1 for state in config.features} - {last}))
         self._graphs: TowerGraphs | None = None
+        # Whether the graphs take patches.
+        self._embeds_captured = False
         self.pause: Callable[[], None] = lambda: None
         width = config.hidden_size
         self.patch_embed = Linear(config.patch_dim, width, build, bias=config.patch_bias)
@@ -214,6 +216,10 @@ class VisionTransformer(nn.Module):
             windows: segments for the blocks that are not in ``full_layers``; None: ``segments`` for all.
             positions: ``(N, hidden_size)``, added to the embedded patches.
         """
+        graphs = self._graphs
+        if graphs is not None and self._embeds_captured and graphs.fits(patches, segments, windows):
+            assert positions is None
+            return graphs.replay(patches, segments, windows, self.pause)
         x, last = self.embed(patches, segments), self.config.positions_last
         if not last:
             x = self._at_positions(x, segments, positions)
@@ -221,8 +227,8 @@ class VisionTransformer(nn.Module):
             x = self.pre_norm(x)
         if last:
             x = self._at_positions(x, segments, positions)
-        if self._graphs is not None and self._graphs.fits(x, segments, windows):
-            return self._graphs.replay(x, segments, windows, self.pause)
+        if graphs is not None and not self._embeds_captured and graphs.fits(x, segments, windows):
+            return graphs.replay(x, segments, windows, self.pause)
         state = self._through(self._begin(x), 0, len(self.blocks), segments, windows, self.pause)
         return self._outputs(state)
 
@@ -241,21 +247,26 @@ class VisionTransformer(nn.Module):
         capture: Capture,
         *,
         window_len: int | None = None,
+        positions: bool = True,
         rehearse: Callable[[], object],
     ) -> None:
-        """Capture the blocks' forward pass for small batches.
+        """Capture the forward pass for small batches: the blocks, and the patches' projection before them
+        where nothing but a norm comes in between.
 
         Args:
             window_len: most tokens of a window; None if there are no windows.
+            positions: whether the caller adds some to the embedded patches.
             rehearse: encodes an image, so that the kernels around the blocks are compiled before too.
         """
         weight = self.patch_embed.weight
+        added = self.class_embedding is not None or self.position_embedding is not None or positions
+        self._embeds_captured = not added
         count = len(self.blocks)
         ends = [*range(min(_FIRST_BLOCKS, count), count, _NEXT_BLOCKS), count]
         self._graphs = TowerGraphs(
             [partial(self._part, first, end) for first, end in pairwise([0, *ends])],
             capture,
-            width=self.config.hidden_size,
+            width=self.config.hidden_size if added else self.config.patch_dim,
             angles=None if self.config.rope_theta is None else self.config.head_dim // 2,
             window_len=window_len,
             dtype=weight.dtype,
@@ -273,12 +284,15 @@ class VisionTransformer(nn.Module):
         """Run the blocks from ``first`` to before ``end``.
 
         Args:
-            given: the input of the first block, or what the part before has returned.
+            given: the input of the first block or the patches, or what the part before has returned.
 
         Returns:
             As :meth:`states`, or a state for the next part.
         """
-        state = given if first else self._begin(given)
+        if first:
+            state = given
+        else:
+            state = self._begin(self.begin(given, segments) if self._embeds_captured else given)
         state = self._through(state, first, end, segments, windows)
         return state if end < len(self.blocks) else self._outputs(state)
 

@@ -19,9 +19,10 @@ from engine.families.parsing.processor import (
     require_same_colours,
     require_steps,
 )
-from engine.media.image_ops import check_aspect_ratio
+from engine.media.image_ops import check_aspect_ratio, rgb_array
 from engine.media.keys import content_hash
-from engine.media.resize import resize
+from engine.media.resize import resize, resized
+from engine.media.shared_pixels import packed_pixels, shared_pixels
 from engine.media.video.sampling import DEFAULT_RULES, FrameRules, Sampler, qwen2_indices
 from engine.media.video.video import Pace, Video, VideoInfo, VideoOptions
 from engine.prompt import MediaItem, PreparedMedia
@@ -243,8 +244,10 @@ class QwenProcessor:
         return width // self.factor * (height // self.factor)
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
-        target = self._image_size(image.size)
-        return self._media("image", resize(image, target, self.resample[0]), 1, image.size)
+        shown = resized(image, self._image_size(image.size), self.resample[0])
+        # Those without a name are encoded at once.
+        pixels = rgb_array(shown) if self.names else shared_pixels(shown)
+        return self._media("image", pixels, 1, image.size)
 
     def choose_frames(self, info: VideoInfo, asked: VideoOptions) -> list[int]:
         return self.video.sample(info, self.frames, asked)
@@ -292,7 +295,8 @@ class QwenProcessor:
             "temporal": vision.temporal_patch_size,
             "times": item.times,
         }
-        key = content_hash(media.pixels, family=self.family, options=options, kind=item.kind, size=item.size)
+        pixels = packed_pixels(media.pixels)
+        key = content_hash(pixels, family=self.family, options=options, kind=item.kind, size=item.size)
         return PreparedMedia(replace(item, hash=key), media.pixels)
 
     @property

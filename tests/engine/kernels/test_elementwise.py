@@ -156,18 +156,19 @@ def test_quick_gelu_equals_transformers(dtype):
 
 
 @pytest.mark.parametrize(
-    ("shape", "patch", "merge", "temporal"),
+    ("shape", "channels", "patch", "merge", "temporal"),
     [
-        ((28, 56, 3), 14, 2, 2),
-        ((2, 12, 8, 3), 2, 2, 2),
-        ((6, 9, 18, 3), 3, 3, 2),
-        ((8, 4, 1), 2, 1, 1),
-        ((2, 7, 9, 3), 3, 1, 1),
+        ((28, 56, 3), 3, 14, 2, 2),
+        ((28, 56, 4), 3, 14, 2, 2),
+        ((2, 12, 8, 3), 3, 2, 2, 2),
+        ((6, 9, 18, 3), 3, 3, 3, 2),
+        ((8, 4, 1), 1, 2, 1, 1),
+        ((2, 7, 9, 3), 3, 3, 1, 1),
     ],
 )
-def test_patchify(device, dtype, shape, patch, merge, temporal):
+def test_patchify(device, dtype, shape, channels, patch, merge, temporal):
     pixels = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
-    table = torch.randn(shape[-1] * 256, device=device, dtype=dtype)
+    table = torch.randn(channels * 256, device=device, dtype=dtype)
     result = patchify_triton(pixels, table, patch=patch, merge=merge, temporal=temporal)
     assert torch.equal(result, patchify_reference(pixels, table, patch=patch, merge=merge, temporal=temporal))
 

@@ -63,7 +63,7 @@ def test_captured_on_a_gpu(lengths):
         parameter.data.normal_(std=scale)
         wide.data.copy_(parameter)
     captured.expects_crowds = sum(lengths) > vision_graphs.MAX_TOKENS
-    captured.capture_graphs(CudaCapture(device), rehearse=lambda: None)
+    captured.capture_graphs(CudaCapture(device), positions=False, rehearse=lambda: None)
     count = sum(lengths)
     angles = torch.randn(count, 40, device=device)
     segments = VisionSegments(bounds(lengths).to(device), max(lengths), angles.cos(), angles.sin())
@@ -80,12 +80,13 @@ def bounds(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-@pytest.mark.parametrize("window_len", [None, 4])
-def test_replays_equal_eager_passes(monkeypatch, window_len):
+@pytest.mark.parametrize(("window_len", "positions"), [(None, False), (None, True), (4, False)])
+def test_replays_equal_eager_passes(monkeypatch, window_len, positions):
+    """From patches on, and from embedded patches to which the caller adds positions."""
     monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 16)
     monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 80)
     eager, captured = tower(window_len), tower(window_len)
-    captured.capture_graphs(rerun, window_len=window_len, rehearse=lambda: None)
+    captured.capture_graphs(rerun, window_len=window_len, positions=positions, rehearse=lambda: None)
     pauses: list[int] = []
     for number, lengths in enumerate(BATCHES):
         count, generator = sum(lengths), torch.Generator().manual_seed(number)
@@ -98,10 +99,13 @@ def test_replays_equal_eager_passes(monkeypatch, window_len):
         if window_len is not None:
             cut = [min(window_len, n - i) for n in lengths for i in range(0, n, window_len)]
             windows = VisionSegments(bounds(cut), window_len, angles.cos(), angles.sin())
+        options = {"windows": windows}
+        if positions:
+            options["positions"] = torch.randn(count, 32, generator=generator)
         with torch.inference_mode():
-            wanted = eager.states(patches, segments, windows=windows)
+            wanted = eager.states(patches, segments, **options)
             captured.pause = lambda: pauses.append(number)  # noqa: B023
-            found = captured.states(patches, segments, windows=windows)
+            found = captured.states(patches, segments, **options)
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
     # Between the three parts.
