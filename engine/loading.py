@@ -93,7 +93,7 @@ def load_engine(config: EngineConfig, launcher: Launcher | None = None) -> Loade
         grammars,
         RequestFactory(config, model, scheduler, text, grammars, max_model_len),
         EngineCore(scheduler, runner, config.run_ahead),
-        OutputProcessor(text, metrics),
+        OutputProcessor(text, metrics, config.stream_interval),
         metrics,
     )
 

@@ -22,6 +22,7 @@ from engine.outputs import (
     StreamUpdate,
     TokenLogprob,
     Usage,
+    merge_updates,
 )
 from engine.progress import Progress
 from engine.request import Request
@@ -84,6 +85,7 @@ class RequestGroup:
         progress: what the caller had of the answer when it came here.
         num_scored: positions of the prompt whose log-probabilities were given, the first one's None included.
         prompt_texts: texts of the prompt's tokens, as far as they are scored.
+        held: the part of the answer that waits for more tokens.
     """
 
     id: str
@@ -94,6 +96,7 @@ class RequestGroup:
     last_token_at: float | None = None
     num_scored: int = 0
     prompt_texts: TokenTexts | None = None
+    held: StreamUpdate | None = None
 
     @property
     def finished(self) -> bool:
@@ -125,11 +128,13 @@ class OutputProcessor:
     Args:
         tokenizer: the model's.
         metrics: takes times and counts.
+        interval: tokens of one choice that an update holds at least, but for the first and the last.
     """
 
-    def __init__(self, tokenizer: Tokenizer, metrics: EngineMetrics) -> None:
+    def __init__(self, tokenizer: Tokenizer, metrics: EngineMetrics, interval: int = 1) -> None:
         self._tokenizer = tokenizer
         self._metrics = metrics
+        self._interval = interval
         self._running: dict[str, tuple[RequestGroup, _Sequence]] = {}
         self._failures: list[tuple[RequestGroup, SightlineError]] = []
 
@@ -190,12 +195,27 @@ class OutputProcessor:
         failures, self._failures = self._failures, []
         for group, _ in failures:
             # What came before the error is given. It may have come with it, if the steps were taken together.
-            if group.id in found.changed and _is_empty(found.changed[group.id][1]):
+            if group.held is not None:
+                self._update(group, found.changed)
+            elif group.id in found.changed and _is_empty(found.changed[group.id][1]):
                 del found.changed[group.id]
             found.stopped += [request for request in group.requests if not request.finished]
         failed = {group.id for group, _ in failures}
         self._end(found.changed[name] for name in found.ended - failed)
-        return [*found.changed.values(), *found.pooled, *failures], found.stopped
+        given = []
+        for group, update in found.changed.values():
+            whole = update if group.held is None else merge_updates(group.held, update)
+            group.held = whole if self._waits(whole) and group.id not in failed else None
+            if group.held is None:
+                given.append((group, whole))
+        return [*given, *found.pooled, *failures], found.stopped
+
+    def _waits(self, update: StreamUpdate) -> bool:
+        """Return whether an update waits for more tokens: it is not the first, nor a choice's last, and holds
+        fewer than it should."""
+        if self._interval == 1 or update.times is not None or update.prompt_logprobs is not None:
+            return False
+        return all(d.finish_reason is None and len(d.token_ids) < self._interval for d in update.deltas)
 
     def _take(self, step: StepEvents, found: _Found) -> None:
         """Add a step's tokens to their sequences' deltas."""

@@ -68,11 +68,11 @@ def steps_of(requests: list[Request], seed: int) -> list[StepEvents]:
 
 
 def play(
-    tokenizer: Tokenizer, seed: int, sizes: list[int]
+    tokenizer: Tokenizer, seed: int, sizes: list[int], interval: int = 1
 ) -> tuple[dict[str, StreamUpdate], dict, list[str]]:
     """All updates of each group as one, by id; what was counted, and who was stopped."""
     metrics = EngineMetrics()
-    outputs = OutputProcessor(tokenizer, metrics)
+    outputs = OutputProcessor(tokenizer, metrics, interval)
     wanted = groups(tokenizer)
     for group in wanted:
         outputs.add(group)
@@ -90,6 +90,9 @@ def play(
         for group, update in updates:
             assert isinstance(update, StreamUpdate)
             earlier = merged.get(group.id)
+            ends = any(delta.finish_reason for delta in update.deltas)
+            most = max(len(delta.token_ids) for delta in update.deltas)
+            assert earlier is None or ends or most >= interval
             merged[group.id] = update if earlier is None else merge_updates(earlier, update)
     assert outputs.num_groups == 0
     return merged, metrics.snapshot(), stops
@@ -110,11 +113,14 @@ def test_merged_updates_grow_in_place():
     assert delta.text == "abc" and delta.token_ids == [5, 5, 5]
 
 
-@pytest.mark.parametrize("sizes", [[2], [8], [1, 3, 7], [1000]])
+@pytest.mark.parametrize(
+    ("sizes", "interval"),
+    [([2], 1), ([8], 1), ([1, 3, 7], 1), ([1000], 1), ([1], 2), ([1], 5), ([1, 3], 1000)],
+)
 @pytest.mark.parametrize("seed", range(4))
-def test_steps_together_give_what_they_give_one_by_one(tokenizer, seed, sizes):
+def test_steps_together_give_what_they_give_one_by_one(tokenizer, seed, sizes, interval):
     apart, counted, stopped = play(tokenizer, seed, [1])
-    together, counted_together, stopped_together = play(tokenizer, seed, sizes)
+    together, counted_together, stopped_together = play(tokenizer, seed, sizes, interval)
     assert together.keys() == apart.keys() == {"0", "1", "2", "3"}
     for key, update in apart.items():
         other = together[key]
@@ -143,10 +149,10 @@ def test_a_stop_string_in_the_text_that_comes_out_at_the_end(tokenizer):
     assert (delta.text, delta.finish_reason, delta.stop_reason) == ("", "stop", "\ufffd")
 
 
-@pytest.mark.parametrize("size", [1, 2, 100])
-def test_what_comes_before_an_error_is_given(tokenizer, monkeypatch, size):
+@pytest.mark.parametrize(("size", "interval"), [(1, 1), (2, 1), (100, 1), (1, 3), (1, 100)])
+def test_what_comes_before_an_error_is_given(tokenizer, monkeypatch, size, interval):
     metrics = EngineMetrics()
-    outputs = OutputProcessor(tokenizer, metrics)
+    outputs = OutputProcessor(tokenizer, metrics, interval)
     group = groups(tokenizer)[3]
     outputs.add(group)
     (request,) = group.requests
