@@ -148,6 +148,12 @@ async def retrieve_response(request: Request, name: str) -> Response:
     if not re.fullmatch(r"-1|\d{1,9}", given):
         raise InvalidRequest("starting_after must be the number of an event.", param="starting_after")
     log, after = request.app.state.logs.get(name), int(given)
+    if after >= 0 and stored.asked is None:
+        raise InvalidRequest(
+            "Only events of a response that was created with background and stream keep their numbers. Read "
+            "this one without starting_after.",
+            param="starting_after",
+        )
     if log is None and stored.response["status"] == "in_progress":
         log = await _make_again(request, stored)
     elif log is None:

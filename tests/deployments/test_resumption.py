@@ -315,6 +315,22 @@ async def test_streams_that_there_are_not(two, query, param):
     assert [event["type"] for event in again] == ["response.created", "response.in_progress"]
 
 
+@pytest.mark.parametrize("fields", [{"stream": True}, {"background": True}, {}], ids=str)
+async def test_events_whose_numbers_do_not_stay_are_not_taken_up(two, fields):
+    """Text comes in other pieces each time, so that a number would be another event's."""
+    body = {"model": "pocket", "input": "Hello!", "temperature": 0, **fields}
+    if fields.get("stream"):
+        events = await events_of(two.clients[0], method="POST", path="/v1/responses", json=body)
+        name = events[-1]["response"]["id"]
+    else:
+        name = (await two.clients[0].post("/v1/responses", json=body)).json()["id"]
+    await wait_until(lambda: not two.apis[0].state.background)
+    path, query = f"/v1/responses/{name}", {"stream": "true"}
+    assert (await events_of(two.clients[1], path=path, params=query))[-1]["type"] == "response.completed"
+    refused = await two.clients[1].get(path, params={**query, "starting_after": 2})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "starting_after"
+
+
 async def test_openai_s_client_takes_up_a_stream(two):
     one, other = (
         openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=client)
