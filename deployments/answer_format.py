@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deployments.tools import ToolUse
 from engine.errors import InvalidRequest
+from engine.lru import LruCache
 from engine.parsers.answer import AnswerParser
 from engine.parsers.call_forms import embedded, lark_regex
 from engine.parsers.formats import (
@@ -27,6 +28,9 @@ from engine.sampling_params import StructuredSpec
 from engine.structured.json_schema import LAYOUT
 from engine.structured.prepare import checked_schema
 
+#: Of the constraints that a model's format keeps.
+_KEPT_CHARACTERS = 16 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
@@ -36,11 +40,15 @@ class AnswerFormat:
         special: the tokenizer's added tokens.
         tools: the format of calls; None if the chat template shows no tools.
         reasoning: the tags of thoughts; None if the model doesn't think.
+        kept: constraints of calls that were made lately.
     """
 
     special: SpecialTokens
     tools: ToolFormat | None = None
     reasoning: ReasoningTags | None = None
+    kept: LruCache[StructuredSpec] = field(
+        default_factory=lambda: LruCache(_KEPT_CHARACTERS), compare=False, repr=False
+    )
 
     def begins_inside(self, prompt: str | None) -> bool:
         """Return whether the prompt has opened a thought."""
@@ -106,15 +114,7 @@ class AnswerFormat:
                 )
             # With both, the constraint on the text wins where the model is free to call or not.
             if structured is None:
-                lark = tool_grammar(
-                    self._calls.layout,
-                    use.callable(),
-                    self.special,
-                    choice="required" if use.choice == "required" else "auto",
-                    parallel=use.parallel,
-                    thought=thought,
-                )
-                return StructuredSpec(kind="grammar", text=lark, holds_json=True)
+                return self._of_calls(use, thought)
         if thought is None:
             return structured
         if structured is not None:
@@ -126,6 +126,24 @@ class AnswerFormat:
         if thinking_budget is not None:
             return StructuredSpec(kind="grammar", text=grammar_with_budget(self.special, thought))
         return None
+
+    def _of_calls(self, use: ToolUse, thought: Thought | None) -> StructuredSpec:
+        """The constraint of an answer that may, or must, call functions. The latest are kept: an agent sends
+        the same functions with every turn, and a hundred of them take tens of milliseconds."""
+        key = use.digest(), thought
+        kept = self.kept.get(key)
+        if kept is None:
+            lark = tool_grammar(
+                self._calls.layout,
+                use.callable(),
+                self.special,
+                choice="required" if use.choice == "required" else "auto",
+                parallel=use.parallel,
+                thought=thought,
+            )
+            kept = StructuredSpec(kind="grammar", text=lark, holds_json=True)
+            self.kept.put(key, kept, len(lark))
+        return kept
 
 
 def _expression(spec: StructuredSpec) -> str | None:

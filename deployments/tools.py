@@ -1,7 +1,9 @@
 """Reads the tools of a request, in each of the forms in which clients send them."""
 
+import hashlib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -64,12 +66,22 @@ class ToolUse:
             InvalidRequest: a schema can't be followed.
         """
         found = []
+        for tool, field in self._allowed():
+            with caller_fields({"structured": field}):
+                schema = checked_schema(tool.parameters, strict=tool.name in self.strict)
+            found.append(ToolSchema(tool.name, schema))
+        return found
+
+    def _allowed(self) -> Iterator[tuple[ToolSchema, str]]:
+        """The functions that may be called, each with its field."""
         for tool, field in zip(self.schemas, self.fields, strict=True):
             if self.allowed is None or tool.name in self.allowed:
-                with caller_fields({"structured": field}):
-                    schema = checked_schema(tool.parameters, strict=tool.name in self.strict)
-                found.append(ToolSchema(tool.name, schema))
-        return found
+                yield tool, field
+
+    def digest(self) -> bytes:
+        """A key that is the same where the same calls are allowed."""
+        tools = [(tool.name, tool.parameters, tool.name in self.strict) for tool, _ in self._allowed()]
+        return hashlib.blake2b(json.dumps([self.choice, self.parallel, tools]).encode()).digest()
 
     @property
     def by_name(self) -> dict[str, Mapping[str, Any]]:

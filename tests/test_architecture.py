@@ -85,6 +85,7 @@ PUBLIC = {
     "engine.inputs.pages",
     "engine.inputs.retrieval",
     "engine.inputs.video",
+    "engine.lru",
     "engine.mailbox",
     "engine.media.decode",
     "engine.media.documents.limits",

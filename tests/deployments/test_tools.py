@@ -245,6 +245,26 @@ def test_calls_of_functions_that_are_not_strict_follow_what_can_be_followed(stri
     assert refused.value.param == "tools[1].function.parameters"
 
 
+def test_functions_that_come_again_have_the_constraint_that_was_made_for_them():
+    spec = HERMES.constraint(read_tools(TOOLS, "auto", None), None, "")
+    assert HERMES.constraint(read_tools(json.loads(json.dumps(TOOLS)), None, True), None, "") is spec
+    report, stop = TOOLS
+    swapped = {**REPORT, "parameters": {**REPORT["parameters"], "properties": {"size": {}, "color": {}}}}
+    others = [
+        read_tools(TOOLS, "required", None),
+        read_tools(TOOLS, "auto", False),
+        read_tools([stop, report], "auto", None),
+        read_tools([report], "auto", None),
+        read_tools([{"function": {**REPORT, "name": "tell"}}, stop], "auto", None),
+        read_tools([{"function": {**REPORT, "strict": False}}, stop], "auto", None),
+        read_tools([{"function": swapped}, stop], "auto", None),
+        read_tools(TOOLS, {"type": "function", "function": {"name": "stop"}}, None),
+    ]
+    found = [spec, *(HERMES.constraint(use, None, "") for use in others)]
+    found += [HERMES.constraint(others[0], None, prompt, 5) for prompt in ("", "<think>")]
+    assert len({each.text for each in found if each is not None}) == len(found)
+
+
 @pytest.mark.parametrize("levels", [40, 150, 300])
 def test_a_schema_that_is_nested_too_deeply_is_refused(levels):
     schema: dict = {"type": "string"}
