@@ -21,6 +21,14 @@ from engine.kernels.rms_norm import rms_norm, rms_norm_reference
 from engine.kernels.rotary import RotaryTable, rotary, rotary_reference
 from engine.kernels.shard_rows import shard_rows, shard_rows_reference
 from engine.kernels.sigmoid_gate import sigmoid_gate, sigmoid_gate_reference
+from engine.kernels.step_inputs import (
+    HEADER,
+    StepInputs,
+    StepLayout,
+    StepState,
+    gather_step_inputs,
+    gather_step_inputs_reference,
+)
 from engine.kernels.truncation import truncation_threshold, truncation_threshold_reference
 
 BLOCK = 16
@@ -47,6 +55,9 @@ TINY_SAMPLING = [(3, 1000)]
 #: (request slots, blocks of a table)
 STATE = [(1, 256), (64, 256)]
 TINY_STATE = [(3, 5)]
+#: (running answers, tokens of a prompt, blocks of a table)
+STEP = [(1, 40, 256), (64, 464, 256), (256, 2048, 256)]
+TINY_STEP = [(3, 20, 5)]
 
 
 def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
@@ -76,6 +87,9 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
         yield Case("gumbel", "{}x{}".format(*sizes), partial(sample, device, *sizes))
     for sizes in TINY_STATE if tiny else STATE:
         yield Case("decode_state", "{} slots of {} blocks".format(*sizes), partial(state, device, *sizes))
+    for sizes in TINY_STEP if tiny else STEP:
+        label = "{} answers, {} tokens, {} blocks".format(*sizes)
+        yield Case("step_inputs", label, partial(step, device, *sizes))
     truncations = {"top-k 50": (50, 1.0, 0.0), "top-p 0.9": (0, 0.9, 0.0), "min-p 0.05": (0, 1.0, 0.05)}
     for sizes in TINY_SAMPLING if tiny else SAMPLING:
         for name, limits in truncations.items():
@@ -96,6 +110,31 @@ def state(device, rows, blocks) -> Problem:
 
     return Problem(
         run, lambda: (flat(run()), flat(reference())), 2 * tables.nbytes, peers={"torch": reference}
+    )
+
+
+def step(device, answers, tokens, blocks) -> Problem:
+    layout, slots = StepLayout(answers + 1, 1, 3, both_ways=False), answers + 2
+    tables = torch.arange(slots * blocks, dtype=torch.int32, device=device).view(1, slots, blocks)
+    last, length = torch.randint(0, blocks * BLOCK - 1, (2, slots), device=device).unbind(0)
+    state = StepState(tables, last, length, last, BLOCK, slots - 1)
+    numbers = torch.randint(0, 99, (layout.size(tokens),), device=device)
+    numbers[:4] = torch.tensor([answers, 1, tokens, answers + 1])
+    numbers[HEADER : layout.chunks] = torch.arange(answers + 1)
+    numbers[layout.chunks : layout.chunks + 4] = torch.tensor([answers, 0, tokens, tokens - 1])
+    room = StepInputs.zeros(layout, answers + tokens, answers + 1, answers + 1, blocks, device)
+
+    def found(gather: Callable[..., None]) -> torch.Tensor:
+        gather(numbers, layout, state, room)
+        parts = (room.ids, room.positions, room.slot_mapping, room.query_start, room.seq_lens, room.rows)
+        return torch.cat([part.float().flatten() for part in parts])
+
+    nbytes = 2 * tables.nbytes + 14 * 8 * tokens
+    return Problem(
+        partial(gather_step_inputs, numbers, layout, state, room),
+        lambda: (found(gather_step_inputs), found(gather_step_inputs_reference)),
+        nbytes,
+        peers={"torch": partial(gather_step_inputs_reference, numbers, layout, state, room)},
     )
 
 

@@ -21,39 +21,41 @@ def bucket_sizes(num_slots: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """Replays a decode step whose whole state is on the device.
+    """Replays decode steps, whose whole state is on the device, and the ends of steps with prompt chunks.
 
-    The step reads its slots from a static buffer; rows beyond the batch use the padding slot. The forward
-    pass and each sampling plan are separate graphs, so that all plans share one forward pass and its logits.
+    The forward pass and each sampling plan are separate graphs, so that all plans share one forward pass and
+    its logits. A step with chunks has its forward pass elsewhere: the logits of its hidden states, and
+    sampling from them, are one graph.
 
     Args:
         forward: slots ``(D,)`` to the logits ``(D, vocabulary)`` of their next tokens.
+        head: hidden states ``(D, width)`` to logits.
         sample: slots, logits and a plan to tokens ``(D,)``; also advances the slots' state.
         capture: see :class:`engine.graphs.Capture`.
-        num_slots: largest batch.
+        slots: int64 ``(num_slots,)``, the slots of a step, and the padding slot behind them.
+        hidden: ``(num_slots, width)``, the hidden states of a step with chunks.
         padding_slot: slot of padding rows.
-        device: device of the state.
     """
 
     def __init__(
         self,
         forward: Forward,
+        head: Forward,
         sample: Sample,
         capture: Capture,
         *,
-        num_slots: int,
+        slots: torch.Tensor,
+        hidden: torch.Tensor,
         padding_slot: int,
-        device: torch.device,
     ) -> None:
-        self._forward, self._sample, self._capture = forward, sample, capture
-        self._sizes = bucket_sizes(num_slots)
+        self._forward, self._head, self._sample, self._capture = forward, head, sample, capture
+        self._sizes = bucket_sizes(len(slots))
         self._padding_slot = padding_slot
-        self._device = device
-        self._slots: dict[int, torch.Tensor] = {}
-        self._filled: dict[int, torch.Tensor] = {}
+        self._slots, self._hidden = slots, hidden
         self._forwards: dict[int, Replay] = {}
         self._logits: dict[int, torch.Tensor] = {}
         self._samples: dict[tuple[int, Hashable], Replay] = {}
+        self._ends: dict[tuple[int, Hashable], Replay] = {}
 
     def capture_all(self, plans: Iterable[Hashable]) -> None:
         """Capture every batch size, and each of ``plans`` for it."""
@@ -62,46 +64,56 @@ class DecodeGraphs:
             self._forward_of(size)
             for plan in plans:
                 self._sample_of(size, plan)
+                self._end_of(size, plan)
 
     def size_for(self, count: int) -> int:
         """The captured batch size that ``count`` rows are padded to."""
         return next(size for size in self._sizes if size >= count)
 
-    def replay(self, slots: torch.Tensor, plan: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits and tokens of ``slots`` ``(D,)``: views that the next replay overwrites.
+    def replay(self, count: int, plan: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits and tokens of the first ``count`` slots: views that the next replay overwrites.
 
         Args:
             plan: must not need the host. With None the caller samples, and no tokens are returned.
         """
-        count = slots.shape[0]
         size = self.size_for(count)
         forward = self._forward_of(size)
         sample = None if plan is None else self._sample_of(size, plan)
-        if self._filled.get(size) is not slots:
-            # If a copy raises, the next replay copies again.
-            self._filled.pop(size, None)
-            buffer = self._slots[size]
-            buffer[:count] = slots
-            buffer[count:] = self._padding_slot
-            self._filled[size] = slots
         logits = forward()
         return logits[:count], None if sample is None else sample()[:count]
 
+    def end(self, count: int, plan: Any) -> torch.Tensor:
+        """Tokens of the first ``count`` slots, sampled from the hidden states of a step with chunks.
+
+        Nobody gets the logits: those of all sizes and plans would take gigabytes.
+        """
+        return self._end_of(self.size_for(count), plan)()[:count]
+
     def _forward_of(self, size: int) -> Replay:
         if size not in self._forwards:
-            slots = self._slots[size] = torch.full(
-                (size,), self._padding_slot, dtype=torch.int64, device=self._device
-            )
-            replay = self._forwards[size] = self._capture(lambda: self._forward(slots))
-            self._logits[size] = replay()
+            self._forwards[size] = self._captured(size, self._forward)
+            self._logits[size] = self._forwards[size]()
         return self._forwards[size]
 
     def _sample_of(self, size: int, plan: Any) -> Replay:
         if (size, plan) not in self._samples:
-            slots, logits = self._slots[size], self._logits[size]
-            # No request's state may advance during the capture.
-            saved = slots.clone()
-            slots.fill_(self._padding_slot)
-            self._samples[size, plan] = self._capture(lambda: self._sample(slots, logits, plan))
-            slots.copy_(saved)
+            logits = self._logits[size]
+            self._samples[size, plan] = self._captured(size, lambda slots: self._sample(slots, logits, plan))
         return self._samples[size, plan]
+
+    def _end_of(self, size: int, plan: Any) -> Replay:
+        if (size, plan) not in self._ends:
+            hidden = self._hidden[:size]
+            self._ends[size, plan] = self._captured(
+                size, lambda slots: self._sample(slots, self._head(hidden), plan)
+            )
+        return self._ends[size, plan]
+
+    def _captured(self, size: int, work: Callable[[torch.Tensor], Any]) -> Replay:
+        """Capture ``work`` over the first ``size`` slots. No request's state advances meanwhile."""
+        slots = self._slots[:size]
+        saved = slots.clone()
+        slots.fill_(self._padding_slot)
+        replay = self._capture(lambda: work(slots))
+        slots.copy_(saved)
+        return replay

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from engine.kernels.decode_state import DecodeInputs, advance, gather_decode_inputs
+from engine.kernels.step_inputs import StepInputs, StepLayout, StepState, gather_step_inputs
 from engine.runner.draft_rows import DraftRows
 
 
@@ -39,15 +40,25 @@ class DeviceState:
             slots, self.block_tables, self.last_token, self.length, self.delta, block_size=self.block_size
         )
 
+    def set_blocks(self, places: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Write ``blocks`` ``(n,)`` to ``places`` ``(n,)``, counted through all block tables."""
+        self.block_tables.view(-1).index_copy_(0, places, blocks.int())
+
+    def step_inputs(self, step: torch.Tensor, layout: StepLayout, inputs: StepInputs) -> None:
+        """Fill the ``inputs`` of a step with chunks. Their tokens count as computed, but for those behind
+        which one is sampled."""
+        state = StepState(
+            self.block_tables, self.last_token, self.length, self.delta, self.block_size, self.padding_slot
+        )
+        gather_step_inputs(step, layout, state, inputs)
+
     def advance(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
-        """The last tokens of decoding rows ``(D,)`` are computed; ``tokens`` come next."""
+        """The tokens of rows ``(D,)`` that sample are computed; ``tokens`` come next."""
         advance(slots, tokens, self.last_token, self.length, padding_slot=self.padding_slot)
 
-    def take(self, slots: torch.Tensor, tokens: torch.Tensor, drafts: DraftRows | None) -> None:
-        """Sampled ``tokens`` ``(R,)`` of ``slots`` come next; the lengths count all tokens of drafts, some of
-        which may not hold."""
-        if drafts is not None:
-            held = drafts.held(tokens)
-            self.length.index_add_(0, slots, held.long() - 1)
-            slots = torch.where(drafts.last(held), slots, self.padding_slot)
+    def take(self, slots: torch.Tensor, tokens: torch.Tensor, drafts: DraftRows) -> None:
+        """As :meth:`advance`, of ``tokens`` ``(R,)`` of which some may not hold, several of a slot."""
+        held = drafts.held(tokens)
+        self.length.index_add_(0, slots, held.long())
+        slots = torch.where(drafts.last(held), slots, self.padding_slot)
         self.last_token.index_copy_(0, slots, tokens.clamp(min=0))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from engine.graphs import Capture, Replay
 from engine.kernels.paged import AttentionMetadata
+from engine.kernels.step_inputs import StepInputs
 
 #: Capture every multiple of TOKEN_STEP up to FINE_TOKENS. Small passes compute forced tokens and guesses, and
 #: padding would be a large part of them: capture every half of a step up to four steps, and a quarter.
@@ -42,17 +44,21 @@ def captured_sizes(layer_parameters: int, max_tokens: int) -> list[int]:
     return sizes[: bisect_left(sizes, max_tokens) + 1]
 
 
-Forward = Callable[
-    [
-        torch.Tensor,
-        torch.Tensor,
-        AttentionMetadata,
-        torch.Tensor | None,
-        torch.Tensor | None,
-        torch.Tensor | None,
-    ],
-    torch.Tensor,
-]
+class MediaRows(NamedTuple):
+    """Rows of a step that stand for media.
+
+    Attributes:
+        places: int64 ``(E,)``, the rows.
+        embeds: ``(E, width)``, in place of the embeddings of tokens.
+        deepstack: ``(deepstack, E, width)``, added to the hidden states after the first layers.
+    """
+
+    places: torch.Tensor
+    embeds: torch.Tensor
+    deepstack: torch.Tensor
+
+
+Forward = Callable[[StepInputs, AttentionMetadata, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 class ForwardGraphs:
@@ -61,69 +67,52 @@ class ForwardGraphs:
     Padding rows write no keys and belong to no sequence; padding sequences have no tokens.
 
     Args:
-        forward: embeddings ``(T, width)``, positions, metadata, what is added after the first layers
-            ``(deepstack, T, width)`` or None, R row indices or None, and the tokens ``(T,)`` or None, to the
-            hidden states ``(R, width)`` of these rows, or of all rows.
+        gather: fills the inputs of a pass from the arrays of the step.
+        forward: inputs, metadata of the same tensors, the embedding rows of media ``(T, width)`` and what is
+            added after the first layers ``(deepstack, T, width)`` or None, to the hidden states of the
+            sampling rows ``(R, width)``, or of all rows ``(T, width)``.
         capture: see :class:`engine.graphs.Capture`.
         sizes: numbers of tokens to capture, ascending.
+        inputs: room for the inputs of the largest pass.
+        step: int64, the arrays of the step, whose counts are zero until it is filled.
         width: of embeddings and hidden states.
         dtype: of embeddings and hidden states.
-        axes: axes of positions, 3 with M-RoPE; None for plain positions ``(T,)``.
         deepstack: layers after which something is added.
-        max_sequences: most sequences of a batch.
-        num_groups: groups of layers, each with its block tables.
-        max_blocks: columns of block tables.
         max_seq_len: longest sequence.
-        padding_slot: row of recurrent states for padding sequences.
         all_rows: return the hidden states of all rows, else of at most one row per sequence.
         both_ways: batches have :attr:`~engine.kernels.paged.AttentionMetadata.key_ends`.
-        takes_ids: the pass takes the tokens.
-        device: device of all tensors.
+
+    Attributes:
+        hidden: ``(sequences, width)``, the hidden states of the sampling rows of the last pass.
     """
 
     def __init__(
         self,
+        gather: Callable[[StepInputs], None],
         forward: Forward,
         capture: Capture,
         *,
         sizes: list[int],
+        inputs: StepInputs,
+        step: torch.Tensor,
         width: int,
         dtype: torch.dtype,
-        axes: int | None,
         deepstack: int,
-        max_sequences: int,
-        num_groups: int,
-        max_blocks: int,
         max_seq_len: int,
-        padding_slot: int,
         all_rows: bool,
         both_ways: bool,
-        takes_ids: bool,
-        device: torch.device,
     ) -> None:
-        self._forward, self._capture = forward, capture
+        self._gather, self._forward, self._capture = gather, forward, capture
         self._sizes, self._max_seq_len = sizes, max_seq_len
-        most = sizes[-1]
-        self._embeds = torch.zeros((most, width), dtype=dtype, device=device)
-        shape = (most,) if axes is None else (axes, most)
-        self._positions = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._inputs, self._step = inputs, step
+        most, sequences, device = sizes[-1], len(inputs.seq_lens), step.device
+        self._media = torch.zeros((most, width), dtype=dtype, device=device)
         # Zero beyond the first tokens; text adds zeros.
         self._deepstack = torch.zeros((deepstack, most, width), dtype=dtype, device=device)
         self._num_added = 0
-        self._slot_mapping = torch.full((num_groups, most), -1, dtype=torch.int64, device=device)
-        self._key_ends = torch.zeros((most,), dtype=torch.int32, device=device) if both_ways else None
-        self._ids = torch.zeros((most,), dtype=torch.int64, device=device) if takes_ids else None
-        self._counts = sorted({min(FEW_SEQUENCES, max_sequences), max_sequences})
-        tables = (num_groups, max_sequences, max_blocks)
-        self._tables = torch.zeros(tables, dtype=torch.int32, device=device)
-        self._starts = torch.zeros(max_sequences + 1, dtype=torch.int32, device=device)
-        self._lengths = torch.zeros(max_sequences, dtype=torch.int32, device=device)
-        self._padding_slot = padding_slot
-        self._states = torch.full((max_sequences,), padding_slot, dtype=torch.int64, device=device)
-        self.all_rows = all_rows
-        self._rows = torch.zeros(max_sequences, dtype=torch.int64, device=device)
-        # Leading entries of _rows that may not be zero.
-        self._num_rows = 0
+        self._counts = sorted({min(FEW_SEQUENCES, sequences), sequences})
+        self.all_rows, self._both_ways = all_rows, both_ways
+        self.hidden = torch.zeros((sequences, width), dtype=dtype, device=device)
         self._replays: dict[tuple[int, int], Replay] = {}
 
     def rehearse(self) -> None:
@@ -142,82 +131,53 @@ class ForwardGraphs:
         """True if a batch is small enough for :meth:`replay`."""
         return 0 < tokens <= self._sizes[-1] and sequences <= self._counts[-1]
 
-    def replay(
-        self,
-        embeds: torch.Tensor,
-        positions: torch.Tensor,
-        meta: AttentionMetadata,
-        deepstack: torch.Tensor | None,
-        rows: torch.Tensor | None,
-        ids: torch.Tensor,
-    ) -> torch.Tensor:
-        """Hidden states ``(R, width)`` of ``rows``, or ``(T, width)`` with ``all_rows``.
+    def replay(self, tokens: int, sequences: int, media: MediaRows | None) -> torch.Tensor | None:
+        """Run the step whose arrays the device has; its hidden states are in :attr:`hidden` afterwards.
 
-        They are a view that the next replay overwrites.
+        Args:
+            tokens: rows of the step.
+            sequences: its sequences, or rows that sample, whichever are more.
+            media: what stands in place of tokens; None for none.
+
+        Returns:
+            With ``all_rows`` all hidden states ``(T, width)``, a view that the next replay overwrites.
         """
-        assert (rows is None) == self.all_rows
-        tokens, sequences = embeds.shape[0], meta.seq_lens.shape[0]
-        num_rows = 0 if rows is None else rows.shape[0]
-        count = next(count for count in self._counts if count >= max(sequences, num_rows))
+        count = next(count for count in self._counts if count >= sequences)
         replay = self._get(self._sizes[bisect_left(self._sizes, tokens)], count)
-        self._embeds[:tokens] = embeds
-        self._positions[..., :tokens] = positions
-        self._add(deepstack)
-        self._slot_mapping[:, :tokens] = meta.slot_mapping
-        self._slot_mapping[:, tokens:] = -1
-        if self._key_ends is not None and meta.key_ends is not None:
-            self._key_ends[:tokens] = meta.key_ends
-        if self._ids is not None:
-            self._ids[:tokens] = ids
-        self._tables[:, :sequences] = meta.block_tables
-        self._starts[: sequences + 1] = meta.query_start
-        self._starts[sequences + 1 :] = tokens
-        self._lengths[:sequences] = meta.seq_lens
-        if meta.state_rows is not None:
-            self._states[:sequences] = meta.state_rows
-            self._states[sequences:] = self._padding_slot
-        if rows is None:
-            return replay()[:tokens]
-        self._rows[:num_rows] = rows
-        if self._num_rows > num_rows:
-            # A row of a longer pass may be beyond the end of this one.
-            self._rows[num_rows : self._num_rows] = 0
-        self._num_rows = num_rows
-        return replay()[:num_rows]
-
-    def _add(self, deepstack: torch.Tensor | None) -> None:
-        """Have the next replay add ``deepstack``, or nothing."""
-        added = 0 if deepstack is None else deepstack.shape[1]
-        if deepstack is not None:
-            self._deepstack[:, :added] = deepstack
-        if self._num_added > added:
-            self._deepstack[:, added : self._num_added] = 0
-        self._num_added = added
+        if self._num_added:
+            self._deepstack[:, : self._num_added] = 0
+            self._num_added = 0
+        if media is not None:
+            self._media.index_copy_(0, media.places, media.embeds)
+            if len(media.deepstack):
+                self._deepstack.index_copy_(1, media.places, media.deepstack)
+                self._num_added = tokens
+        hidden = replay()
+        return hidden[:tokens] if self.all_rows else None
 
     def _get(self, size: int, count: int) -> Replay:
         if (size, count) not in self._replays:
+            # The capture runs a step without any rows: none may write keys.
+            saved = self._step.clone()
+            self._step.zero_()
             self._replays[size, count] = self._capture(self._work(size, count))
+            self._step.copy_(saved)
         return self._replays[size, count]
 
     def _work(self, size: int, count: int) -> Callable[[], torch.Tensor]:
-        # No row may write keys during the capture. Every replay fills all buffers again.
-        self._slot_mapping.fill_(-1)
-        self._starts.zero_()
-        self._rows.zero_()
-        self._num_rows = 0
-        meta = AttentionMetadata(
-            block_tables=self._tables[:, :count],
-            query_start=self._starts[: count + 1],
-            seq_lens=self._lengths[:count],
-            slot_mapping=self._slot_mapping[:, :size],
+        inputs = self._inputs.front(size, count)
+        meta = inputs.metadata(
             max_query_len=size,
             max_seq_len=self._max_seq_len,
-            key_ends=None if self._key_ends is None else self._key_ends[:size],
-            state_rows=self._states[:count],
+            both_ways=self._both_ways,
             many_sequences=count > FEW_SEQUENCES,
         )
-        embeds, positions = self._embeds[:size], self._positions[..., :size]
+        media = self._media[:size]
         deepstack = self._deepstack[:, :size] if len(self._deepstack) else None
-        rows = None if self.all_rows else self._rows[:count]
-        ids = None if self._ids is None else self._ids[:size]
-        return lambda: self._forward(embeds, positions, meta, deepstack, rows, ids)
+
+        def work() -> torch.Tensor:
+            self._gather(inputs)
+            hidden = self._forward(inputs, meta, media, deepstack)
+            return hidden if self.all_rows else self.hidden[:count].copy_(hidden)
+
+        return work

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,20 +16,21 @@ from engine.kernels.decode_state import DecodeInputs
 from engine.kernels.device import use_triton
 from engine.kernels.launch import compiling
 from engine.kernels.paged import AttentionMetadata
+from engine.kernels.step_inputs import HEADER, StepInputs, StepLayout
 from engine.layers.decoder import Decoder
 from engine.request import Request, attributed_to
 from engine.runner.cuda_graphs import DecodeGraphs
 from engine.runner.device_state import DeviceState
 from engine.runner.draft_rows import DraftRows
 from engine.runner.embedding_rows import PendingRows
-from engine.runner.forward_graphs import ForwardGraphs, captured_sizes
+from engine.runner.forward_graphs import ForwardGraphs, MediaRows, captured_sizes
 from engine.runner.kv_storage import Caches
 from engine.runner.launched_step import LaunchedStep, PromptResults
 from engine.runner.pooler import Pooler
 from engine.runner.prompt_scorer import PromptScorer
 from engine.runner.sampler import Sampler, SamplingPlan
-from engine.runner.staging import staging, upload, upload_together
-from engine.runner.step_arrays import ChunkArrays, StepArrays, chunk_rows, forced_tokens, to_device
+from engine.runner.staging import StepBuffer, staging, upload, upload_together
+from engine.runner.step_arrays import StepArrays, chunk_rows, forced_tokens
 from engine.scheduling.batch import PrefillChunk, ScheduledBatch
 from engine.startup import StartTimes
 from engine.structured.run_odds import ANY
@@ -44,12 +46,12 @@ class PreparedStep:
     """A step whose data is on the device, but of which nothing is computed.
 
     Attributes:
-        arrays: what the step needs, on the device.
+        others: its further arrays, see :class:`~engine.runner.step_arrays.StepArrays`.
         plan: how its rows are sampled.
     """
 
     batch: ScheduledBatch
-    arrays: StepArrays[torch.Tensor]
+    others: dict[str, torch.Tensor]
     plan: SamplingPlan
 
 
@@ -113,36 +115,37 @@ class ModelRunner:
         self._pooler = Pooler(model)
         self._scorer = PromptScorer(model)
         self._rows = PendingRows(self.dtype, self.device)
-        self._slots_seen: np.ndarray | None = None
-        self._slots = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self._layout = StepLayout(num_slots, caches.num_groups, 3 if self._mrope else 1, self._both_ways)
+        self._buffer = StepBuffer(self._layout.size(max_num_tokens), self.device)
+        # Of the latest step: the scheduler's array of sampling slots, and the device's, padded.
+        self._slots_sent: np.ndarray | None = None
+        self._slots = self._buffer.numbers[HEADER : HEADER + num_slots]
         self._decodes: DecodeGraphs | None = None
         self._forwards: ForwardGraphs | None = None
         if capture is not None:
-            self._decodes = DecodeGraphs(
-                self._decode_logits,
-                self._decode_sample,
-                capture,
-                num_slots=num_slots,
-                padding_slot=self._state.padding_slot,
-                device=self.device,
-            )
+            sizes = captured_sizes(model.active_layer_parameters(), max_num_tokens)
             self._forwards = ForwardGraphs(
-                lambda embeds, positions, *rest: model(embeds, positions, caches.layers, *rest),
+                self._gather,
+                self._forward,
                 capture,
-                sizes=captured_sizes(model.active_layer_parameters(), max_num_tokens),
+                sizes=sizes,
+                inputs=self._room(sizes[-1], num_slots, num_slots),
+                step=self._buffer.numbers,
                 width=model.config.hidden_size,
                 dtype=self.dtype,
-                axes=3 if self._mrope else None,
                 deepstack=model.config.num_deepstack,
-                max_sequences=num_slots,
-                num_groups=caches.num_groups,
-                max_blocks=self._state.block_tables.shape[2],
                 max_seq_len=max_model_len,
-                padding_slot=self._state.padding_slot,
                 all_rows=pooling,
                 both_ways=self._both_ways,
-                takes_ids=model.layer_inputs is not None,
-                device=self.device,
+            )
+            self._decodes = DecodeGraphs(
+                self._decode_logits,
+                model.logits,
+                self._decode_sample,
+                capture,
+                slots=self._slots,
+                hidden=self._forwards.hidden,
+                padding_slot=self._state.padding_slot,
             )
 
     def execute(self, batch: ScheduledBatch, grammar_mask: GrammarMask | None = None) -> LaunchedStep:
@@ -172,54 +175,61 @@ class ModelRunner:
                 self._admit(admission.request, admission.slot, admission.num_computed)
         self.sampler.flush()
         plan = self.sampler.plan(batch.sampling_slots.tolist())
-        rotary = self.model.rotary
-        arrays = StepArrays.changes(batch, rotary)
-        if batch.prefills:
-            arrays.chunks = ChunkArrays.of(
-                batch,
-                rotary,
-                block_size=self._block_size,
-                padding=self._padding(batch),
-                both_ways=self._both_ways,
-            )
-        return PreparedStep(batch, to_device(arrays, self.device), plan)
+        arrays = StepArrays.of(
+            batch,
+            self.model.rotary,
+            self._layout,
+            slots_known=not batch.prefills and batch.decode_slots is self._slots_sent,
+            padding_slot=self._state.padding_slot,
+            block_size=self._block_size,
+            max_blocks=self._state.block_tables.shape[2],
+        )
+        # If it raises, the next step sends its slots again.
+        self._slots_sent = None
+        others = self._buffer.send(arrays.inputs, arrays.others)
+        self._slots_sent = batch.sampling_slots
+        return PreparedStep(batch, others, plan)
 
     @torch.inference_mode()
     def compute(self, step: PreparedStep, grammar_mask: GrammarMask | None = None) -> LaunchedStep:
         """Enqueue a prepared step; arguments as for :meth:`execute`."""
-        batch, plan = step.batch, step.plan
+        batch, plan, others = step.batch, step.plan, step.others
         self._write(step)
         prompts = PromptResults([], [], [])
-        if step.arrays.chunks is not None:
-            slots, tokens = step.arrays.chunks.sampling_slots, None
-            logits = self._mixed_logits(batch, step.arrays.chunks, prompts)
+        captured, count = _captured(plan), len(batch.sampling_slots)
+        slots, tokens = self._slots[:count], None
+        if "forced" in others and grammar_mask is None:
+            self.sampler.count(others["forced"][0], others["forced"][1], plan)
+        if batch.prefills:
+            hidden = self._mixed(batch, others, prompts)
             for chunk in batch.prefills:
                 if chunk.snapshot is not None:
                     self._caches.copy_state(chunk.slot, self._first_snapshot + chunk.snapshot)
+            if not count:
+                return LaunchedStep(slots, None, prompts, idle_wait=self.idle_waits)
+            if self._decodes is not None and captured == plan and "drafts" not in others:
+                tokens = self._decodes.end(count, plan)
+                return LaunchedStep(tokens, None, prompts, idle_wait=self.idle_waits)
+            logits = self.model.logits(hidden)[:count]
+        elif self._decodes is None:
+            logits, tokens = self._decode(slots, captured)
         else:
-            slots = self._decode_slot_tensor(batch.decode_slots)
-            captured = replace(plan, num_logprobs=-1)
-            decode = self._decode if self._decodes is None else self._decodes.replay
-            logits, tokens = decode(slots, captured if captured in _CAPTURED_PLANS else None)
+            logits, tokens = self._decodes.replay(count, captured)
         if tokens is None:
             mask = None
-            forced = None if step.arrays.chunks is None else step.arrays.chunks.forced
             if grammar_mask is not None:
-                rows = (len(batch.sampling_slots), -(-self.vocab_size // 32))
-                mask = staging(rows, torch.int32, self.device)
+                mask = staging((count, -(-self.vocab_size // 32)), torch.int32, self.device)
                 settled = grammar_mask(batch.sampling_slots.tolist(), mask.numpy())
                 # A copy that waits would delay the launches of sampling until the forward pass has finished.
                 mask = mask.to(self.device, non_blocking=True)
+                forced = others.get("forced")
                 if settled:
                     slots, forced = self._settle(batch, slots, settled)
-            if forced is not None and forced.numel():
-                self.sampler.count(forced[0], forced[1], plan)
-            drafts = None
-            if step.arrays.chunks is not None and step.arrays.chunks.drafts.numel():
-                drafts = DraftRows(step.arrays.chunks.drafts)
+                if forced is not None:
+                    self.sampler.count(forced[0], forced[1], plan)
+            drafts = DraftRows(others["drafts"]) if "drafts" in others else None
             tokens = self.sampler.sample(logits, slots, plan, grammar_mask=mask, drafts=drafts)
-            if batch.prefills:
-                # The mixed pass has already advanced the lengths.
+            if drafts is not None:
                 self._state.take(slots, tokens, drafts)
             else:
                 self._state.advance(slots, tokens)
@@ -237,7 +247,7 @@ class ModelRunner:
 
         Returns:
             ``slots`` with the padding slot in place of theirs, and the forced tokens of all other chunks, as
-            :class:`ChunkArrays` has them.
+            :class:`StepArrays` has them.
         """
         expected = batch.prefills[: len(settled)]
         tokens = [
@@ -251,10 +261,9 @@ class ModelRunner:
         lengths = [(expected[number].slot, expected[number].start) for number in in_vain]
         sampling = batch.sampling_slots.copy()
         sampling[[len(batch.decode_slots) + number for number in in_vain]] = self._state.padding_slot
-        slots, counted, (changed, length) = upload_together(
-            [sampling, forced, np.array(lengths, np.int64).T], self.device
-        )
-        self._state.length.index_copy_(0, changed, length)
+        changed = np.array(lengths, np.int64).T
+        slots, counted, (changed_slots, length) = upload_together([sampling, forced, changed], self.device)
+        self._state.length.index_copy_(0, changed_slots, length)
         return slots, counted
 
     def recover(self) -> None:
@@ -352,21 +361,13 @@ class ModelRunner:
                 self._group.broadcast(rows)
             if admission.snapshot is not None:
                 self._caches.copy_state(self._first_snapshot + admission.snapshot, admission.slot)
-        if step.arrays.tables is not None:
-            group, slot, column, block = step.arrays.tables
-            self._state.block_tables[group, slot, column] = block.int()
-        if step.arrays.chunks is not None and step.arrays.chunks.long_prompts.numel():
-            self.model.rotary.write_prompt_rows(*step.arrays.chunks.long_prompts)
-        if step.arrays.deltas is not None:
-            slot, delta = step.arrays.deltas
-            self._state.delta.index_copy_(0, slot, delta)
-
-    def _decode_slot_tensor(self, slots: np.ndarray) -> torch.Tensor:
-        """The decoding slots on the device, copied only when the set has changed."""
-        if slots is not self._slots_seen:
-            self._slots = upload(slots, self.device)
-            self._slots_seen = slots
-        return self._slots
+        if "tables" in step.others:
+            self._state.set_blocks(*step.others["tables"])
+        if "long_prompts" in step.others:
+            self.model.rotary.write_prompt_rows(*step.others["long_prompts"])
+        if "deltas" in step.others:
+            slots, deltas = step.others["deltas"]
+            self._state.delta.index_copy_(0, slots, deltas)
 
     # Decode steps: all on the device.
 
@@ -401,103 +402,124 @@ class ModelRunner:
 
     # Mixed steps: decodes first, then prompt chunks.
 
-    def _padding(self, batch: ScheduledBatch) -> int:
-        """Rows that pad the sampling rows to a captured batch size.
+    def _mixed(
+        self, batch: ScheduledBatch, others: dict[str, torch.Tensor], prompts: PromptResults
+    ) -> torch.Tensor:
+        """One forward pass over decodes and chunks: the hidden states ``(R + padding, H)`` of the rows that
+        sample, which the next pass may overwrite. The other results of prompts go to ``prompts``."""
+        if "in_flight" in others:
+            self._choose(batch, others)
+        media = self._media(batch, others.get("embedded_rows"))
+        graphs, rows, wants_all = self._forwards, self._padded(batch), _wants_all_rows(batch)
+        sequences = len(batch.decode_slots) + len(batch.prefills)
+        most = max(sequences, rows)
+        if graphs is not None and graphs.all_rows == wants_all and graphs.fits(batch.num_tokens, most):
+            every = graphs.replay(batch.num_tokens, most, media)
+            hidden = graphs.hidden[:rows]
+        else:
+            inputs = self._room(batch.num_tokens, sequences, rows)
+            every = self._mixed_eagerly(batch, inputs, media, all_rows=wants_all)
+            hidden = every.index_select(0, inputs.rows) if wants_all else every
+            if graphs is not None:
+                hidden = graphs.hidden[:rows].copy_(hidden)
+        if wants_all:
+            assert every is not None
+            self._read_prompts(batch, every, prompts)
+        return hidden
+
+    def _padded(self, batch: ScheduledBatch) -> int:
+        """The number of a batch's sampling rows, padded to a captured batch size.
 
         Kernels of other sizes would be loaded at their first use, which takes the host tens of milliseconds.
         """
         count = len(batch.sampling_slots)
-        if self._pooling:
-            return 0
-        return (max(1, count) if self._decodes is None else self._decodes.size_for(count)) - count
+        return max(1, count) if self._decodes is None else self._decodes.size_for(count)
 
-    def _mixed_logits(
-        self, batch: ScheduledBatch, chunks: ChunkArrays[torch.Tensor], prompts: PromptResults
-    ) -> torch.Tensor:
-        """Logits ``(R, V)`` of the rows that sample; the other results of prompts go to ``prompts``."""
-        if _wants_all_rows(batch):
-            hidden = self._mixed(batch, chunks, None)
-            self._read_prompts(batch, hidden, prompts)
-            hidden = hidden.index_select(0, chunks.sampling_rows)
-        else:
-            hidden = self._mixed(batch, chunks, chunks.sampling_rows)
-        return self.model.logits(hidden)[: len(chunks.sampling_slots)]
-
-    def _mixed(
-        self, batch: ScheduledBatch, chunks: ChunkArrays[torch.Tensor], rows: torch.Tensor | None
-    ) -> torch.Tensor:
-        """One forward pass over decodes and chunks: the hidden states ``(R, H)`` of ``rows``, or of all rows,
-        which the next pass may overwrite."""
-        state, decodes = self._state, len(batch.decode_slots)
-        slots, ids, positions = chunks.slots, chunks.ids, chunks.positions
-        lengths, kv_slots = chunks.ends, chunks.kv_slots
-        settled = self._choose(chunks, ids, decodes) if chunks.in_flight.numel() else None
-        key_ends = chunks.key_ends if self._both_ways else None
-        tables = state.block_tables.index_select(1, slots)
-        if decodes:
-            decoding = state.decode_inputs(slots[:decodes])
-            decode_positions = decoding.positions.expand(3, -1) if self._mrope else decoding.positions
-            ids = torch.cat([decoding.ids, ids])
-            positions = torch.cat([decode_positions, positions], dim=-1)
-            lengths = torch.cat([decoding.seq_lens, lengths])
-            if key_ends is not None:
-                key_ends = torch.cat([decoding.seq_lens, key_ends])
-            kv_slots = torch.cat([decoding.kv_slots, kv_slots], dim=1)
-        meta = AttentionMetadata(
-            block_tables=tables,
-            query_start=chunks.query_start.int(),
-            seq_lens=lengths.int(),
-            slot_mapping=kv_slots,
-            max_query_len=max(c.count for c in batch.prefills),
-            max_seq_len=self._max_model_len if decodes else max(c.start + c.count for c in batch.prefills),
-            key_ends=None if key_ends is None else key_ends.int(),
-            state_rows=slots,
+    def _room(self, tokens: int, sequences: int, rows: int) -> StepInputs:
+        return StepInputs.zeros(
+            self._layout, tokens, sequences, rows, self._state.block_tables.shape[2], self.device
         )
-        embeds, deepstack = self._embed(batch, ids, chunks.embedded_rows)
-        graphs = self._forwards
-        if graphs is not None and graphs.all_rows == (rows is None) and graphs.fits(len(embeds), len(slots)):
-            hidden = graphs.replay(embeds, positions, meta, deepstack, rows, ids)
-        else:
-            hidden = self.model(embeds, positions, self._caches.layers, meta, deepstack, rows, ids)
-        state.length.index_copy_(0, slots, lengths)
-        if settled is not None:
-            state.length.index_copy_(0, *settled)
-        return hidden
 
-    def _choose(
-        self, chunks: ChunkArrays[torch.Tensor], ids: torch.Tensor, decodes: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the tokens of expected chunks to ``ids``, and the rows that sample behind them; return their
-        slots, and the lengths of the sequences with them, both ``(E,)``."""
-        firsts, slots, lengths = chunks.in_flight
+    def _gather(self, inputs: StepInputs) -> None:
+        """Fill ``inputs`` from the arrays of the step and the state of its slots."""
+        self._state.step_inputs(self._buffer.numbers, self._layout, inputs)
+
+    def _choose(self, batch: ScheduledBatch, others: dict[str, torch.Tensor]) -> None:
+        """Complete the step's arrays by the tokens of expected chunks, the rows that sample behind them, and
+        the tokens that are computed before a sampled one."""
+        numbers, decodes = self._buffer.numbers, len(batch.decode_slots)
+        firsts, slots, lengths = others["in_flight"]
+        ids, counted, rows = self._layout.expected(
+            numbers, len(batch.prefills), batch.num_tokens - decodes, len(slots)
+        )
         tokens = self._state.last_token.index_select(0, slots)
-        choices, run_lengths = chunks.choices
+        choices, run_lengths = others["choices"]
         # The first choice that fits.
         choice = ((choices == tokens) | (choices == ANY)).int().argmax(dim=0)
         run_length = run_lengths.gather(0, choice[None])[0]
-        places, owners = chunks.run_places
         ids.index_copy_(0, firsts, tokens)
-        ids.index_copy_(0, places, chunks.runs.gather(0, choice.index_select(0, owners)[None])[0])
-        # Expected chunks are the first ones.
-        chunks.sampling_rows[decodes : decodes + len(slots)] = decodes + firsts + run_length
-        return slots, lengths + run_length
+        if "runs" in others:
+            places, owners = others["run_places"]
+            found = others["runs"].gather(0, choice.index_select(0, owners)[None])[0]
+            ids.index_copy_(0, places, found)
+        counted.copy_(lengths + run_length)
+        rows.copy_(decodes + firsts + run_length)
 
-    def _embed(
-        self, batch: ScheduledBatch, ids: torch.Tensor, embedded_rows: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings ``(T, H)`` of a step's tokens and media, and the deepstack layers ``(L, T, H)`` of its
-        media, if there are any."""
-        embeds = self.model.embed(ids)
+    def _media(self, batch: ScheduledBatch, embedded_rows: torch.Tensor | None) -> MediaRows | None:
+        """What a step's media bring to it; None without media."""
         parts = self._rows.take(batch)
-        if not parts:
-            return embeds, None
-        media, width = parts[0] if len(parts) == 1 else torch.cat(parts), embeds.shape[1]
-        embeds.index_copy_(0, embedded_rows, self.model.scaled_rows(media[:, :width]))
-        if media.shape[1] == width:
-            return embeds, None
-        deepstack = embeds.new_zeros((media.shape[1] // width - 1, *embeds.shape))
-        deepstack.index_copy_(1, embedded_rows, media[:, width:].unflatten(1, (-1, width)).transpose(0, 1))
-        return embeds, deepstack
+        if embedded_rows is None:
+            return None
+        media, width = parts[0] if len(parts) == 1 else torch.cat(parts), self.model.config.hidden_size
+        deepstack = media[:, width:].unflatten(1, (-1, width)).transpose(0, 1)
+        return MediaRows(embedded_rows, self.model.scaled_rows(media[:, :width]), deepstack)
+
+    def _forward(
+        self,
+        inputs: StepInputs,
+        meta: AttentionMetadata,
+        media: torch.Tensor,
+        deepstack: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """A pass for :class:`ForwardGraphs`."""
+        embeds = torch.where(inputs.is_media[:, None], media, self.model.embed(inputs.ids))
+        rows = None if self._pooling else inputs.rows
+        return self._run(inputs, embeds, meta, deepstack, rows)
+
+    def _run(
+        self,
+        inputs: StepInputs,
+        embeds: torch.Tensor,
+        meta: AttentionMetadata,
+        deepstack: torch.Tensor | None,
+        rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        positions = inputs.positions if self._mrope else inputs.positions[0]
+        return self.model(embeds, positions, self._caches.layers, meta, deepstack, rows, inputs.ids)
+
+    def _mixed_eagerly(
+        self,
+        batch: ScheduledBatch,
+        inputs: StepInputs,
+        media: MediaRows | None,
+        *,
+        all_rows: bool,
+    ) -> torch.Tensor:
+        """A pass that is not captured: hidden states of the sampling rows, or of all rows."""
+        self._gather(inputs)
+        ends = [chunk.start + chunk.count for chunk in batch.prefills]
+        meta = inputs.metadata(
+            max_query_len=max(chunk.count for chunk in batch.prefills),
+            max_seq_len=self._max_model_len if len(batch.decode_slots) else max(ends),
+            both_ways=self._both_ways,
+        )
+        embeds, deepstack = self.model.embed(inputs.ids), None
+        if media is not None:
+            embeds.index_copy_(0, media.places, media.embeds)
+            if len(media.deepstack):
+                deepstack = embeds.new_zeros((len(media.deepstack), *embeds.shape))
+                deepstack.index_copy_(1, media.places, media.deepstack)
+        return self._run(inputs, embeds, meta, deepstack, None if all_rows else inputs.rows)
 
     def _read_prompts(self, batch: ScheduledBatch, hidden: torch.Tensor, prompts: PromptResults) -> None:
         """Pool and score the chunks of a step from their hidden states."""
@@ -528,6 +550,13 @@ class ModelRunner:
         """Raise AssertionError unless all that is held belongs to the slots ``released`` by the next step."""
         assert set(self._rows.slots) <= set(released), "embedding rows of ended requests are still held"
         assert self._pooler.slots <= set(released), "hidden states of ended requests are still held"
+
+
+@lru_cache(256)
+def _captured(plan: SamplingPlan) -> SamplingPlan | None:
+    """The plan by which captured graphs sample for ``plan``; None if there is none."""
+    captured = replace(plan, num_logprobs=-1)
+    return captured if captured in _CAPTURED_PLANS else None
 
 
 def _wants_all_rows(batch: ScheduledBatch) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.runner.staging import upload
+from engine.runner.staging import upload_together
 from engine.runner.token_history import TokenHistory
 from engine.sampling_params import (
     MAX_BAD_SEQUENCES,
@@ -70,8 +70,9 @@ class SlotTensor:
         if self._tensor is None:
             default = torch.from_numpy(self._default).to(self._device)
             self._tensor = default.expand(self._num_rows, *default.shape).clone()
-        slots = upload(np.fromiter(self._pending, dtype=np.int64), self._device)
-        self._tensor.index_copy_(0, slots, upload(np.stack(list(self._pending.values())), self._device))
+        written = np.fromiter(self._pending, dtype=np.int64), np.stack(list(self._pending.values()))
+        slots, rows = upload_together(written, self._device)
+        self._tensor.index_copy_(0, slots, rows)
         self._pending.clear()
 
 
@@ -104,17 +105,17 @@ class PenaltyCounts:
         if self.counts is None or self.prompt_seen is None:
             self.counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
             self.prompt_seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
-        slots = upload(np.fromiter(self._pending, dtype=np.int64), self._device)
-        self.counts.index_fill_(0, slots, 0)
-        self.prompt_seen.index_fill_(0, slots, False)
         prompt, output, counts = [], [], []
         for slot, (prompt_ids, output_ids, output_counts) in self._pending.items():
             prompt.append(slot * self._shape[1] + prompt_ids)
             output.append(slot * self._shape[1] + output_ids)
             counts.append(output_counts)
-        self.prompt_seen.view(-1).index_fill_(0, upload(np.concatenate(prompt), self._device), True)
-        output_at = upload(np.concatenate(output), self._device)
-        self.counts.view(-1).index_copy_(0, output_at, upload(np.concatenate(counts), self._device))
+        written = (np.fromiter(self._pending, dtype=np.int64), *map(np.concatenate, (prompt, output, counts)))
+        slots, prompt_at, output_at, given = upload_together(written, self._device)
+        self.counts.index_fill_(0, slots, 0)
+        self.prompt_seen.index_fill_(0, slots, False)
+        self.prompt_seen.view(-1).index_fill_(0, prompt_at, True)
+        self.counts.view(-1).index_copy_(0, output_at, given)
         self._pending.clear()
 
     def advance(self, slots: Tensor, tokens: Tensor, amounts: Tensor) -> None:

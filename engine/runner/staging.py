@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -24,8 +25,7 @@ def upload_shared(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
     A copy to a GPU from memory that isn't pinned would first wait for all work that is enqueued.
     """
-    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-    staged = staging(array.shape, dtype, device)
+    staged = staging(array.shape, _torch_dtype(array), device)
     staged.numpy()[...] = array
     return staged.to(device, non_blocking=True)
 
@@ -39,17 +39,76 @@ def staging(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
 
 
 def upload_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """One copy of several arrays on ``device``, as int64; the results are views of one tensor."""
-    # Each begins at a multiple of 16 bytes, as tensors of their own do: Triton compiles a kernel once more
-    # for other pointers.
-    sizes = [array.size + array.size % 2 for array in arrays]
-    joined = np.zeros(sum(sizes), np.int64)
-    offset = 0
-    for array, size in zip(arrays, sizes, strict=True):
-        joined[offset : offset + array.size] = array.reshape(-1)
-        offset += size
-    parts = upload(joined, device).split(sizes)
-    return [part[: array.size].view(array.shape) for array, part in zip(arrays, parts, strict=True)]
+    """Copy ``arrays`` to ``device`` at once, each with its dtype; the results are views of one tensor."""
+    # As tensors of their own do, each begins at a multiple of 16 bytes.
+    starts = [0, *accumulate(-(-array.nbytes // 16) * 16 for array in arrays)]
+    staged = staging((starts[-1],), torch.uint8, device)
+    host = staged.numpy()
+    for array, start in zip(arrays, starts, strict=False):
+        host[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    sent = staged.to(device, non_blocking=True)
+    return [
+        sent[start : start + array.nbytes].view(_torch_dtype(array)).view(array.shape)
+        for array, start in zip(arrays, starts, strict=False)
+    ]
+
+
+def _torch_dtype(array: np.ndarray) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, array.dtype)).dtype
+
+
+class StepBuffer:
+    """Device memory for the arrays of one step after the other, which stays where it is. Captured graphs read
+    it, and each copy comes after the work that reads the last one.
+
+    Args:
+        size: most numbers of a step's inputs. Other arrays share the memory while there is room.
+
+    Attributes:
+        numbers: int64.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._inputs = size
+        self.numbers = torch.zeros(size + _ROOM, dtype=torch.int64, device=device)
+
+    def send(self, inputs: Sequence[np.ndarray], others: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """Bring int64 arrays to the device, all in one copy if they fit.
+
+        Args:
+            inputs: come to the front, one after the other; without any, the present ones stay.
+            others: arrays of any shape.
+
+        Returns:
+            ``others``, valid until the next call.
+        """
+        front = sum(array.size for array in inputs)
+        start = front if inputs else self._inputs
+        assert start <= self._inputs
+        parts = [array.reshape(-1) for array in (*inputs, *others.values())]
+        count = sum(part.size for part in parts)
+        if not count:
+            return {}
+        staged = staging((count,), torch.int64, self.numbers.device)
+        np.concatenate(parts, out=staged.numpy())
+        first = 0 if inputs else start
+        if first + count <= len(self.numbers):
+            held = self.numbers
+            held[first : first + count].copy_(staged, non_blocking=True)
+        else:
+            held, start = staged.to(self.numbers.device, non_blocking=True), front
+            self.numbers[:front].copy_(staged[:front], non_blocking=True)
+        found = {}
+        for name, array in others.items():
+            # One call for each view: slices and views would take several.
+            strides = np.array([1, *array.shape[:0:-1]]).cumprod()[::-1].tolist()
+            found[name] = held.as_strided(array.shape, strides, start)
+            start += array.size
+        return found
+
+
+#: Numbers beside a step's inputs: the blocks of many admissions, for example.
+_ROOM = 1 << 16
 
 
 def download(tensor: torch.Tensor) -> torch.Tensor:

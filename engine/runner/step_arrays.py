@@ -3,90 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from itertools import islice, repeat, takewhile
-from typing import Generic, TypeVar
 
 import numpy as np
-import torch
 
+from engine.kernels.step_inputs import HEADER, StepLayout
 from engine.layers.rotary import Rotary
 from engine.prompt import MediaSpan
 from engine.request import Request, attributed_to
 from engine.runner.draft_rows import draft_columns
-from engine.runner.staging import upload_together
 from engine.scheduling.batch import PrefillChunk, ScheduledBatch, TableUpdate
 from engine.structured.run_odds import ANY
 
-#: int64 arrays: numpy's on the host, torch's on the device.
-A = TypeVar("A", np.ndarray, torch.Tensor)
-
 
 @dataclass(slots=True)
-class ChunkArrays(Generic[A]):
-    """Prompt chunks of T tokens, in a step of S slots of which the first D decode; the chunks' rows follow
-    the decoding rows.
+class StepArrays:
+    """The int64 arrays of a step that the device does not have yet.
 
     Attributes:
-        ids: ``(T,)``, the chunks' tokens.
-        positions: ``(T,)``, or ``(3, T)`` with M-RoPE, rows of the rotary tables.
-        kv_slots: ``(groups, T)``, where their keys and values go, for each group of layers.
-        slots: ``(S,)``.
-        query_start: ``(S + 1,)``, first row of each slot, and the number of rows.
-        ends: ``(S - D,)``, computed tokens of each chunk's request after the step.
-        sampling_slots: ``(R,)``, slots that sample.
-        sampling_rows: ``(R + padding,)``, their rows; the padding repeats row 0.
-        embedded_rows: ``(E,)``, rows that embedding rows overwrite, span after span.
-        key_ends: ``(T,)``, see :class:`~engine.kernels.paged.AttentionMetadata`; ``(0,)`` for most models.
-        forced: ``(2, n)``, slots and tokens of answers that were not sampled; the first token of a chunk was.
-        in_flight: ``(3, E)``, of each expected chunk the index in :attr:`ids` of its first token, its slot,
-            and the sequence's length behind that token.
-        choices: ``(2, A, E)``, tokens that this first token may be, :data:`ANY` in the last row, and the
-            lengths of the runs behind them.
-        run_places: ``(2, n)``, indices in :attr:`ids` of the tokens behind the first ones, and the number of
-            their expected chunk.
-        runs: ``(A, n)``, these tokens by choice.
-        drafts: ``(R, 2 + K)``, see :class:`~engine.runner.draft_rows.DraftRows`; ``(0, 2)`` for most steps.
-        long_prompts: ``(3, n)``, arguments of :meth:`Rotary.write_prompt_rows`; n is 0 for most models.
+        inputs: see :class:`~engine.kernels.step_inputs.StepLayout`, in order; empty if the step only decodes,
+            in the slots of the last one.
+        others: further arrays by name; those without content are left out:
+
+            ``tables`` ``(2, M)``: places in the block tables of all groups, counted through, that change, and
+            their blocks.
+
+            ``deltas`` ``(2, A)``: slots of admitted requests, and row of the rotary tables minus index for
+            tokens after the prompt.
+
+            ``embedded_rows`` ``(E,)``: rows that embedding rows overwrite, span after span.
+
+            ``forced`` ``(2, n)``: slots and tokens of answers that were not sampled; the first token of a
+            chunk was.
+
+            ``in_flight`` ``(3, E)``: of each expected chunk the index among the chunks' tokens of its first
+            one, its slot, and the sequence's length before that token.
+
+            ``choices`` ``(2, A, E)``: tokens that this first token may be, :data:`ANY` in the last row, and
+            the lengths of the runs behind them.
+
+            ``run_places`` ``(2, n)``: indices of the tokens behind the first ones, and the number of their
+            expected chunk.
+
+            ``runs`` ``(A, n)``: these tokens by choice.
+
+            ``drafts`` ``(R, 2 + K)``: see :class:`~engine.runner.draft_rows.DraftRows`.
+
+            ``long_prompts`` ``(3, n)``: arguments of :meth:`Rotary.write_prompt_rows`.
     """
 
-    ids: A
-    positions: A
-    kv_slots: A
-    slots: A
-    query_start: A
-    ends: A
-    sampling_slots: A
-    sampling_rows: A
-    embedded_rows: A
-    key_ends: A
-    forced: A
-    in_flight: A
-    choices: A
-    run_places: A
-    runs: A
-    drafts: A
-    long_prompts: A
+    inputs: list[np.ndarray] = field(default_factory=list)
+    others: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, batch: ScheduledBatch, rotary: Rotary, *, block_size: int, padding: int, both_ways: bool
-    ) -> ChunkArrays[np.ndarray]:
-        """The chunks of ``batch``, on the host.
+        cls,
+        batch: ScheduledBatch,
+        rotary: Rotary,
+        layout: StepLayout,
+        *,
+        slots_known: bool,
+        padding_slot: int,
+        block_size: int,
+        max_blocks: int,
+    ) -> StepArrays:
+        """The arrays of ``batch``.
 
         Args:
             rotary: the model's; its tables give positions their rows.
-            padding: entries of padding in :attr:`sampling_rows`.
-            both_ways: the model needs :attr:`key_ends`.
+            slots_known: the device has the batch's sampling slots.
+            padding_slot: what stands behind the sampling slots.
+            max_blocks: columns of block tables.
 
         Raises:
             RequestFault: what a request brings does not go together.
         """
-        chunks, decodes = batch.prefills, len(batch.decode_slots)
-        last_rows = decodes + np.cumsum([c.count for c in chunks]) - 1
-        counts = np.array([c.sampling_rows for c in chunks], np.int64)
-        behind = np.arange(counts.sum()) - np.repeat(counts.cumsum(), counts)
-        sampling = np.repeat(last_rows + 1, counts) + behind
+        arrays = cls()
+        found = arrays.others
+        if batch.admitted or batch.table_updates:
+            found["tables"] = _table_entries(batch, padding_slot + 1, max_blocks)
+        if batch.admitted:
+            slots = [admission.slot for admission in batch.admitted]
+            deltas = [_delta(admission.request, rotary) for admission in batch.admitted]
+            found["deltas"] = np.array([slots, deltas], np.int64)
+        if slots_known:
+            return arrays
+        chunks, sampling = batch.prefills, batch.sampling_slots
+        counts = [len(batch.decode_slots), len(chunks), batch.num_tokens - len(batch.decode_slots)]
+        front = np.full(HEADER + layout.num_slots, padding_slot, np.int64)
+        front[:4] = *counts, len(sampling)
+        front[HEADER : HEADER + len(sampling)] = sampling
+        arrays.inputs.append(front)
+        if chunks:
+            arrays._add_chunks(batch, rotary, layout, block_size)
+            arrays.others = {name: array for name, array in found.items() if array.size}
+        return arrays
+
+    def _add_chunks(self, batch: ScheduledBatch, rotary: Rotary, layout: StepLayout, block_size: int) -> None:
+        chunks, decodes, found = batch.prefills, len(batch.decode_slots), self.others
         ids: list[np.ndarray] = []
         positions: list[np.ndarray] = []
         kv_slots: list[np.ndarray] = []
@@ -94,81 +109,40 @@ class ChunkArrays(Generic[A]):
         answers = list(takewhile(lambda chunk: chunk.answer is not None, chunks))
         if answers:
             arrays = _answer_arrays(answers, rotary, block_size)
-            for found, array in zip((ids, positions, kv_slots), arrays, strict=True):
-                found.append(array)
+            for parts, array in zip((ids, positions, kv_slots), arrays, strict=True):
+                parts.append(array)
         for chunk, row in islice(chunk_rows(batch), len(answers), None):
             with attributed_to(chunk.request):
                 end = chunk.start + chunk.count
-                ids.append(np.array(chunk.token_ids, np.int64))
+                tokens = np.array(chunk.token_ids, np.int64)
+                ids.append(tokens)
                 positions.append(_positions(chunk, rotary))
                 kv_slots.append(_kv_slots(chunk, block_size))
-                embedded += [span_rows(s, chunk.start, end)[2] + row for s in chunk.request.spans]
+                for span in chunk.request.spans:
+                    places = span_rows(span, chunk.start, end)[2]
+                    tokens[places] = -1 - tokens[places]
+                    embedded.append(places + row)
         long_prompts = _long_prompts(
             chunks[len(answers) :], positions[bool(answers) :], rotary.first_prompt_row
         )
-        return ChunkArrays[np.ndarray](
-            ids=np.concatenate(ids),
-            positions=np.concatenate(positions, axis=-1),
-            kv_slots=np.concatenate(kv_slots, axis=1),
-            slots=np.concatenate([batch.decode_slots, [c.slot for c in chunks]]),
-            query_start=np.concatenate([np.arange(decodes + 1), last_rows + 1]),
-            ends=np.array([c.start + c.count for c in chunks], np.int64),
-            sampling_slots=batch.sampling_slots,
-            sampling_rows=np.concatenate([np.arange(decodes), sampling, np.zeros(padding, np.int64)]),
-            embedded_rows=np.concatenate([*embedded, np.zeros(0, np.int64)]),
-            key_ends=np.concatenate(
-                [_key_ends(chunk) for chunk in chunks] if both_ways else [np.zeros(0, np.int64)]
-            ),
-            forced=forced_tokens(chunks),
-            **_expected_arrays(list(takewhile(lambda chunk: chunk.expected is not None, chunks))),
-            drafts=draft_columns(batch),
-            long_prompts=long_prompts,
-        )
-
-
-@dataclass(slots=True)
-class StepArrays(Generic[A]):
-    """The arrays of a step that the device does not have yet.
-
-    Attributes:
-        tables: ``(4, n)``, entries of block tables that change: group, slot, column and block; None for none.
-        deltas: ``(2, n)``, slots of admitted requests, and row of the rotary tables minus index for tokens
-            after the prompt; None for none.
-        chunks: None if the step only decodes.
-    """
-
-    tables: A | None = None
-    deltas: A | None = None
-    chunks: ChunkArrays[A] | None = None
-
-    @classmethod
-    def changes(cls, batch: ScheduledBatch, rotary: Rotary) -> StepArrays[np.ndarray]:
-        """The arrays of ``batch`` on the host, without its chunks."""
-        arrays = StepArrays[np.ndarray]()
-        if batch.admitted or batch.table_updates:
-            arrays.tables = _table_entries(batch)
-        if batch.admitted:
-            slots = [admission.slot for admission in batch.admitted]
-            deltas = [_delta(admission.request, rotary) for admission in batch.admitted]
-            arrays.deltas = np.array([slots, deltas], np.int64)
-        return arrays
-
-
-def to_device(arrays: StepArrays[np.ndarray], device: torch.device) -> StepArrays[torch.Tensor]:
-    """A copy of ``arrays`` on the device, enqueued without waiting."""
-    chunks = [] if arrays.chunks is None else [getattr(arrays.chunks, name) for name in _CHUNK_FIELDS]
-    given = [array for array in (arrays.tables, arrays.deltas, *chunks) if array is not None]
-    if not given:
-        return StepArrays()
-    sent = iter(upload_together(given, device))
-    return StepArrays(
-        tables=None if arrays.tables is None else next(sent),
-        deltas=None if arrays.deltas is None else next(sent),
-        chunks=None if arrays.chunks is None else ChunkArrays(*sent),
-    )
-
-
-_CHUNK_FIELDS = [field.name for field in fields(ChunkArrays)]
+        sampling = np.array([chunk.sampling_rows for chunk in chunks], np.int64)
+        counts = np.array([chunk.count for chunk in chunks], np.int64)
+        ends = np.array([chunk.start for chunk in chunks], np.int64) + counts
+        behind = np.cumsum(counts)
+        slots = np.array([chunk.slot for chunk in chunks], np.int64)
+        self.inputs += [slots, behind - counts, ends, ends - sampling, *ids]
+        self.inputs += [np.concatenate(positions, axis=-1), np.concatenate(kv_slots, axis=1)]
+        if layout.both_ways:
+            self.inputs += [_key_ends(chunk) for chunk in chunks]
+        offsets = np.arange(sampling.sum()) - np.repeat(sampling.cumsum(), sampling)
+        self.inputs.append(np.repeat(decodes + behind, sampling) + offsets)
+        if embedded:
+            found["embedded_rows"] = np.concatenate(embedded)
+        if answers:
+            found["forced"] = forced_tokens(answers)
+            found |= _expected_arrays(list(takewhile(lambda chunk: chunk.expected is not None, answers)))
+            found["drafts"] = draft_columns(batch)
+        found["long_prompts"] = long_prompts
 
 
 def chunk_rows(batch: ScheduledBatch) -> Iterator[tuple[PrefillChunk, int]]:
@@ -195,7 +169,7 @@ def _delta(request: Request, rotary: Rotary) -> int:
 def _answer_arrays(
     chunks: Sequence[PrefillChunk], rotary: Rotary, block_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, positions and places in KV memory, as :class:`ChunkArrays` has them, of chunks of answers: many
+    """Ids, positions and places in KV memory, as :class:`StepArrays` has them, of chunks of answers: many
     short ones."""
     counts = np.array([chunk.count for chunk in chunks], np.int64)
     starts = np.array([chunk.start for chunk in chunks], np.int64)
@@ -234,9 +208,9 @@ def _key_ends(chunk: PrefillChunk) -> np.ndarray:
 
 
 def _expected_arrays(chunks: Sequence[PrefillChunk]) -> dict[str, np.ndarray]:
-    """The fields of :class:`ChunkArrays` about the expected ``chunks``."""
+    """The arrays of :class:`StepArrays` about the expected ``chunks``."""
     if not chunks:
-        return _NO_EXPECTED
+        return {}
     most = 1 + max(len(chunk.expected or ()) for chunk in chunks)
     counts = np.array([chunk.count for chunk in chunks], np.int64)
     firsts = counts.cumsum() - counts
@@ -250,7 +224,7 @@ def _expected_arrays(chunks: Sequence[PrefillChunk]) -> dict[str, np.ndarray]:
     behind = np.ones(counts.sum(), bool)
     behind[firsts] = False
     places = np.stack([np.arange(counts.sum()), np.repeat(np.arange(len(chunks)), counts)])
-    slots, lengths = [chunk.slot for chunk in chunks], [chunk.start + 1 for chunk in chunks]
+    slots, lengths = [chunk.slot for chunk in chunks], [chunk.start for chunk in chunks]
     return {
         "in_flight": np.array([firsts, slots, lengths], np.int64),
         "choices": choices,
@@ -259,16 +233,8 @@ def _expected_arrays(chunks: Sequence[PrefillChunk]) -> dict[str, np.ndarray]:
     }
 
 
-_NO_EXPECTED = {
-    "in_flight": np.zeros((3, 0), np.int64),
-    "choices": np.zeros((2, 1, 0), np.int64),
-    "run_places": np.zeros((2, 0), np.int64),
-    "runs": np.zeros((1, 0), np.int64),
-}
-
-
 def forced_tokens(chunks: Sequence[PrefillChunk]) -> np.ndarray:
-    """int64 ``(2, n)``: see :class:`ChunkArrays`."""
+    """int64 ``(2, n)``: see :class:`StepArrays`."""
     runs = [c for c in chunks if c.answer is not None and not c.num_drafted and c.expected is None]
     found = [(chunk.slot, token) for chunk in runs for token in chunk.token_ids[1:]]
     return np.array(found, np.int64).reshape(-1, 2).T
@@ -308,8 +274,8 @@ def _kv_slots(chunk: PrefillChunk, block_size: int) -> np.ndarray:
     return blocks[:, index // block_size - first] * block_size + index % block_size
 
 
-def _table_entries(batch: ScheduledBatch) -> np.ndarray:
-    """int64 ``(4, n)`` rows of group, slot, column and block: all that the step changes in the tables.
+def _table_entries(batch: ScheduledBatch, num_rows: int, max_blocks: int) -> np.ndarray:
+    """int64 ``(2, n)``, places and blocks: all that the step changes in tables of ``num_rows`` rows.
 
     An entry may be listed twice, with the same block.
     """
@@ -318,7 +284,7 @@ def _table_entries(batch: ScheduledBatch) -> np.ndarray:
         for group, blocks in enumerate(admission.request.blocks):
             changes.append(TableUpdate(admission.slot, 0, blocks, group))
     counts = [len(change.blocks) for change in changes]
-    places = np.array([(change.group, change.slot) for change in changes], np.int64)
-    columns = np.concatenate([np.arange(c.column, c.column + len(c.blocks)) for c in changes])
-    entries = np.concatenate([np.array(change.blocks, np.int64) for change in changes])
-    return np.stack([*np.repeat(places.T, counts, axis=1), columns, entries])
+    firsts = [(c.group * num_rows + c.slot) * max_blocks + c.column for c in changes]
+    places = np.repeat(np.array(firsts, np.int64) - np.cumsum(counts) + counts, counts)
+    blocks = [block for change in changes for block in change.blocks]
+    return np.stack([places + np.arange(len(places)), np.array(blocks, np.int64)])

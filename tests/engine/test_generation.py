@@ -11,6 +11,7 @@ from PIL import Image
 from engine import LLM, SamplingParams
 from engine.executor import rank
 from engine.runner import forward_graphs
+from tests.engine.calls import Calls, NotedGraphs
 from tests.engine.rerun import rerun
 
 from . import tiny
@@ -114,6 +115,34 @@ def test_captured_steps_give_the_same_tokens(model, monkeypatch, way):
         for case, output in zip(chosen, outputs, strict=True):
             assert output.outputs[0].token_ids == case.wanted
     llm.check_integrity()
+
+
+@pytest.mark.parametrize("model", [(False, 2)], ids=["untied"], indirect=True)
+def test_a_captured_step_makes_few_calls(model, monkeypatch):
+    """Each call that reaches the device costs a busy host some 25 µs."""
+    path, cases = model
+    graphs = NotedGraphs()
+    monkeypatch.setattr(rank, "make_capture", lambda device, enforce_eager: graphs)
+    llm = LLM(str(path), max_model_len=190, max_num_seqs=2, max_num_batched_tokens=48, device="cpu")
+    runner, noted = llm._engine.core.runner, []
+    execute = runner.execute
+
+    def execute_noted(batch, grammar_mask=None):
+        before = graphs.replays
+        with Calls() as calls:
+            step = execute(batch, grammar_mask)
+        noted.append((batch, calls.names, graphs.replays - before))
+        return step
+
+    runner.execute = execute_noted
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    llm.generate([case.entry for case in cases[:3]], params, use_tqdm=False)
+    mixed = [names for batch, names, _ in noted if batch.prefills and len(batch.decode_slots)]
+    # The step's arrays, what changes in two tables of the device, embedding rows, and tokens to the host.
+    assert mixed and max(map(len, mixed)) <= 8, mixed
+    decodes = [names for batch, names, _ in noted if not batch.prefills]
+    assert min(map(len, decodes)) == 1 and max(map(len, decodes)) <= 5, decodes
+    assert all(replays <= 2 for _, _, replays in noted)
 
 
 def test_alone_is_as_in_a_batch_and_the_second_time_is_cached(model):

@@ -218,6 +218,7 @@ def decode_step() -> None:
     from engine.kernels.norm_gemv import norm_gemv_triton
     from engine.kernels.rms_norm import rms_norm_triton
     from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
+    from engine.kernels.step_inputs import StepInputs, StepLayout, StepState, gather_step_inputs_triton
     from engine.kernels.truncation import truncation_threshold_triton
 
     logits, ones = tensor(4, 151936), torch.ones(4)
@@ -231,6 +232,12 @@ def decode_step() -> None:
     tables = torch.zeros(2, 9, 256, dtype=I32)
     gather_decode_inputs_triton(ids, tables, ids, ids, ids, block_size=16)
     advance_triton(ids, ids, ids, ids, padding_slot=3)
+    for groups, axes, both_ways in ((1, 3, False), (2, 1, True)):
+        tables = torch.zeros(groups, 9, 256, dtype=I32)
+        layout = StepLayout(8, groups, axes, both_ways)
+        state = StepState(tables, ids, ids, ids, block_size=16, padding_slot=8)
+        room = StepInputs.zeros(layout, 64, 8, 8, 256, torch.device("cpu"))
+        gather_step_inputs_triton(torch.zeros(layout.size(64), dtype=torch.int64), layout, state, room)
     x, norm = tensor(1, 1536), tensor(1536)
     gemv_triton(tensor(1, 8960), tensor(1536, 8960))
     norm_gemv_triton(x, x, norm, 1e-6, tensor(2048, 1536), tensor(2048))
