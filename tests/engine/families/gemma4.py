@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from PIL import Image
 from transformers.video_utils import VideoMetadata
 
 from tests.engine.families.case import CasePrompt, Inputs
+from tests.engine.families.without_torchvision import imported
 from tests.engine.tiny import rewrite_tensors, split_shards, spread, tokenizer
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<|image>", "<image|>", "<|image|>", "<|video|>", "<|turn>", "<turn|>")
@@ -179,15 +179,14 @@ class Gemma4Reference:
         self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
         stated = json.loads((path / "processor_config.json").read_text())
-        module = import_module("transformers.models.gemma4.image_processing_pil_gemma4")
+        module, texts = imported("gemma4.image_processing_pil_gemma4", "gemma4.processing_gemma4")
         # The class takes no other numbers than those of the public models.
         module._SUPPORTED_SOFT_TOKENS = range(1, 1121)
         images, frames = ({**stated[f"{kind}_processor"], **options} for kind in ("image", "video"))
         self.images = module.Gemma4ImageProcessorPil(**images)
         self.frames = module.Gemma4ImageProcessorPil(**{"do_normalize": True, **frames})
-        whole = import_module("transformers.models.gemma4.processing_gemma4").Gemma4Processor
         # The constructor wants a video processor.
-        self.processor = object.__new__(whole)
+        self.processor = object.__new__(texts.Gemma4Processor)
         for name, value in {**TOKENS, "video_token": VIDEO}.items():
             setattr(self.processor, name, value)
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -18,6 +14,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
+from tests.engine.families.without_torchvision import imported
 from tests.engine.tiny import LFM2_TEXT, spread, tokenizer
 
 IMAGE = "<image>"
@@ -98,28 +95,6 @@ def make_lfm2_vl(path: Path, hub: bool) -> Path:
     return path
 
 
-def _modules() -> tuple[Any, Any]:
-    """Transformers' modules of the image processor and of the processor, which import torchvision."""
-    package = "transformers.models.lfm2_vl."
-    names = ["torchvision", *(f"torchvision.transforms{part}" for part in ("", ".v2", ".v2.functional"))]
-    stubs: dict[str, Any] = {name: ModuleType(name) for name in names if not _installed(name)}
-    if "torchvision.transforms.v2" in stubs:
-        stubs["torchvision.transforms.v2"].functional = stubs["torchvision.transforms.v2.functional"]
-    with mock.patch.dict(sys.modules, stubs):
-        return (
-            importlib.import_module(package + "image_processing_lfm2_vl"),
-            importlib.import_module(package + "processing_lfm2_vl"),
-        )
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError:
-        return False
-    return True
-
-
 class _WithoutTorchvision(TorchvisionBackend):
     """Transformers' backend, but images are resized by Pillow and normalised in two steps."""
 
@@ -141,7 +116,7 @@ class _WithoutTorchvision(TorchvisionBackend):
 
 def processor_of(path: Path, **options: Any) -> Any:
     """Transformers' processor of a checkpoint, with ``options`` of its image processor."""
-    images, texts = _modules()
+    images, texts = imported("lfm2_vl.image_processing_lfm2_vl", "lfm2_vl.processing_lfm2_vl")
     both = type("Lfm2VlImageProcessor", (images.Lfm2VlImageProcessor, _WithoutTorchvision), {})
     nested = path / "processor_config.json"
     stated = json.loads(nested.read_text()) if nested.exists() else {}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from transformers import Gemma4TextConfig
-from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextAttention, Gemma4TextRotaryEmbedding
 from transformers.video_utils import VideoMetadata
 
 from engine.errors import CheckpointError, InvalidRequest
@@ -21,6 +20,7 @@ from engine.layers.rotary import inverse_frequencies
 from engine.media.video.video import Pace, Video
 from tests.engine.families.gemma4 import FRAME_ROWS, PATCH, ROWS, SIDE, Gemma4Reference, make_gemma4
 from tests.engine.families.opened import encoder, media_processor, parse
+from tests.engine.families.without_torchvision import imported
 from tests.engine.tiny import picture
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -57,7 +57,7 @@ def test_patches_are_those_of_transformers(path, options):
 
 @pytest.mark.parametrize("rows", [70, 280, 1120])
 def test_sides_are_those_of_transformers(path, rows):
-    module = import_module("transformers.models.gemma4.image_processing_pil_gemma4")
+    (module,) = imported("gemma4.image_processing_pil_gemma4")
     draw, ours, refused = random.Random(rows), media_processor(path, max_soft_tokens=rows), 0
     for _ in range(400):
         width, height = (int(2 ** draw.uniform(0, 14)) for _ in range(2))
@@ -149,10 +149,12 @@ def test_fields_mean_what_they_mean_in_transformers(fields):
         assert [ours.heads_of(layer) for layer in layers] == [
             (each.num_key_value_heads, each.head_dim) for each in heads
         ]
-        modes = theirs.kv_sharing_modes
-        assert [ours.keys_of(layer) != layer for layer in layers] == [mode == "reuse" for mode in modes]
+        attention = [Gemma4TextAttention(theirs, layer) for layer in layers]
+        borrows = [each.is_kv_shared_layer for each in attention]
+        assert [ours.keys_of(layer) != layer for layer in layers] == borrows
         lenders = {ours.keys_of(layer) for layer in ours.borrowing_layers}
-        assert all(modes[layer] == "store" and kinds[layer] in kinds[-3:] for layer in lenders)
+        assert all(attention[layer].store_full_length_kv for layer in lenders)
+        assert all(kinds[layer] == kinds[ours.keys_of(layer)] for layer in layers)
         assert all(ours.window(layer) == ours.window(ours.keys_of(layer)) for layer in layers)
         rotary = Gemma4TextRotaryEmbedding(theirs)
         for rope, kind in ((ours.rope, FULL), (ours.local_rope, SLIDING)):
