@@ -91,7 +91,8 @@ class AnswerFormat:
         prompt: str | None,
         thinking_budget: int | None = None,
     ) -> StructuredSpec | None:
-        """Return the answer's constraint: calls, a format behind the thought, a bounded thought.
+        """Return the answer's constraint: calls, a format behind the thought or calls in its place, a bounded
+        thought.
 
         Raises:
             InvalidRequest: ``structured`` can't be combined with the rest, or no token, which alone can be
@@ -112,9 +113,13 @@ class AnswerFormat:
                     "An answer that must call a tool can't follow another constraint too.",
                     param="tool_choice",
                 )
-            # With both, the constraint on the text wins where the model is free to call or not.
             if structured is None:
                 return self._of_calls(use, thought)
+            body = _expression(structured)
+            # Calls that begin like a text can't be told from one that has a form. That form wins then, and
+            # it does where it is a grammar, which can't be a part of another.
+            if body is not None and self._calls.layout.trigger:
+                return self._of_calls(use, thought, body)
         if thought is None:
             return structured
         if structured is not None:
@@ -127,10 +132,16 @@ class AnswerFormat:
             return StructuredSpec(kind="grammar", text=grammar_with_budget(self.special, thought))
         return None
 
-    def _of_calls(self, use: ToolUse, thought: Thought | None) -> StructuredSpec:
+    def _of_calls(
+        self, use: ToolUse, thought: Thought | None, otherwise: str | None = None
+    ) -> StructuredSpec:
         """The constraint of an answer that may, or must, call functions. The latest are kept: an agent sends
-        the same functions with every turn, and a hundred of them take tens of milliseconds."""
-        key = use.digest(), thought
+        the same functions with every turn, and a hundred of them take tens of milliseconds.
+
+        Args:
+            otherwise: see :func:`engine.parsers.grammar.tool_grammar`.
+        """
+        key = use.digest(), thought, otherwise
         kept = self.kept.get(key)
         if kept is None:
             lark = tool_grammar(
@@ -140,6 +151,7 @@ class AnswerFormat:
                 choice="required" if use.choice == "required" else "auto",
                 parallel=use.parallel,
                 thought=thought,
+                otherwise=otherwise,
             )
             kept = StructuredSpec(kind="grammar", text=lark, holds_json=True)
             self.kept.put(key, kept, len(lark))

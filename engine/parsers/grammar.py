@@ -134,6 +134,7 @@ def tool_grammar(
     choice: Literal["auto", "required"],
     parallel: bool = True,
     thought: Thought | None = None,
+    otherwise: str | None = None,
 ) -> str:
     """The Lark grammar of an answer that may, or must, call some of ``tools``.
 
@@ -141,11 +142,14 @@ def tool_grammar(
         choice: ``required`` asks for at least one call and allows no text but a thought.
         parallel: whether several calls may stand in one answer.
         thought: may come first.
+        otherwise: an expression, such as ``%json {...}``: what the answer is if it calls nothing. Then calls
+            have no text around them.
     """
     rules = Rules(special)
-    if choice == "required":
+    if choice == "required" or otherwise is not None:
         lead = _lead(rules, thought, layout.trigger)
-        start = f"{lead} {_required(rules, layout, tools, parallel)}".strip()
+        calls = _required(rules, layout, tools, parallel)
+        start = f"{lead} {calls if otherwise is None else f'({calls} | {otherwise})'}".strip()
     elif layout.trigger:
         start = _text_with_calls(rules, layout, tools, parallel, thought)
     else:

@@ -23,6 +23,24 @@ def test_schema_of_a_class(client):
     assert made.choices[0].message.parsed == Facts(**cases.FACTS)
 
 
+def test_schema_beside_tools(client):
+    """The model calls a function first, or answers in the form that was asked for."""
+    tool = {**cases.TOOL, "function": {**cases.TOOL["function"], "strict": True}}
+    called, answered = (
+        client.chat.completions.parse(
+            model=cases.MODEL,
+            messages=[cases.question(text)],
+            tools=[tool],
+            response_format=Facts,
+            temperature=0,
+        ).choices[0]
+        for text in (cases.REQUEST, cases.QUESTION)
+    )
+    (call,) = called.message.tool_calls
+    assert called.finish_reason == "tool_calls" and call.function.parsed_arguments == cases.FACTS
+    assert answered.message.parsed == Facts(**cases.FACTS) and not answered.message.tool_calls
+
+
 def test_stream_with_events(client):
     with client.chat.completions.stream(
         model=cases.MODEL, messages=[cases.question()], temperature=0

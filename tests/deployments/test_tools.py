@@ -155,6 +155,29 @@ def test_constraints():
         HERMES.constraint(required, schema, "")
 
 
+@pytest.mark.parametrize(
+    ("spec", "body"),
+    [
+        (StructuredSpec(kind="json_schema", text='{"type": "integer"}'), '| %json {"type": "integer"'),
+        (StructuredSpec(kind="json_object"), '| %json {"type": "object"'),
+        (StructuredSpec(kind="choice", text='["a", "b"]'), '| ("a" | "b"))'),
+        (StructuredSpec(kind="regex", text="[0-9]+"), "| /[0-9]+/)"),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_an_answer_has_its_form_or_calls_functions(spec, body):
+    """Agents give both, and the model calls functions until it knows the answer."""
+    use = read_tools(TOOLS, "auto", None)
+    found = HERMES.constraint(use, spec, "")
+    assert found is not None and body in found.text and "report" in found.text and found.holds_json
+    assert found != HERMES.constraint(use, None, "") and found is HERMES.constraint(use, spec, "")
+    # Its calls are JSON at the beginning of the text, and a grammar is no part of another.
+    alike = replace(HERMES, tools=TOOL_FORMATS["llama_json"], reasoning=None)
+    assert alike.constraint(use, spec, "") is spec
+    lark = StructuredSpec(kind="grammar", text='start: "a"')
+    assert HERMES.constraint(use, lark, "") is lark
+
+
 def test_a_thought_is_bounded_beside_any_other_constraint():
     auto, required = read_tools(TOOLS, "auto", None), read_tools(TOOLS, "required", None)
     schema = StructuredSpec(kind="json_schema", text='{"type": "integer"}')
@@ -224,8 +247,10 @@ def test_a_schema_that_no_grammar_can_follow_is_refused_by_its_field(read, param
     with pytest.raises(InvalidRequest, match="the keyword not at /properties/a is not supported") as refused:
         HERMES.constraint(use, None, "")
     assert refused.value.param == param
-    # Another function may be called, or the answer has a format of its own: the schema isn't needed.
-    assert HERMES.constraint(use, StructuredSpec(kind="regex", text="a"), "") is not None
+    # No function may be called: the schema isn't needed.
+    assert (
+        HERMES.constraint(replace(use, choice="none"), StructuredSpec(kind="regex", text="a"), "") is not None
+    )
 
 
 @pytest.mark.parametrize("strict", [{}, {"strict": None}, {"strict": False}], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -157,10 +158,13 @@ def grammar(found: ToolFormat, words: Vocabulary, choice="auto", **options) -> s
     return tool_grammar(found.layout, TOOLS, words.special, choice=choice, **options)
 
 
-CELLS = pytest.mark.parametrize(
-    ("found", "words"), [(found, words) for found in TOOL_FORMATS.values() for words in VOCABULARIES],
-    ids=lambda value: getattr(value, "name", value),
-)  # fmt: skip
+def cells(formats: Iterable[ToolFormat]) -> pytest.MarkDecorator:
+    """Each of the formats with each vocabulary."""
+    pairs = [(found, words) for found in formats for words in VOCABULARIES]
+    return pytest.mark.parametrize(("found", "words"), pairs, ids=lambda value: getattr(value, "name", value))
+
+
+CELLS = cells(TOOL_FORMATS.values())
 
 
 def check_calls(calls: list[tuple[str, str]]) -> None:
@@ -207,25 +211,61 @@ def test_text_stays_free_and_calls_in_it_keep_their_schemas(found, words):
     assert called or not trigger
 
 
+def call_of(found: ToolFormat, name: str) -> str:
+    """A call without arguments, as the format writes it."""
+    call = {
+        "hermes": '<tool_call>\n{"name": "NAME", "arguments": {}}\n</tool_call>',
+        "qwen_xml": "<tool_call>\n<function=NAME>\n</function>\n</tool_call>",
+        "glm": "<tool_call>NAME\n</tool_call>",
+        "granite": '<|tool_call|>[{"name": "NAME", "arguments": {}}]',
+        "mistral": '[TOOL_CALLS][{"name": "NAME", "arguments": {}}]',
+        "mistral_names": "[TOOL_CALLS]NAME[ARGS]{}",
+        "internlm": '<|action_start|><|plugin|>\n{"name": "NAME", "parameters": {}}\n<|action_end|>',
+        "minicpm": "<|tool_call_start|>\n```python\nNAME()\n```\n<|tool_call_end|>",
+        "llama_json": '{"name": "NAME", "parameters": {}}',
+        "pythonic": "[NAME()]",
+    }[found.name]
+    return call.replace("NAME", name)
+
+
 @CELLS
 def test_a_call_of_an_unknown_function_is_not_allowed(found, words):
     words = vocabulary(words)
     for choice in ("auto", "required"):
         text = grammar(found, words, choice)
-        (call,) = {
-            "hermes": ['<tool_call>\n{"name": "NAME", "arguments": {}}\n</tool_call>'],
-            "qwen_xml": ["<tool_call>\n<function=NAME>\n</function>\n</tool_call>"],
-            "glm": ["<tool_call>NAME\n</tool_call>"],
-            "granite": ['<|tool_call|>[{"name": "NAME", "arguments": {}}]'],
-            "mistral": ['[TOOL_CALLS][{"name": "NAME", "arguments": {}}]'],
-            "mistral_names": ["[TOOL_CALLS]NAME[ARGS]{}"],
-            "internlm": ['<|action_start|><|plugin|>\n{"name": "NAME", "parameters": {}}\n<|action_end|>'],
-            "minicpm": ["<|tool_call_start|>\n```python\nNAME()\n```\n<|tool_call_end|>"],
-            "llama_json": ['{"name": "NAME", "parameters": {}}'],
-            "pythonic": ["[NAME()]"],
-        }[found.name]
-        assert words.accepts(text, call.replace("NAME", "stop"))
-        assert not words.accepts(text, call.replace("NAME", "other"))
+        assert words.accepts(text, call_of(found, "stop"))
+        assert not words.accepts(text, call_of(found, "other"))
+
+
+@pytest.mark.parametrize(
+    ("form", "fits", "fails"),
+    [
+        (
+            '%json {"x-guidance": {"whitespace_flexible": false}, "type": "object", '
+            '"properties": {"name": {"const": "stop"}}, "required": ["name"], "additionalProperties": false}',
+            '{"name":"stop"}',
+            '{"name":"go"}',
+        ),
+        ('("yes" | "no")', "yes", "maybe"),
+        ("/[a-z]{3}/", "abc", "ab"),
+    ],
+    ids=["JSON", "choice", "regex"],
+)
+@cells(found for found in TOOL_FORMATS.values() if found.layout.trigger)
+def test_an_answer_is_calls_or_what_else_it_must_be(found, words, form, fits, fails):
+    words = vocabulary(words)
+    for thought, lead in ((None, ""), (Thought(THINK), ""), (Thought(THINK, True), "hm</think>")):
+        text = grammar(found, words, otherwise=form, thought=thought)
+        assert words.accepts(text, lead + call_of(found, "stop")) and words.accepts(text, lead + fits)
+        for other in (call_of(found, "other"), fails, "Hello!", fits + call_of(found, "stop"), ""):
+            assert not words.accepts(text, lead + other), other
+    text = grammar(found, words, otherwise=form)
+    trigger = frozenset(words.tags[tag] for tag in (found.layout.trigger,) if tag in words.tags)
+    for seed in range(2):
+        walk = words.walk(text, seed, trigger, limit=150)
+        parsed = joined(found.parser(SCHEMAS), [walk.text])
+        check_calls(walk.calls(parsed))
+        assert not (walk.finished and parsed["calls"] and parsed["text"].strip())
 
 
 @pytest.mark.parametrize("words", VOCABULARIES)
