@@ -1,13 +1,13 @@
-"""Uses of openai-python since its helpers for parsed answers and the Responses API."""
+"""Uses of openai-python since its helpers for parsed answers and the Responses API.
+
+The fixture ``client`` is that of :mod:`tests.clients.openai_uses`.
+"""
 
 from typing import Literal
 
 import pydantic
 
 from tests.clients import cases
-from tests.clients.openai_uses import client
-
-__all__ = ["client"]
 
 
 class Facts(pydantic.BaseModel):

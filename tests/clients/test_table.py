@@ -1,6 +1,6 @@
 """The table of clients in the documentation, against the files that make it."""
 
-from tests.clients import run
+from tests.clients import openai_parsed, openai_uses, run, test_openai_3
 
 
 def test_every_client_has_a_row_with_its_pins():
@@ -23,3 +23,11 @@ def test_a_row_counts_passed_tests_and_shows_failures(tmp_path):
     row = run.row(run.Client("x", "X", ("x==1",), ()), results)
     assert row.startswith("| [X](../tests/clients/test_x.py) | `x==1` | 2 | – | – | – | **1 failed** |")
     assert row.count("|") == len(run.USES) + 3
+
+
+def test_shared_tests_are_tests_of_each_client():
+    """Of a star import only what the module gives away."""
+    shared = {
+        name for module in (openai_parsed, openai_uses) for name in vars(module) if name.startswith("test_")
+    }
+    assert len(shared) > 15 and shared <= vars(test_openai_3).keys()
