@@ -46,6 +46,7 @@ class SentResponse:
     Args:
         send: the server's.
         headers: further headers, encoded.
+        pieces: sends pieces of the body that are not the last; ``send`` if None.
         bodiless: leave the body out: the request is a HEAD.
 
     Attributes:
@@ -54,10 +55,18 @@ class SentResponse:
         complete: the whole response was sent.
     """
 
-    __slots__ = ("_bodiless", "_headers", "_send", "complete", "num_bytes", "status")
+    __slots__ = ("_bodiless", "_headers", "_pieces", "_send", "complete", "num_bytes", "status")
 
-    def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]], *, bodiless: bool = False) -> None:
+    def __init__(
+        self,
+        send: Send,
+        headers: Sequence[tuple[bytes, bytes]],
+        pieces: Send | None = None,
+        *,
+        bodiless: bool = False,
+    ) -> None:
         self._send, self._headers, self._bodiless = send, headers, bodiless
+        self._pieces = pieces or send
         self.status: int | None = None
         self.num_bytes = 0
         self.complete = False
@@ -77,7 +86,7 @@ class SentResponse:
             data = b""
         self.num_bytes += len(data)
         message = {"type": "http.response.body", "body": data, "more_body": more}
-        return self._send(message) if more else self._end(message)
+        return self._pieces(message) if more else self._end(message)
 
     async def _end(self, message: Message) -> None:
         await self._send(message)

@@ -7,6 +7,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.errors import ANTHROPIC_PATH, as_sightline, logger, request_name
+from deployments.leaving import PIECES
 from deployments.report import Report, SentResponse, begin_report
 
 #: Requests of machines at short intervals, and files of the page. Their successes are logged at DEBUG.
@@ -37,7 +38,7 @@ class RequestLog:
             if scope["path"].startswith(ANTHROPIC_PATH):
                 # Anthropic's clients look for it under this name.
                 headers.append((b"request-id", report.id.encode()))
-            response = SentResponse(send, headers, bodiless=scope["method"] == "HEAD")
+            response = SentResponse(send, headers, scope.get(PIECES), bodiless=scope["method"] == "HEAD")
             report.response = response
             try:
                 await app(scope, receive, response)

@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from deployments.errors import as_sightline, error_body
-from deployments.leaving import WhileListenedTo
+from deployments.leaving import ENDS, WhileListenedTo
 from deployments.report import SentResponse, current_report
 from engine.errors import SightlineError
 from engine.outputs import StreamUpdate
@@ -62,8 +62,13 @@ class EventResponse(StreamingResponse):
         self._relay = relay or EventRelay()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events), WhileListenedTo(receive):
-            await self.stream_response(send)
+        async with aclosing(self._events):
+            if ENDS in scope:
+                await self.stream_response(send)
+                return
+            async with WhileListenedTo(receive) as client:
+                client.listen()
+                await self.stream_response(send)
 
     async def stream_response(self, send: Send) -> None:
         """Send the events to their end. Nothing stands between an event and the server, since most hold one

@@ -32,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 UNDER_LOAD = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.ray_serve.doorstep.middlewares",
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
 }
 

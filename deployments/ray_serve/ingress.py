@@ -16,8 +16,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.api import create_api, take_over
 from deployments.config import AppConfig, ModelSpec
 from deployments.in_place import InPlace
+from deployments.leaving import PIECES, ends_with_client
 from deployments.metrics.families import Part
 from deployments.pipeline import make_pipelines
+from deployments.ray_serve.doorstep import Doorstep
 from deployments.ray_serve.garbage import collect_regularly
 from deployments.ray_serve.handles import MEASURE_S, RemoteKeeper, RemoteReferences, remote_stages
 from deployments.ray_serve.handoff import by_reference, everywhere
@@ -81,6 +83,7 @@ class Ingress:
         )
         self._in_place = InPlace(config.ingress, config.ingress.IN_PLACE, partial(take_over, self._api))
         self._api.add_middleware(Disconnects)
+        Doorstep.wanted = True
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Take over values while the replica runs; Ray Serve calls this."""
@@ -100,12 +103,21 @@ class Ingress:
 
 
 class Disconnects:
-    """Tells the application in ASGI's way that a client has left; Ray Serve raises errors of Ray."""
+    """Tells the application in ASGI's way that a client has left; Ray Serve raises errors of Ray.
+
+    Where Ray Serve leaves it to the application, work on requests ends here when their clients leave. Ray
+    Serve is told so by the same error as in tasks that it cancels itself.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._attentive = ends_with_client(app, stays_cancelled=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if PIECES in scope:
+            await self._attentive(scope, receive, send)
+            return
+
         async def receive_or_leave() -> Message:
             try:
                 return await receive()

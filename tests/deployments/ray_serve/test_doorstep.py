@@ -1,0 +1,168 @@
+"""What stands before Ray Serve in an ingress's server; ``test_ends.py`` has it with Ray Serve and HAProxy."""
+
+import asyncio
+import re
+import socket
+
+import pytest
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deployments.leaving import PIECES
+from deployments.ray_serve.doorstep import Doorstep, middlewares
+from deployments.ray_serve.ingress import Disconnects
+from deployments.report import SentResponse
+
+
+class Serve:
+    """Stands for Ray Serve between the doorstep and an application.
+
+    Attributes:
+        headers: of the last request.
+        sent: types of what the application has sent by way of this.
+        cancelled: the last request has ended so.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.headers: dict[bytes, bytes] = {}
+        self.sent: list[str] = []
+        self.cancelled = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.headers = dict(scope["headers"])
+
+        async def noted(message) -> None:
+            self.sent.append(message["type"])
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except asyncio.CancelledError:
+            self.cancelled = True
+
+
+async def ask(app: ASGIApp, receive: Receive, *headers: tuple[bytes, bytes]) -> tuple[Serve, list]:
+    """Ask for something that the client waits for or leaves, as ``receive`` says; what was sent, and how."""
+    sent: list = []
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    between = Serve(Disconnects(app))
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": list(headers)}
+    task = asyncio.ensure_future(Doorstep(between)(scope, receive, send))
+    await asyncio.wait_for(task, 60)
+    assert not task.cancelling()
+    return between, sent
+
+
+async def streams(scope: Scope, receive: Receive, send: Send) -> None:
+    """An application that sends three pieces, as events are sent."""
+    await receive()
+    response = SentResponse(send, (), scope[PIECES])
+    await response({"type": "http.response.start", "status": 200, "headers": []})
+    for piece in (b"1", b"2"):
+        await response.body(piece)
+    await response.body(b"3", more=False)
+    # What a server says then is no client that leaves.
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+
+async def waits(scope: Scope, receive: Receive, send: Send) -> None:
+    await receive()
+    await asyncio.Future()
+
+
+def saying(*messages: str) -> Receive:
+    """Gives messages of these types, and the last one for ever."""
+    left = list(messages)
+
+    async def receive():
+        return {"type": left.pop(0) if len(left) > 1 else left[0]}
+
+    return receive
+
+
+async def test_pieces_go_past_ray_serve():
+    between, sent = await ask(streams, saying("http.request", "http.disconnect"))
+    assert b"".join(message.get("body", b"") for message in sent) == b"123"
+    # It must know of a response's begin and end.
+    assert between.sent == ["http.response.start", "http.response.body"] and not between.cancelled
+
+
+@pytest.mark.parametrize("given", [[], [(b"x-request-disconnect-disabled", b"?0")]], ids=["none", "own"])
+async def test_work_for_a_client_that_leaves_ends_as_if_ray_serve_had_cancelled_it(given):
+    between, sent = await ask(waits, saying("http.request", "http.disconnect"), *given)
+    assert between.cancelled and not sent
+    assert between.headers[b"x-request-disconnect-disabled"] == b"?1"
+
+
+def test_ingresses_alone_have_a_doorstep(monkeypatch):
+    assert middlewares() == []
+    monkeypatch.setattr(Doorstep, "wanted", True)
+    assert [each.cls for each in middlewares()] == [Doorstep]
+
+
+#: More than the buffers of a connection take.
+MANY = 4000
+
+
+async def sends_much(scope: Scope, receive: Receive, send: Send) -> None:
+    """Sends pieces of many sizes, empty ones among them."""
+    pieces = scope.get(PIECES)
+    response = SentResponse(send, (), pieces, bodiless=scope["method"] == "HEAD")
+    headers = [(b"content-length", b"%d" % (3 * MANY))] if scope["path"] == "/known" else []
+    await response({"type": "http.response.start", "status": 200, "headers": headers})
+    for number in range(MANY):
+        size = 3 if headers else number % 100
+        rest = response.body(bytes([65 + number % 26]) * size)
+        scope["app"].append(size and asyncio.iscoroutine(rest))
+        await rest
+    await response.body(b"" if headers else b"end", more=False)
+
+
+async def answers(app: ASGIApp, method: str, path: str, version: str) -> tuple[bytes, bool]:
+    """What uvicorn sends with ``app`` to a client that reads slowly, without the date; whether some piece has
+    gone through uvicorn, so that it may have waited for the client."""
+    waited: list[bool] = []
+
+    async def noting(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "app": waited}, receive, send)
+
+    config = uvicorn.Config(noting, loop="none", lifespan="off", http="httptools", log_level="warning")
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+    serving = asyncio.ensure_future(server.serve([listener]))
+    try:
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
+        client.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(client, listener.getsockname())
+        reader, writer = await asyncio.open_connection(sock=client, limit=1 << 12)
+        writer.write(f"{method} {path} HTTP/{version}\r\nhost: test\r\nconnection: close\r\n\r\n".encode())
+        sent = b"".join([part async for part in iterated(reader)])
+        writer.close()
+    finally:
+        server.should_exit = True
+        await serving
+    return re.sub(rb"\r\ndate: [^\r]*", b"", sent), any(waited)
+
+
+async def iterated(reader: asyncio.StreamReader):
+    while part := await reader.read(1 << 12):
+        yield part
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "version"),
+    [("GET", "/", "1.1"), ("GET", "/", "1.0"), ("HEAD", "/", "1.1"), ("GET", "/known", "1.1")],
+)
+async def test_the_bytes_of_a_response_are_uvicorn_s(method, path, version):
+    found, waited = await answers(Doorstep(Disconnects(sends_much)), method, path, version)
+    assert found == (await answers(sends_much, method, path, version))[0]
+    assert waited
+    assert (found.endswith(b"end\r\n0\r\n\r\n") or path != "/") == (method == "GET")
