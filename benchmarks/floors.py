@@ -15,6 +15,7 @@ from engine.families.registry import resolve
 from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
 from engine.layers.experts import ExpertsMLP
+from engine.layers.layer_groups import LayerGroups
 from engine.layers.matrix_formats import Formats, Fp8Format
 from engine.layers.rotary import Rotary
 from engine.runner.kv_storage import block_bytes, state_bytes
@@ -62,7 +63,7 @@ class StepBytes:
             weights=_bytes(decoder) - experts - rotary - table,
             experts=experts,
             share=0.0 if router is None else router.top_k / router.num_experts,
-            token=block_bytes(config, config.num_attention_layers, 1, dtype),
+            token=block_bytes(LayerGroups.single(config), 1, dtype),
             states=state_bytes(config, dtype),
         )
 

@@ -15,6 +15,7 @@ from engine.executor import rank
 from engine.families.registry import resolve
 from engine.kernels.fp8 import FP8
 from engine.layers.decoder_config import DecoderConfig
+from engine.layers.layer_groups import LayerGroups
 from engine.runner.kv_storage import block_bytes, kv_dtype
 from engine.startup import StartTimes
 from tests.engine.families.opened import parse
@@ -152,9 +153,10 @@ def test_twice_as_many_tokens_fit(tmp_path):
     assert isinstance(decoder, DecoderConfig)
     config = EngineConfig(model=str(path), kv_cache_dtype="fp8")
     # Keys and values of 2 layers, 2 heads, 16 tokens and 32 numbers, a byte each.
-    assert block_bytes(decoder, 2, 16, kv_dtype(config, torch.bfloat16)) == 2 * 2 * 2 * 16 * 32
+    groups = LayerGroups.single(decoder)
+    assert block_bytes(groups, 16, kv_dtype(config, torch.bfloat16)) == 2 * 2 * 2 * 16 * 32
     auto = EngineConfig(model=str(path))
-    assert block_bytes(decoder, 2, 16, kv_dtype(auto, torch.bfloat16)) == 2 * 2 * 2 * 2 * 16 * 32
+    assert block_bytes(groups, 16, kv_dtype(auto, torch.bfloat16)) == 2 * 2 * 2 * 2 * 16 * 32
     blocks = []
     for options in ({}, {"kv_cache_dtype": "fp8"}):
         config = EngineConfig(

@@ -14,6 +14,7 @@ from engine.distributed.group import SingleProcessGroup
 from engine.families.registry import resolve
 from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
+from engine.layers.layer_groups import LayerGroups
 from engine.layers.matrix_formats import Formats, Fp8Format
 from engine.runner.kv_storage import block_bytes, state_bytes
 
@@ -99,7 +100,7 @@ def measure(name: str, folder: Path, fp8: bool = False) -> Size:
     return Size(
         language=_bytes(decoder),
         vision=_bytes(encoder),
-        token=block_bytes(model.decoder, model.decoder.num_attention_layers, 1, torch.bfloat16),
+        token=block_bytes(LayerGroups.single(model.decoder), 1, torch.bfloat16),
         states=state_bytes(model.decoder, torch.bfloat16),
         layers=model.decoder.num_attention_layers,
         kv_heads=model.decoder.num_kv_heads,
