@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.graphs import Capture, Replay
@@ -27,6 +29,23 @@ CROWD_TOKENS = 6656
 Stage = Callable[[Any, VisionSegments, VisionSegments | None], Any]
 
 
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """How a tower makes tokens of a single image's bytes, within a graph.
+
+    Attributes:
+        memory: uint8 on the device; an image is written to its front. It holds one from the start.
+        tokens: of the memory and a number of tokens ``N``, those of the image ``(N, width)``, padded.
+        write: writes pixels to host memory of the size that :attr:`size` gives.
+        size: bytes of an image of these pixels in the memory.
+    """
+
+    memory: torch.Tensor
+    tokens: Callable[[torch.Tensor, int], torch.Tensor]
+    write: Callable[[np.ndarray, np.ndarray], None]
+    size: Callable[[np.ndarray], int]
+
+
 class TowerGraphs:
     """Replays a tower's blocks over static tensors. Padding tokens are in no segment.
 
@@ -41,6 +60,7 @@ class TowerGraphs:
         dtype: of the tokens.
         device: of all tensors.
         crowds: capture the sizes up to ``CROWD_TOKENS``, too.
+        image: if given, graphs of one segment begin with it.
     """
 
     def __init__(
@@ -54,7 +74,9 @@ class TowerGraphs:
         dtype: torch.dtype,
         device: torch.device,
         crowds: bool = False,
+        image: ImageSource | None = None,
     ) -> None:
+        self._image = image
         self._stages, self._capture, self._window_len = stages, capture, window_len
         self._most = CROWD_TOKENS if crowds else MAX_TOKENS
         self._x = torch.zeros((self._most, width), dtype=dtype, device=device)
@@ -105,10 +127,36 @@ class TowerGraphs:
         copy them again.
         """
         tokens = len(x)
-        count = 1 if len(segments.cu_seqlens) == 2 else MAX_SEGMENTS
+        count = 1 if len(segments.cu_seqlens) == 2 and self._image is None else MAX_SEGMENTS
         step = TOKEN_STEP if tokens <= MAX_TOKENS else CROWD_STEP
         replays = self._get(-(-tokens // step) * step, count)
         self._x[:tokens] = x
+        return self._run(replays, tokens, segments, windows, pause)
+
+    def fits_image(self, tokens: int) -> bool:
+        """True if :meth:`replay_image` takes an image of so many tokens."""
+        return self._image is not None and 0 < tokens <= MAX_TOKENS
+
+    def replay_image(
+        self, pixels: np.ndarray, tokens: int, segments: VisionSegments, pause: Callable[[], None]
+    ) -> list[torch.Tensor]:
+        """:meth:`replay` for one image that is one segment of ``tokens``, from its pixels on."""
+        assert self._image is not None
+        replays = self._get(-(-tokens // TOKEN_STEP) * TOKEN_STEP, 1)
+        size, memory = self._image.size(pixels), self._image.memory
+        staged = torch.empty(size, dtype=torch.uint8, pin_memory=memory.is_cuda)
+        self._image.write(staged.numpy(), pixels)
+        memory[:size].copy_(staged, non_blocking=True)
+        return self._run(replays, tokens, segments, None, pause)
+
+    def _run(
+        self,
+        replays: Sequence[Replay],
+        tokens: int,
+        segments: VisionSegments,
+        windows: VisionSegments | None,
+        pause: Callable[[], None],
+    ) -> list[torch.Tensor]:
         if self._filled is None or self._filled[0] is not segments or self._filled[1] is not windows:
             # If copying fails half-way, the next replay copies again.
             self._filled = None
@@ -144,12 +192,19 @@ class TowerGraphs:
         segments, windows = VisionSegments(self._bounds[: count + 1], longest, cos, sin), None
         if self._window_len is not None:
             windows = VisionSegments(self._window_bounds, min(longest, self._window_len), cos, sin)
+        stages = list(self._stages)
+        if self._image is not None and count == 1:
+            stages[0] = partial(self._from_image, self._image, size)
         replays: list[Replay] = []
         given: Any = self._x[:size]
-        for stage in self._stages:
+        for stage in stages:
             replays.append(capture(partial(stage, given, segments, windows)))
             given = replays[-1]()
         return replays
+
+    def _from_image(self, image: ImageSource, size: int, _: torch.Tensor, *rest: Any) -> Any:
+        """Run the first stage on an image's tokens."""
+        return self._stages[0](image.tokens(image.memory, size), *rest)
 
 
 def _fill(bounds: torch.Tensor, given: torch.Tensor, end: int) -> None:

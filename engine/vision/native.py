@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from engine.graphs import Capture
-from engine.kernels.patchify import patchify
+from engine.kernels.patchify import HEADER, describe_image, patchify, patchify_described
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.connector import GatedMerger, MLPConnector, PatchMerger, SquareMerger
+from engine.vision.graphs import MAX_TOKENS, ImageSource
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.native_grid import FramePlan, plan_frame
 from engine.vision.pixels import PixelInput, blank, unfit
@@ -65,12 +66,14 @@ class NativeVisionEncoder(nn.Module):
         window, merge = self.config.window, self.config.merge_size
         least = merge if self.config.squares is None else self.config.squares.side
         side = self.config.patch_size * least
-        images = [blank((side, side, length), (1, least, least), 1) for length in (3, 4)]
+        image = blank((side, side, 3), (1, least, least), 1)
         self.tower.capture_graphs(
             capture,
             window_len=window and (window * merge) ** 2,
             positions=self.config.position_side is not None,
-            rehearse=lambda: [self.encode([image]) for image in images],
+            image=self._image_source(image.pixels),
+            # One image alone has kernels of its own.
+            rehearse=lambda: [self.encode([image] * count) for count in (1, 2)],
         )
 
     @torch.inference_mode()
@@ -78,6 +81,9 @@ class NativeVisionEncoder(nn.Module):
         for entry in media:
             self._check(entry)
         plans = [self._plan(*entry.item.grid[1:]) for entry in media]
+        if len(media) == 1 and media[0].pixels.ndim == 3 and self.tower.takes_image(self.cost(media[0].item)):
+            states = self.tower.image_states(media[0].pixels, plans[0].alone[0])
+            return [self._merged(states, [tuple(media[0].item.grid[1:])])]
         patches = _joined(
             [
                 self._reorder(self.patchify(self.pixels.to_device(entry.pixels)), entry, plan.order)
@@ -101,6 +107,30 @@ class NativeVisionEncoder(nn.Module):
             patch=self.config.patch_size,
             merge=self.config.merge_size,
             temporal=self.config.temporal_patch_size,
+        )
+
+    def _image_source(self, first: np.ndarray) -> ImageSource | None:
+        """What makes patches of a single image within a graph, with ``first`` in its memory; None if
+        something is done to patches before they are embedded, or after."""
+        config = self.config
+        if config.tower.features or config.window is not None or config.position_side is not None:
+            return None
+        memory = torch.zeros(
+            HEADER + MAX_TOKENS * config.patch_size**2 * 4, dtype=torch.uint8, device=self.device
+        )
+        described = torch.empty(HEADER + first.size, dtype=torch.uint8)
+        describe_image(described.numpy(), first)
+        memory[: len(described)] = described
+        sides = {
+            "patch": config.patch_size,
+            "merge": config.merge_size,
+            "temporal": config.temporal_patch_size,
+        }
+        return ImageSource(
+            memory,
+            lambda memory, rows: patchify_described(memory, self.pixels.table, rows, **sides),
+            describe_image,
+            lambda pixels: HEADER + pixels.size,
         )
 
     def _check(self, entry: PreparedMedia) -> None:
@@ -131,7 +161,12 @@ class NativeVisionEncoder(nn.Module):
         if self.config.tower.features:
             return self.merger(self.tower(patches, _segments(frames)[0]))
         segments, windows = frames[0].alone if len(frames) == 1 else _segments(frames)
-        *kept, last = self.tower.states(patches, segments, windows=windows, positions=self._positions(frames))
+        states = self.tower.states(patches, segments, windows=windows, positions=self._positions(frames))
+        return self._merged(states, grids)
+
+    def _merged(self, states: Sequence[torch.Tensor], grids: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """Rows of the tower's outputs."""
+        *kept, last = states
         # Kept outputs are in the order of the blocks, mergers in the order of the configuration.
         if self.config.squares is not None:
             return self.merger(last, grids)

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,7 +25,7 @@ from engine.layers.linear import FusedColumnLinear, Linear, qkv_linear
 from engine.layers.matrix_formats import Formats
 from engine.layers.mlp import MLP, GatedMLP
 from engine.layers.norm import LayerNorm, RMSNorm
-from engine.vision.graphs import TowerGraphs
+from engine.vision.graphs import ImageSource, TowerGraphs
 from engine.vision.sandwich import SandwichBlock
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer_config import VisionConfig
@@ -232,6 +233,19 @@ class VisionTransformer(nn.Module):
         state = self._through(self._begin(x), 0, len(self.blocks), segments, windows, self.pause)
         return self._outputs(state)
 
+    def takes_image(self, tokens: int) -> bool:
+        """Return whether :meth:`image_states` takes an image of so many patches."""
+        return self._graphs is not None and self._graphs.fits_image(tokens)
+
+    def image_states(self, pixels: np.ndarray, segments: VisionSegments) -> list[torch.Tensor]:
+        """:meth:`states` of one image, which is one segment, from its pixels on.
+
+        Args:
+            pixels: as the image source of :meth:`capture_graphs` takes them.
+        """
+        assert self._graphs is not None
+        return self._graphs.replay_image(pixels, segments.max_len, segments, self.pause)
+
     def begin(self, patches: torch.Tensor, segments: VisionSegments) -> torch.Tensor:
         """Map patches to the input ``(N, hidden_size)`` of the first block."""
         x = self._at_positions(self.embed(patches, segments), segments, None)
@@ -248,6 +262,7 @@ class VisionTransformer(nn.Module):
         *,
         window_len: int | None = None,
         positions: bool = True,
+        image: ImageSource | None = None,
         rehearse: Callable[[], object],
     ) -> None:
         """Capture the forward pass for small batches: the blocks, and the patches' projection before them
@@ -256,6 +271,7 @@ class VisionTransformer(nn.Module):
         Args:
             window_len: most tokens of a window; None if there are no windows.
             positions: whether the caller adds some to the embedded patches.
+            image: makes patches of one image; for callers that add no positions, and :meth:`image_states`.
             rehearse: encodes an image, so that the kernels around the blocks are compiled before too.
         """
         weight = self.patch_embed.weight
@@ -272,6 +288,7 @@ class VisionTransformer(nn.Module):
             dtype=weight.dtype,
             device=weight.device,
             crowds=self.expects_crowds,
+            image=None if added else image,
         )
         with torch.inference_mode():
             with compiling() if use_triton(weight) else nullcontext():

@@ -167,7 +167,7 @@ def elementwise() -> None:
     from engine.kernels.act_mul import act_mul_triton
     from engine.kernels.kv_write import rotary_kv_write_triton
     from engine.kernels.layer_norm import add_layer_norm_triton
-    from engine.kernels.patchify import patchify_triton
+    from engine.kernels.patchify import patchify_described_triton, patchify_triton
     from engine.kernels.quick_gelu import quick_gelu_triton
     from engine.kernels.rms_norm import HeadNorms, head_norms_triton, rms_norm_triton
     from engine.kernels.rotary import rotary_triton
@@ -184,6 +184,7 @@ def elementwise() -> None:
     pixels = torch.zeros(560, 560, 3, dtype=torch.uint8)
     patchify_triton(pixels, tensor(3 * 256), patch=14, merge=2, temporal=2)
     patchify_triton(pixels[None], tensor(3 * 256), patch=14, merge=1, temporal=1)
+    patchify_described_triton(pixels.view(-1), tensor(3 * 256), 1664, patch=14, merge=2, temporal=2)
     act_mul_triton(tensor(4, 17920))
     sigmoid_gate_triton(tensor(4, 16, 256), tensor(4, 32, 256)[:, 1::2])
     angles, positions = torch.randn(64, 64), torch.zeros(3, 4, dtype=torch.int64)

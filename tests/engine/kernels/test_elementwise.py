@@ -15,7 +15,14 @@ from engine.kernels.activation import ACTIVATIONS
 from engine.kernels.kv_write import rotary_kv_write_reference, rotary_kv_write_triton
 from engine.kernels.layer_norm import add_layer_norm_reference, add_layer_norm_triton
 from engine.kernels.paged import KVCache
-from engine.kernels.patchify import patchify_reference, patchify_triton
+from engine.kernels.patchify import (
+    HEADER,
+    describe_image,
+    patchify_described_reference,
+    patchify_described_triton,
+    patchify_reference,
+    patchify_triton,
+)
 from engine.kernels.quick_gelu import quick_gelu_reference, quick_gelu_triton
 from engine.kernels.rms_norm import (
     HeadNorms,
@@ -170,7 +177,17 @@ def test_patchify(device, dtype, shape, channels, patch, merge, temporal):
     pixels = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
     table = torch.randn(channels * 256, device=device, dtype=dtype)
     result = patchify_triton(pixels, table, patch=patch, merge=merge, temporal=temporal)
-    assert torch.equal(result, patchify_reference(pixels, table, patch=patch, merge=merge, temporal=temporal))
+    expected = patchify_reference(pixels, table, patch=patch, merge=merge, temporal=temporal)
+    assert torch.equal(result, expected)
+    if pixels.dim() == 3:
+        described = torch.zeros(HEADER + pixels.numel() + 12, dtype=torch.uint8)
+        describe_image(described[: HEADER + pixels.numel()].numpy(), pixels.cpu().numpy())
+        for run in (patchify_described_triton, patchify_described_reference):
+            found = run(
+                described.to(device), table, len(expected) + 5, patch=patch, merge=merge, temporal=temporal
+            )
+            assert len(found) == len(expected) + 5 and found.isfinite().all()
+            assert torch.equal(found[: len(expected)], expected)
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 16), (5, 96), (3, 1300)])
