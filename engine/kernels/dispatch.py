@@ -265,6 +265,8 @@ def linear(
     memory_bound = rows <= MEMORY_BOUND_ROWS and use_triton(x) and (scale is None or reads_fp8(x.device))
     if takes_rounded(x, weight, scale):
         assert isinstance(scale, Scale)
+        if use_triton(x) and fp8_mma.supports(x):
+            return fp8_mma_gluon(x, weight, bias, activation=activation, scale=scale, dtype=x.dtype)
         return _rounded_linear(quantise_rows(x), weight, bias, activation, counters, scale)
     if _is_skinny(x, weight, scale):
         if activation is not None and scale is None and ring_gate.supports(x, weight, bias):
@@ -290,7 +292,7 @@ def split_linear(
     scale: Scale | Int4Scale | None = None,
 ) -> torch.Tensor | SplitSums:
     """Compute :func:`linear` for a consumer that adds up what several programs have computed."""
-    if isinstance(x, torch.Tensor) and takes_rounded(x, weight, scale):
+    if isinstance(x, torch.Tensor) and x.shape[0] > 1 and takes_rounded(x, weight, scale):
         x = quantise_rows(x)
     if isinstance(x, RoundedRows):
         assert isinstance(scale, Scale)
@@ -366,7 +368,7 @@ def _rounded_linear(
     rows = len(x.numbers)
     if rows <= MEMORY_BOUND_ROWS and use_triton(x.numbers):
         options = {"activation": activation, "scale": scale, "row_scale": x.scale, "dtype": torch.bfloat16}
-        if rows <= fp8_mma.MAX_ROWS and weight.shape[1] % fp8_mma.WIDTH == 0:
+        if fp8_mma.supports(x.numbers):
             return fp8_mma_gluon(x.numbers, weight, bias, **options)
         return skinny_gemm_triton(x.numbers, weight, bias, counters=counters, **options)
     if activation is not None and use_triton(x.numbers) and wide_gemm.supports_rounded(rows, weight):

@@ -284,6 +284,10 @@ def fp8_weights() -> None:
         run, split = (fp8_mma_gluon, {}) if rows == 1 else (skinny_gemm_triton, {"counters": counters})
         run(tensor(rows, 3584, dtype=FP8), **gated, **rounded, activation="silu")
         run(tensor(rows, 18944, dtype=FP8), **plain, **rounded, **split)
+        if rows == 1:
+            # Rows that the kernel rounds.
+            for inputs in (3584, 4096):
+                run(tensor(1, inputs), **weight(3584, inputs, 1 << 15), dtype=BF16)
         if rows > 1:
             sums = skinny_gemm_triton(tensor(rows, 18944, dtype=FP8), **plain, **rounded, parts=True)
             rms_norm_triton(sums, norm, 1e-6, tensor(rows, 3584), rounded=True)

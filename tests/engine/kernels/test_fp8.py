@@ -158,6 +158,25 @@ def test_a_rounded_row(hopper, monkeypatch, outputs, inputs, activation, tile):
     assert_close(result, float64_linear(rounded, exact, bias, activation), tolerance=allowed)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("outputs", "inputs"), [(34, 320), (200, 3584), (70, 4096), (8, 64)])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_a_row_that_the_kernel_rounds(hopper, outputs, inputs, activation):
+    for factor in (1.0, 1e-30, 1e30, 0.0):
+        x, weight, scale, bias, _ = problem(hopper, torch.bfloat16, 1, outputs, inputs, inputs)
+        x, weight = x * factor, weight.contiguous()
+        options = {"activation": activation, "scale": scale, "dtype": torch.float32}
+        # The largest number is the first, the last, or anywhere.
+        for place in (0, inputs - 1, None):
+            if place is not None:
+                x[0, place] = -9 * factor
+            numbers, row_scale = quantise_rows(x)
+            expected = fp8_mma_gluon(numbers, weight, bias, row_scale=row_scale, **options)
+            rounded, exact = numbers.double() * row_scale, weight.double() * scale.values.double()
+            allowed = max(1e-5, sum_tolerance(rounded, exact, bias, activation))
+            assert_close(fp8_mma_gluon(x, weight, bias, **options), expected.double(), tolerance=allowed)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_many_rows(device, dtype, size):
     x, weight, scale, bias, exact = problem(device, dtype, 70, *size)
