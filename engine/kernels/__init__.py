@@ -39,7 +39,8 @@ decides::
                                                   to 144 outputs an SM, no bias
     linear            fp8_mma_gluon               Triton, 1 row, 64·n inputs, large   fp8_mma.py
                       of rounded rows             weight in fp8 made for fp8 inputs,
-                                                  Hopper, one scale an output
+                                                  Hopper, one scale an output; up to
+                                                  4096 inputs it rounds the row itself
                       skinny_gemm_triton          the same, 1 to 64 rows; 2 or more   skinny_gemm.py
                       of rounded rows             of any size
                       scaled_gemm                 the same, otherwise                 fp8.py
