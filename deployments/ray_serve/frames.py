@@ -39,7 +39,10 @@ class Frames:
             end = begin + int.from_bytes(received[start:begin], "big")
             if len(received) < end:
                 break
-            yield pickle.loads(received[begin:end])
+            # Where they lie: a slice would be a copy, of a MiB for an image.
+            with memoryview(received) as whole, whole[begin:end] as part:
+                message = pickle.loads(part)
+            yield message
             start = end
         del received[:start]
 
