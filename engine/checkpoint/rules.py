@@ -31,6 +31,13 @@ SANDWICH_RULES: tuple[tuple[str, str], ...] = (
 _LAYER_INPUTS = r"(?:.*\.)?(layers\.\d+\.)"
 GEMMA4_RULES: tuple[tuple[str, str], ...] = (
     (_LAYER_INPUTS + r"layer_scalar", r"\1layer_scale"),
+    (_LAYER_INPUTS + r"router\.proj\.weight", r"\1mlp.router.weight"),
+    (_LAYER_INPUTS + r"router\.scale", r"\1mlp.router.scale"),
+    (_LAYER_INPUTS + r"router\.per_expert_scale", r"\1mlp.router.factors"),
+    (_LAYER_INPUTS + r"experts\.(.*)", r"\1mlp.experts.\2"),
+    (_LAYER_INPUTS + r"post_feedforward_layernorm_1\.(.*)", r"\1mlp.mlp_norm.\2"),
+    (_LAYER_INPUTS + r"pre_feedforward_layernorm_2\.(.*)", r"\1mlp.experts_in_norm.\2"),
+    (_LAYER_INPUTS + r"post_feedforward_layernorm_2\.(.*)", r"\1mlp.experts_norm.\2"),
     (_LAYER_INPUTS + r"per_layer_input_gate\.(.*)", r"\1layer_input.gate.\2"),
     (_LAYER_INPUTS + r"per_layer_projection\.(.*)", r"\1layer_input.projection.\2"),
     (_LAYER_INPUTS + r"post_per_layer_input_norm\.(.*)", r"\1layer_input.norm.\2"),

@@ -532,7 +532,7 @@ def experts(
         ``(T, H)`` in the dtype of ``x``.
     """
     packed = isinstance(gate_up.scale, Int4Scale) or isinstance(down.scale, Int4Scale)
-    few = _few_pairs(len(x), routing.config.top_k, len(gate_up.weight))
+    few = _few_pairs(len(x), routing.config.top_k, len(gate_up.weight)) and routing.factors is None
     if few and not packed and _readable(x, gate_up, down):
         return expert_gemv_triton(x, routing, gate_up, down, activation)
     return chosen_experts(x, *routing.chosen(), gate_up, down, activation)

@@ -22,11 +22,13 @@ class Routing:
     Attributes:
         logits: ``(T, E)`` float32 contiguous.
         bias: ``(E,)`` float32, the correction bias if ``config`` has one.
+        factors: ``(E,)`` float32, by which the weights of each expert are multiplied in the end; None: by 1.
     """
 
     logits: torch.Tensor
     config: RouterConfig
     bias: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.logits.is_contiguous() and self.logits.shape[1] == self.config.num_experts
@@ -39,10 +41,11 @@ class Routing:
             Ids ``(T, top_k)`` int32, all below ``E`` even if logits are NaN, and weights ``(T, top_k)``
             float32. The order within a token's experts is not defined.
         """
-        return (route_triton if use_triton(self.logits) else route_reference)(self)
+        ids, weights = (route_triton if use_triton(self.logits) else route_reference)(self)
+        return ids, weights if self.factors is None else weights * self.factors[ids.long()]
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of a kernel for :func:`choose_experts`."""
+        """Arguments of a kernel for :func:`choose_experts`, which leaves out ``factors``."""
         config = self.config
         return {
             "logits_ptr": self.logits, "bias_ptr": self.logits if self.bias is None else self.bias,

@@ -22,6 +22,7 @@ from engine.layers.layer_inputs import LayerInput, LayerInputs
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
+from engine.layers.parallel_experts import ParallelExperts
 from engine.layers.rotary import Rotary
 from engine.layers.short_conv import ShortConv
 
@@ -96,6 +97,9 @@ class DecoderLayer(nn.Module):
 def _make_mlp(config: DecoderConfig, layer: int, build: BuildContext) -> GatedMLP | ExpertsMLP:
     hidden, act = config.hidden_size, config.activation
     if config.experts is not None and layer in config.experts.layers:
+        if config.experts.beside_mlp:
+            size = config.mlp_size(layer)
+            return ParallelExperts(hidden, config.experts, size, act, config.rms_norm_eps, build)
         return ExpertsMLP(hidden, config.experts, act, build)
     return GatedMLP(hidden, config.mlp_size(layer), act, build, bias=config.mlp_bias)
 
@@ -143,7 +147,9 @@ class Decoder(nn.Module):
         layer = self.layers[0]
         assert isinstance(layer, DecoderLayer)
         count = sum(parameter.numel() for parameter in layer.parameters())
-        return count - layer.mlp.idle_parameters() if isinstance(layer.mlp, ExpertsMLP) else count
+        if isinstance(layer.mlp, ExpertsMLP | ParallelExperts):
+            count -= layer.mlp.idle_parameters()
+        return count
 
     def kv_scales(self) -> list[tuple[float, float]]:
         """The factors of each layer's keys and values in fp8; 1 where the checkpoint has no scales."""

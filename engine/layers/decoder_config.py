@@ -263,8 +263,8 @@ class DecoderConfig:
         if self.experts is None:
             return tuple(sorted({self.mlp_size(layer) for layer in range(self.num_layers)}))
         sizes = {self.experts.intermediate_size, self.experts.shared_size or self.experts.intermediate_size}
-        if len(self.experts.layers) < self.num_layers:
-            sizes.add(self.intermediate_size)
+        if len(self.experts.layers) < self.num_layers or self.experts.beside_mlp:
+            sizes |= {self.mlp_size(layer) for layer in range(self.num_layers)}
         return tuple(sorted(sizes))
 
     def mlp_size(self, layer: int) -> int:

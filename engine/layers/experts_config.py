@@ -17,6 +17,7 @@ class ExpertsConfig:
         layers: indices of the layers with experts; the others have a plain MLP.
         shared_size: intermediate size of the shared expert, which sees every token; None if there is none.
         shared_gate: the shared expert's result is multiplied by the sigmoid of a linear layer of the token.
+        beside_mlp: these layers have a plain MLP as well; see :mod:`engine.layers.parallel_experts`.
     """
 
     router: RouterConfig
@@ -24,3 +25,4 @@ class ExpertsConfig:
     layers: tuple[int, ...]
     shared_size: int | None = None
     shared_gate: bool = False
+    beside_mlp: bool = False

@@ -1,4 +1,4 @@
-"""Gemma 4 (E2B, E4B, 31B): images and videos at their own shape, and layers of two kinds."""
+"""Gemma 4 (E2B, E4B, 26B-A4B, 31B): images and videos at their own shape, and layers of two kinds."""
 
 from __future__ import annotations
 

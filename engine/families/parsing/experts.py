@@ -45,6 +45,8 @@ def parse_experts(config: Json, layers: int) -> ExpertsConfig | None:
     """
     if "n_routed_experts" in config:
         return _routed_experts(config, layers)
+    if "enable_moe_block" in config:
+        return _experts_beside_mlps(config, layers) if flag(config, "enable_moe_block") else None
     if "num_local_experts" in config:
         router = _router(config, "num_local_experts", renormalise=True)
         return ExpertsConfig(router, integer(config, "intermediate_size"), tuple(range(layers)))
@@ -97,12 +99,20 @@ def _routed_experts(config: Json, layers: int) -> ExpertsConfig | None:
     return ExpertsConfig(router, size, sparse, shared_size=size * integer(config, "n_shared_experts"))
 
 
-def _router(config: Json, field: str, *, renormalise: bool) -> RouterConfig:
-    experts, top_k = integer(config, field), integer(config, "num_experts_per_tok")
+def _experts_beside_mlps(config: Json, layers: int) -> ExpertsConfig:
+    """Read the experts of a Gemma 4, which every layer has beside its MLP."""
+    router = _router(config, "num_experts", renormalise=True, of_token="top_k_experts")
+    size = integer(config, "moe_intermediate_size")
+    return ExpertsConfig(router, size, tuple(range(layers)), beside_mlp=True)
+
+
+def _router(
+    config: Json, field: str, *, renormalise: bool, of_token: str = "num_experts_per_tok"
+) -> RouterConfig:
+    experts, top_k = integer(config, field), integer(config, of_token)
     if top_k > experts:
         raise CheckpointError(
-            f"config.json: num_experts_per_tok {top_k} should be at most {field} {experts}",
-            param="num_experts_per_tok",
+            f"config.json: {of_token} {top_k} should be at most {field} {experts}", param=of_token
         )
     return RouterConfig(experts, top_k, renormalise=renormalise)
 

@@ -36,6 +36,9 @@ GEMMA4_DEFAULTS: dict[str, Any] = {
     "num_kv_shared_layers": 0,
     "use_double_wide_mlp": False,
     "enable_moe_block": False,
+    "num_experts": None,
+    "top_k_experts": None,
+    "moe_intermediate_size": None,
 }
 #: Fields of layers with full attention in files of Transformers 5.23, under ``per_layer_config``.
 _OF_LAYERS = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
@@ -113,10 +116,6 @@ def gemma4_switches(config: Json) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the field that is not supported.
     """
-    if flag(config, "enable_moe_block"):
-        raise CheckpointError(
-            "config.json: Gemma 4 with experts (enable_moe_block) is not supported", param="enable_moe_block"
-        )
     both_ways = config["use_bidirectional_attention"]
     if both_ways not in (None, False, "vision"):
         raise CheckpointError(

@@ -1,5 +1,6 @@
 """Language models without images: Gemma 1 to 4, GLM-4, Granite, LFM2, Llama, Mistral, Ministral-3, Phi3,
-Qwen2, Qwen3, Qwen3.5; with experts GLM-4.5, Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
+Qwen2, Qwen3, Qwen3.5; with experts Gemma 4, GLM-4.5, Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE,
+Qwen3.5-MoE."""
 
 from __future__ import annotations
 

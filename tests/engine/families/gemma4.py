@@ -52,6 +52,15 @@ LARGE: dict[str, Any] = {
 }
 
 
+#: As 26B: experts beside the MLP of each layer.
+EXPERTS: dict[str, Any] = {
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 3,
+    "moe_intermediate_size": 24,
+}
+
+
 def gemma4_tokenizer() -> Any:
     return tokenizer(
         SPECIALS, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", extra_special_tokens=TOKENS
@@ -59,7 +68,8 @@ def gemma4_tokenizer() -> Any:
 
 
 def make_gemma4(path: Path, hub: bool = False, *, large: bool = False) -> Path:
-    """A checkpoint as Transformers saves it, or in the layout of the public ones."""
+    """A checkpoint as Transformers saves it, or in the layout of the public ones; large public ones with
+    experts."""
     tok = gemma4_tokenizer()
     text = {
         "vocab_size": len(tok) + 3,
@@ -82,6 +92,7 @@ def make_gemma4(path: Path, hub: bool = False, *, large: bool = False) -> Path:
         "eos_token_id": 1,
         "bos_token_id": 2,
         **(LARGE if large else SMALL),
+        **(EXPERTS if large and hub else {}),
     }
     config = transformers.Gemma4Config(
         text_config=text,

@@ -167,7 +167,7 @@ def test_fields_mean_what_they_mean_in_transformers(fields):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"enable_moe_block": True, "num_experts": 4}, "enable_moe_block"),
+        ({"enable_moe_block": True, "num_experts": 4, "top_k_experts": 5}, "top_k_experts"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
         ({"num_kv_shared_layers": 7}, "num_kv_shared_layers"),
         ({"num_kv_shared_layers": 2, "layer_types": [SLIDING] * 6 + [FULL]}, "num_kv_shared_layers"),

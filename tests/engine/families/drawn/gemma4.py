@@ -160,6 +160,14 @@ def draw_gemma4_decoder(draw: Draw, vocab: int) -> dict[str, Any]:
         text["use_double_wide_mlp"] = draw.varies("wide", 0.5)
         # Transformers' class can't do without.
         text["hidden_size_per_layer_input"] = draw.choice("inputs beside borrowed keys", (8, 12))
+    if draw.varies("experts", 0.35):
+        count = draw.choice("number of experts", (4, 8))
+        text |= {
+            "enable_moe_block": True,
+            "num_experts": count,
+            "top_k_experts": draw.choice("experts of a token", (1, 2, 3)),
+            "moe_intermediate_size": draw.choice("intermediate of experts", (24, 32)),
+        }
     if draw.varies("rope stated", 0.6):
         full = {"rope_type": "proportional", "rope_theta": draw.choice("theta", (1e6, 1e4))}
         if draw.varies("share stated", 0.7):
