@@ -86,6 +86,6 @@ gated_norm.py, gumbel.py (gumbel_argmax, argmax), int4.py (dequantise_int4), kv_
 peer_reduce.py sums over the GPUs of a host and gathers from them; :class:`engine.distributed.group.TorchGroup` chooses between it and NCCL.
 
 Shared by kernels: activation.py (inside kernels), delta_scan.py and delta_tiles.py (parts of delta_prefill.py), device.py (SMs, memory, capability), expert_groups.py
-(sorts pairs of tokens and experts, adds up their results), int4_unpack.py (unpacks weights in 4 bits), launch.py (launch or compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch),
+(sorts pairs of tokens and experts, adds up their results), image_plan.py (how the programs of image_attention.py share the work), int4_unpack.py (unpacks weights in 4 bits), launch.py (launch or compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch),
 recurrent_state.py (states of gated delta nets and convolutions), registers.py (layouts in registers, for Gluon), ring.py (buffers in shared memory, for Gluon), router_config.py (of a router of experts), scales.py (of fp8 weights), shares.py (equal shares of steps for programs, for Gluon), split_sums.py (sums that a norm adds up), tile.py (attention tiles).
 """

@@ -49,6 +49,7 @@ from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activ
 from engine.kernels.gemv import gemv_sum_triton, gemv_triton
 from engine.kernels.grouped_gemm import grouped_experts_triton
 from engine.kernels.image_attention import image_attention_gluon
+from engine.kernels.image_plan import choose_plan, possible_plans
 from engine.kernels.int4 import Int4Scale, dequantise_int4
 from engine.kernels.int4_experts import int4_expert_gemv_triton, int4_grouped_gemm_triton
 from engine.kernels.int4_gemm import int4_gemm_triton
@@ -198,14 +199,16 @@ def vision_attention(
         return vision_attention_reference(q, k, v, cu_seqlens, max_len=max_len, scale=scale)
     segments = len(cu_seqlens) - 1
     if segments > 0 and image_attention.supports(q, k, v):
-        shares = image_attention.choose_shares(len(q), segments, *q.shape[1:], sms=num_sms(q.device))
-        run = partial(image_attention_gluon, q, k, v, cu_seqlens, scale=scale)
+        counted = counters is not None
+        run = partial(image_attention_gluon, q, k, v, cu_seqlens, scale=scale, counters=counters)
         if is_compiling():
             # Compile the kernels for other images too.
-            for given in {None, counters if segments == 1 else None}:
-                run(counters=given)
-        elif shares is not None:
-            return run(counters=counters if shares else None)
+            for each in possible_plans(q.shape[2], segments, counted=counted):
+                run(plan=each)
+        else:
+            plan = choose_plan(len(q), segments, *q.shape[1:], sms=num_sms(q.device), counted=counted)
+            if plan is not None:
+                return run(plan=plan)
     return vision_attention_triton(q, k, v, cu_seqlens, max_len=max_len, scale=scale)
 
 

@@ -42,6 +42,7 @@ def test_every_kernel_of_the_engine_is_measured():
         "device",
         "dispatch",
         "experts",
+        "image_plan",
         # Within other kernels.
         "int4_unpack",
         "launch",

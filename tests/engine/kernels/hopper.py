@@ -152,14 +152,15 @@ def vision(heads: int, dim: int, tokens: int, images: int = 1) -> None:
     vision_attention_triton(q, k, v, bounds, max_len=tokens, scale=0.1)
 
 
-def image(heads: int, dim: int, tokens: int) -> None:
+def image(heads: int, dim: int, tokens: int, images: int = 1) -> None:
     from engine.kernels.image_attention import image_attention_gluon
+    from engine.kernels.image_plan import possible_plans
     from engine.kernels.shares import part_counters
 
-    q, k, v = tensor(tokens, 3 * heads, dim).split(heads, dim=1)
-    bounds, counters = torch.tensor([0, tokens], dtype=I32), part_counters(q.device)
-    for each in (None, counters):
-        image_attention_gluon(q, k, v, bounds, scale=0.1, counters=each)
+    q, k, v = tensor(images * tokens, 3 * heads, dim).split(heads, dim=1)
+    bounds, counters = (torch.arange(images + 1) * tokens).to(I32), part_counters(q.device)
+    for plan in possible_plans(dim, images, counted=True):
+        image_attention_gluon(q, k, v, bounds, scale=0.1, plan=plan, counters=counters)
 
 
 def elementwise() -> None:
@@ -588,6 +589,7 @@ MORE_CASES: list[Callable[[], None]] = [
     lambda: vision(16, 72, 1024),
     *(partial(several_ranks, rows, 8) for rows in (1, 512)),
     lambda: image(16, 64, 1600),
+    lambda: image(16, 128, 1600),
     partial(gated, 512, 1536, 8960, "gelu_pytorch_tanh", bias=True),
     *(partial(activated, 4096, 1280, 5120, activation) for activation in ("silu", "gelu", "quick_gelu")),
 ]

@@ -19,6 +19,7 @@ from engine.kernels.dispatch import (
     split_linear,
 )
 from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
+from engine.kernels.image_plan import ImagePlan
 from engine.kernels.norm_gemv import norm_linear_reference
 
 from .compare import assert_close
@@ -94,9 +95,10 @@ def test_prompts_of_middle_lengths_take_pairs_of_tiles_unless_they_are_many(
 @pytest.mark.parametrize(
     ("segments", "counted", "expected"),
     [
-        ([2304], True, ["shares"]),
-        ([2304], False, ["whole"]),
-        ([1600] * 2, True, ["whole"]),
+        ([2304], True, [ImagePlan(shares=True)]),
+        ([2304], False, [ImagePlan()]),
+        ([1444], True, [ImagePlan(groups=3)]),
+        ([1600] * 16, False, [ImagePlan()]),
         ([576], True, ["vision_attention_triton"]),
         ([], True, ["vision_attention_triton"]),
     ],
@@ -105,11 +107,7 @@ def test_images_choose_by_their_lengths(monkeypatch, segments, counted, expected
     q = torch.zeros(sum(segments), 16, 80, dtype=torch.bfloat16)
     bounds = torch.tensor([0, *segments]).cumsum(0).int()
     called = spy(monkeypatch, "vision_attention_triton")
-    monkeypatch.setattr(
-        dispatch,
-        "image_attention_gluon",
-        lambda *_, counters, **__: called.append("whole" if counters is None else "shares"),
-    )
+    monkeypatch.setattr(dispatch, "image_attention_gluon", lambda *_, plan, **__: called.append(plan))
     monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
     monkeypatch.setattr(dispatch, "num_sms", lambda _: 132)
     monkeypatch.setattr(dispatch.image_attention, "supports", lambda *_: True)

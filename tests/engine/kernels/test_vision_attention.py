@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from engine.kernels import image_attention
-from engine.kernels.image_attention import choose_shares, image_attention_gluon
+from engine.kernels.image_attention import image_attention_gluon
+from engine.kernels.image_plan import ImagePlan, choose_plan, possible_plans
 from engine.kernels.shares import part_counters
 from engine.kernels.vision_attention import (
     choose_tile,
@@ -27,49 +28,55 @@ def test_triton_equals_reference(device, dtype, dim, lengths):
     assert_close(result, expected)
 
 
+SHARES, TWO, THREE = ImagePlan(shares=True), ImagePlan(), ImagePlan(groups=3)
+
+
+class Images:
+    """Images of ``lengths`` with 16 heads on a GPU; tokens behind them are NaN."""
+
+    def __init__(self, device, dtype, dim, lengths):
+        self.tokens = sum(lengths)
+        fused = torch.randn(self.tokens + 3, 48, dim, device=device, dtype=dtype)
+        self.q, self.k, self.v = fused.split(16, dim=1)
+        for x in (self.q, self.k, self.v):
+            x[self.tokens :] = torch.nan
+        assert image_attention.supports(self.q, self.k, self.v)
+        self.bounds = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+        self.options = {"max_len": max(lengths), "scale": dim**-0.5}
+        self.counters = part_counters(device)
+
+    def run(self, plan):
+        options = {"scale": self.options["scale"], "counters": self.counters, "plan": plan}
+        return image_attention_gluon(self.q, self.k, self.v, self.bounds, **options)[: self.tokens]
+
+    def check(self, plan):
+        """Compare with the reference, and with later runs: a read of what another program has not written yet
+        would show now and then."""
+        result = self.run(plan)
+        for head in range(16):
+            one = [x[: self.tokens, head : head + 1].double() for x in (self.q, self.k, self.v)]
+            expected = vision_attention_reference(*one, self.bounds, **self.options)
+            assert_close(result[:, head : head + 1], expected)
+        assert all(torch.equal(self.run(plan), result) for _ in range(20))
+        assert not self.counters.any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 80, 128])
 @pytest.mark.parametrize("length", [5, 196, 1600, 2500])
 def test_shares_of_one_image_equal_the_reference(hopper, dtype, dim, length):
     """Tokens beyond the segment, and programs without a share, change nothing."""
-    q, k, v = torch.randn(length + 3, 48, dim, device=hopper, dtype=dtype).split(16, dim=1)
-    for x in (q, k, v):
-        x[length:] = torch.nan
-    bounds, counters = torch.tensor([0, length], dtype=torch.int32, device=hopper), part_counters(hopper)
-    assert image_attention.supports(q, k, v)
-    options = {"scale": dim**-0.5, "counters": counters}
-    result = image_attention_gluon(q, k, v, bounds, **options)
-    expected = torch.empty_like(result[:length], dtype=torch.float64)
-    for head in range(16):
-        one = [x[:length, head : head + 1].double() for x in (q, k, v)]
-        expected[:, head : head + 1] = vision_attention_reference(
-            *one, bounds, max_len=length, scale=dim**-0.5
-        )
-    assert_close(result[:length], expected)
-    # Programs merge each other's parts: a read of what is not written yet would show now and then.
-    for _ in range(20):
-        assert torch.equal(image_attention_gluon(q, k, v, bounds, **options)[:length], result[:length])
-    assert not counters.any()
+    Images(hopper, dtype, dim, [length]).check(SHARES)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, 80, 128])
-@pytest.mark.parametrize("lengths", [[5], [1, 0, 63, 700, 129, 1600, 3, 0], [128] * 40])
-def test_whole_tiles_of_images_equal_the_reference(hopper, dtype, dim, lengths):
+@pytest.mark.parametrize(("dim", "plan"), [(80, TWO), (128, TWO), (80, THREE)])
+@pytest.mark.parametrize("lengths", [[5], [1, 0, 63, 700, 129, 1600, 3, 0], [128] * 40, [1600] * 4])
+def test_whole_tiles_of_images_equal_the_reference(hopper, dtype, dim, plan, lengths):
     """Programs pass over images without tokens, and may have none, one or several tiles."""
-    tokens = sum(lengths)
-    q, k, v = torch.randn(tokens + 3, 48, dim, device=hopper, dtype=dtype).split(16, dim=1)
-    for x in (q, k, v):
-        x[tokens:] = torch.nan
-    bounds = torch.tensor([0, *lengths], device=hopper).cumsum(0).int()
-    result = image_attention_gluon(q, k, v, bounds, scale=dim**-0.5)
-    options = {"max_len": max(lengths), "scale": dim**-0.5}
-    wide = (x[:tokens].double() for x in (q, k, v))
-    assert_close(result[:tokens], vision_attention_reference(*wide, bounds, **options))
-    for _ in range(20):
-        assert torch.equal(image_attention_gluon(q, k, v, bounds, scale=dim**-0.5)[:tokens], result[:tokens])
+    Images(hopper, dtype, dim, lengths).check(plan)
 
 
 def test_only_heads_beside_each_other_are_supported(monkeypatch):
@@ -95,26 +102,40 @@ def test_tiles_are_large_where_small_ones_need_a_second_wave(length, segments, r
 
 
 @pytest.mark.parametrize(
-    ("tokens", "segments", "dim", "shares"),
+    ("tokens", "segments", "dim", "expected"),
     [
-        # Read on an H200: the fastest of three kernels for 16 heads and 132 SMs.
+        # Read on an H200: the fastest plan for 16 heads and 132 SMs, or the general kernel.
         (576, 1, 80, None),
-        (1024, 1, 80, False),
-        (1444, 1, 80, None),
-        (1600, 1, 80, False),
-        (2048, 1, 80, False),
-        (2304, 1, 80, True),
-        (3136, 1, 80, True),
-        (2 * 1600, 2, 80, False),
+        (1024, 1, 80, TWO),
+        (1444, 1, 80, THREE),
+        (1156, 1, 80, THREE),
+        (1600, 1, 80, TWO),
+        (2048, 1, 80, TWO),
+        (2304, 1, 80, SHARES),
+        (3136, 1, 80, SHARES),
+        (4096, 1, 80, TWO),
+        (6400, 1, 80, SHARES),
+        (4 * 1600, 4, 80, TWO),
+        (16 * 784, 16, 80, THREE),
         (4 * 784, 4, 80, None),
-        (16 * 1024, 16, 80, False),
+        (16 * 1024, 16, 80, TWO),
         (16 * 1600, 16, 64, None),
-        (4 * 1024, 4, 128, False),
+        (4 * 1024, 4, 128, TWO),
         (64 * 64, 64, 80, None),
     ],
 )
-def test_the_kernel_of_images_is_the_fastest_one(tokens, segments, dim, shares):
-    assert choose_shares(tokens, segments, 16, dim, sms=132) is shares
+def test_the_kernel_of_images_is_the_fastest_one(tokens, segments, dim, expected):
+    assert choose_plan(tokens, segments, 16, dim, sms=132, counted=True) == expected
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("segments", [1, 2, 16])
+@pytest.mark.parametrize("counted", [False, True])
+def test_all_possible_plans_are_chosen_and_no_other(dim, segments, counted):
+    """At start-up the kernels of the possible plans are compiled."""
+    lengths = range(1, 8000, 37)
+    chosen = {choose_plan(segments * n, segments, 16, dim, sms=132, counted=counted) for n in lengths}
+    assert chosen == {None, *possible_plans(dim, segments, counted=counted)}
 
 
 def test_segments_do_not_see_each_other(device):
