@@ -41,6 +41,10 @@ decides::
                       of rounded rows             weight in fp8 made for fp8 inputs,
                                                   Hopper, one scale an output; up to
                                                   4096 inputs it rounds the row itself
+                      alone_gemm_gluon            the same, 17 to 64 rows, 2048 to    ring_gemm.py
+                      of rounded rows             8192 inputs, as many tiles of 64
+                                                  outputs as SMs or up to half fewer,
+                                                  no split-K
                       skinny_gemm_triton          the same, 1 to 64 rows; 2 or more   skinny_gemm.py
                       of rounded rows             of any size
                       scaled_gemm                 the same, otherwise                 fp8.py

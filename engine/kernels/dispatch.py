@@ -65,7 +65,7 @@ from engine.kernels.peer_reduce import MAX_SENT, PeerBuffers
 from engine.kernels.prefill_attention import prefill_attention_gluon
 from engine.kernels.recurrent_state import StateCache
 from engine.kernels.ring_gate import ring_gate_gluon
-from engine.kernels.ring_gemm import ring_gemm_gluon
+from engine.kernels.ring_gemm import alone_gemm_gluon, ring_gemm_gluon
 from engine.kernels.rms_norm import HeadNorms, rms_norm, rms_norm_rounded
 from engine.kernels.rotary import RotaryTable
 from engine.kernels.route import Routing
@@ -373,6 +373,9 @@ def _rounded_linear(
         options = {"activation": activation, "scale": scale, "row_scale": x.scale, "dtype": torch.bfloat16}
         if fp8_mma.supports(x.numbers):
             return fp8_mma_gluon(x.numbers, weight, bias, **options)
+        if activation is None and counters is None and ring_gemm.supports_alone(x.numbers, weight):
+            del options["activation"]
+            return alone_gemm_gluon(x.numbers, weight, bias, **options)
         return skinny_gemm_triton(x.numbers, weight, bias, counters=counters, **options)
     if activation is not None and use_triton(x.numbers) and wide_gemm.supports_rounded(rows, weight):
         options = {"scale": scale, "row_scale": x.scale, "dtype": torch.bfloat16}

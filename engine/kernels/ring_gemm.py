@@ -1,4 +1,5 @@
 """GEMM of 2 to 64 rows, in fp8 up to 256, for Hopper GPUs, for a consumer that adds up what its programs have summed.
+In fp8 a program may have a tile to itself, too.
 
 As in :mod:`engine.kernels.skinny_gemm` a tile of weights is the left operand of the tensor cores, the rows are the
 right one, and several programs share the inputs of a tile. Weights and rows come to a ring of buffers in shared memory
@@ -24,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from engine.kernels.device import MEMORY_BOUND_ROWS, has_descriptor, is_hopper, num_sms
-from engine.kernels.fp8 import FP8, Scale
+from engine.kernels.fp8 import FP8, MAX_FAST_INPUTS, Scale
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.ring import (
@@ -43,6 +44,8 @@ from engine.kernels.split_sums import SplitSums
 _MIN_INPUTS, _MIN_ROUNDED_INPUTS = 1024, 8192
 #: More rows were not measured.
 _MOST_ROUNDED_ROWS = 256
+#: A tile of a program alone: with two programs' rings there is room for attention's, which begin meanwhile.
+_ALONE_DEPTH, _MIN_ALONE_INPUTS = 6, 2048
 _wait_for_previous = gluon.jit(wait_for_previous.fn)
 
 
@@ -75,6 +78,8 @@ def choose_tile(rows: int, outputs: int, inputs: int, *, itemsize: int, sms: int
     tiles, steps = triton.cdiv(outputs, 64), triton.cdiv(inputs * itemsize, STEP_BYTES)
     # One program on an SM, with as many steps as fit; a few steps are all loaded in advance.
     programs, depth = (sms, 13) if 2 * tiles <= sms else (2 * sms, 6)
+    if itemsize == 1 and steps >= 128 and 16 < rows:
+        programs, depth = 2 * sms, 4
     if rows > MEMORY_BOUND_ROWS:
         shared = 2 * sms // (tiles * triton.cdiv(rows, 128))
         return RingTile(64, 4, max(2, min(shared, triton.cdiv(steps, 8))), 128)
@@ -92,6 +97,15 @@ def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return fits and has_descriptor(x) and has_descriptor(weight) and is_hopper(x.device)
 
 
+def supports_alone(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether programs should compute a tile of ``x @ weight.T`` each: of rows in fp8, where there are about as
+    many tiles as SMs, and no more. Otherwise skinny_gemm.py is as fast, or was not compared."""
+    (rows, inputs), tiles, sms = x.shape, triton.cdiv(len(weight), 64), num_sms(x.device)
+    fits = 16 < rows <= MEMORY_BOUND_ROWS and _MIN_ALONE_INPUTS <= inputs <= MAX_FAST_INPUTS
+    fits = fits and tiles <= sms <= 2 * tiles and x.dtype == weight.dtype == FP8
+    return fits and has_descriptor(x) and has_descriptor(weight) and is_hopper(x.device)
+
+
 def ring_gemm_gluon(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -106,35 +120,67 @@ def ring_gemm_gluon(
     Args:
         scale, row_scale, dtype: see :func:`engine.kernels.skinny_gemm.skinny_gemm_triton`; both scales or none.
     """
+    tile = choose_tile(x.shape[0], len(weight), x.shape[1], itemsize=x.element_size(), sms=num_sms(x.device))
+    out = torch.empty((tile.splits, x.shape[0], len(weight)), dtype=torch.float32, device=x.device)
+    _launch(x, weight, bias, out, tile, scale, row_scale)
+    return SplitSums(out, dtype or x.dtype)
+
+
+def alone_gemm_gluon(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    scale: Scale,
+    row_scale: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See :func:`engine.kernels.dispatch.linear`; for what :func:`supports_alone` admits. The tensor cores alone sum
+    up the products, see :data:`~engine.kernels.fp8.MAX_FAST_INPUTS`."""
+    out = torch.empty((x.shape[0], len(weight)), dtype=dtype, device=x.device)
+    _launch(x, weight, bias, out, RingTile(64, _ALONE_DEPTH, 1), scale, row_scale)
+    return out
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    tile: RingTile,
+    scale: Scale | None,
+    row_scale: torch.Tensor | None,
+) -> None:
+    """Multiply; ``out`` takes the result, or the sums of each split."""
     (rows, inputs), outputs = x.shape, len(weight)
     assert weight.shape[1] == inputs and (scale is None) == (row_scale is None) == (x.dtype != FP8)
     assert scale is None or scale.values.shape == (outputs, 1)
-    tile = choose_tile(rows, outputs, inputs, itemsize=x.element_size(), sms=num_sms(x.device))
     columns = tile.rows
     width = STEP_BYTES // x.element_size()
-    out = torch.empty((tile.splits, rows, outputs), dtype=torch.float32, device=x.device)
     launch(
         _ring_gemm_kernel, (triton.cdiv(outputs, tile.outputs), tile.splits, triton.cdiv(rows, columns)),
         x_desc=describe(x, columns), weight_desc=described(weight, tile.outputs),
         bias_ptr=out if bias is None else bias, out_ptr=out, scale_ptr=out if scale is None else scale.values,
         row_scale_ptr=out if row_scale is None else row_scale, rows=rows, outputs=outputs,
         steps=triton.cdiv(inputs, width), ROWS=columns, TILE=tile.outputs, WIDTH=width, DEPTH=tile.depth,
-        BIAS=bias is not None, num_warps=4, **pdl_options(x),
+        BIAS=bias is not None, FAST=out.dim() == 2, num_warps=4, **pdl_options(x),
     )  # fmt: skip
-    return SplitSums(out, dtype or x.dtype)
 
 
 # ``rows`` differs between batches; specialising on it would compile the kernel again at start-up.
 @gluon.jit(do_not_specialize=["rows"])
 def _ring_gemm_kernel(
     x_desc, weight_desc, bias_ptr, out_ptr, scale_ptr, row_scale_ptr, rows, outputs, steps, ROWS: gl.constexpr,
-    TILE: gl.constexpr, WIDTH: gl.constexpr, DEPTH: gl.constexpr, BIAS: gl.constexpr, PDL: gl.constexpr,
+    TILE: gl.constexpr, WIDTH: gl.constexpr, DEPTH: gl.constexpr, BIAS: gl.constexpr, FAST: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """One program per tile of outputs and share of the inputs.
 
     Args:
-        out_ptr: ``(shares, rows, outputs)`` float32, each share's sums, of which the first has the bias.
+        out_ptr: ``(shares, rows, outputs)``, each share's sums, of which the first has the bias; float32 if there
+            are several.
         scale_ptr: ``(outputs,)``, and row_scale_ptr: ``(rows,)``, float32; for fp8.
+        FAST: sums of fp8 products are added up by the tensor cores.
     """
     FP8: gl.constexpr = x_desc.dtype.primitive_bitwidth == 8
     BYTES: gl.constexpr = (TILE + ROWS) * WIDTH * x_desc.dtype.primitive_bitwidth // 8
@@ -165,7 +211,7 @@ def _ring_gemm_kernel(
         mbarrier.wait(ready.index(slot), phase)
         right = x.index(slot).permute((1, 0))
         left = weights.index(slot)
-        if FP8:
+        if FP8 and not FAST:
             # The tensor cores keep 14 bits of sums of fp8 products, so those of a step are added up outside.
             products = warpgroup_mma(left, right, nothing, use_acc=False, is_async=True)
             products = warpgroup_mma_wait(0, deps=[products])
@@ -205,4 +251,8 @@ def _ring_gemm_kernel(
     stored = tile + gl.arange(0, TILE, gl.SliceLayout(1, STORED))
     stored_row = top + gl.arange(0, ROWS, gl.SliceLayout(0, STORED))
     offset = (split * rows + stored_row)[None, :] * outputs + stored[:, None]
-    gl.store(out_ptr + offset, sums, mask=(stored < outputs)[:, None] & (stored_row < rows)[None, :])
+    gl.store(
+        out_ptr + offset,
+        sums.to(out_ptr.dtype.element_ty),
+        mask=(stored < outputs)[:, None] & (stored_row < rows)[None, :],
+    )

@@ -4,7 +4,7 @@ import torch
 from engine.kernels import dispatch, ring_gemm
 from engine.kernels.dispatch import linear, split_linear
 from engine.kernels.fp8 import FP8, RoundedRows, Scale, quantise_rows_reference
-from engine.kernels.ring_gemm import RingTile, choose_tile, ring_gemm_gluon, supports
+from engine.kernels.ring_gemm import RingTile, alone_gemm_gluon, choose_tile, ring_gemm_gluon, supports
 
 from .compare import assert_close
 from .test_linear import float64_linear
@@ -55,6 +55,46 @@ def test_the_total_of_rounded_rows_equals_float64(hopper, monkeypatch, rows, out
         sums = ring_gemm_gluon(numbers, weight, bias, scale=scale, row_scale=row_scale, dtype=torch.bfloat16)
         # The tensor cores keep 14 bits of a sum over 128 products.
         assert_close(sums.parts.sum(0), expected, tolerance=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("outputs", "inputs"), [(200, 2048), (4608, 3584), (80, 8192), (64, 2064)])
+@pytest.mark.parametrize("rows", [17, 64])
+def test_programs_with_a_tile_to_themselves_equal_float64(hopper, rows, outputs, inputs):
+    x, _, bias = problem(hopper, rows, outputs, inputs)
+    numbers, row_scale = quantise_rows_reference(x)
+    weight = (torch.randn(outputs, inputs, device=hopper) * 30).to(FP8)
+    scale = Scale((torch.rand(outputs, 1, device=hopper) + 0.5) * inputs**-0.5 / 30, inputs, True)
+    exact = numbers.double() * row_scale.double(), weight.double() * scale.values.double()
+    for given in (None, bias):
+        expected = float64_linear(*exact, None if given is None else given.double())
+        for _ in range(5):
+            options = {"scale": scale, "row_scale": row_scale, "dtype": torch.bfloat16}
+            result = alone_gemm_gluon(numbers, weight, given, **options)
+            assert result.dtype == torch.bfloat16 and result.shape == expected.shape
+            # The tensor cores keep 14 bits of all sums.
+            assert_close(result, expected, tolerance=4e-3)
+
+
+def test_projections_of_17_to_64_rounded_rows_have_a_tile_a_program(monkeypatch):
+    monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
+    monkeypatch.setattr(ring_gemm, "is_hopper", lambda _: True)
+    monkeypatch.setattr(ring_gemm, "num_sms", lambda _: 4)
+    taken = []
+    monkeypatch.setattr(dispatch, "alone_gemm_gluon", lambda x, *_, **__: taken.append(len(x)))
+    monkeypatch.setattr(dispatch, "skinny_gemm_triton", lambda *_, **__: None)
+    weight, scale = torch.zeros(320, 2048).to(FP8), Scale(torch.ones(320, 1), 2048, True)
+    for rows in (16, 17, 64):
+        numbers = RoundedRows.empty(rows, 2048, torch.device("cpu"))
+        linear(numbers, weight[:256], scale=scale)
+        # Of too many and too few outputs, with a gate, and with split-K.
+        linear(numbers, weight, scale=scale)
+        linear(numbers, weight[:64], scale=scale)
+        linear(numbers, weight[:256], scale=scale, activation="silu")
+        linear(numbers, weight[:256], scale=scale, counters=torch.zeros(4))
+        few = RoundedRows.empty(rows, 1024, torch.device("cpu"))
+        linear(few, weight[:256, :1024].contiguous(), scale=scale)
+    assert taken == [17, 64]
 
 
 @pytest.mark.parametrize("hopper_gpu", [False, True])
