@@ -12,6 +12,10 @@ ENDS = "sightline.ends_with_client"
 PIECES = "sightline.pieces"
 
 
+#: Nothing reads a body of these requests.
+_WITHOUT_BODY = ("GET", "HEAD")
+
+
 class WhileListenedTo:
     """A block that ends early when the client leaves.
 
@@ -88,6 +92,8 @@ def ends_with_client(app: ASGIApp, *, stays_cancelled: bool = False) -> ASGIApp:
 
         scope = {PIECES: send, **scope, ENDS: True}
         async with WhileListenedTo(unless_answered, stays_cancelled=stays_cancelled) as client:
+            if scope["method"] in _WITHOUT_BODY:
+                client.listen()
             await app(scope, take, give)
 
     return answer

@@ -11,7 +11,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from deployments.leaving import PIECES
 from deployments.ray_serve.doorstep import Doorstep, middlewares
 from deployments.ray_serve.ingress import Disconnects
-from deployments.report import SentResponse
+from deployments.report import NewIds, SentResponse, begin_report
+from deployments.sse import EventResponse
 
 
 class Serve:
@@ -42,7 +43,9 @@ class Serve:
             self.cancelled = True
 
 
-async def ask(app: ASGIApp, receive: Receive, *headers: tuple[bytes, bytes]) -> tuple[Serve, list]:
+async def ask(
+    app: ASGIApp, receive: Receive, *headers: tuple[bytes, bytes], method: str = "POST"
+) -> tuple[Serve, list]:
     """Ask for something that the client waits for or leaves, as ``receive`` says; what was sent, and how."""
     sent: list = []
 
@@ -50,7 +53,7 @@ async def ask(app: ASGIApp, receive: Receive, *headers: tuple[bytes, bytes]) -> 
         sent.append(message)
 
     between = Serve(Disconnects(app))
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": list(headers)}
+    scope = {"type": "http", "method": method, "path": "/", "headers": list(headers)}
     task = asyncio.ensure_future(Doorstep(between)(scope, receive, send))
     await asyncio.wait_for(task, 60)
     assert not task.cancelling()
@@ -71,8 +74,21 @@ async def streams(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def waits(scope: Scope, receive: Receive, send: Send) -> None:
-    await receive()
+    if scope["method"] == "POST":
+        await receive()
     await asyncio.Future()
+
+
+async def streams_without_end(scope: Scope, receive: Receive, send: Send) -> None:
+    """An application that reads no body."""
+
+    async def events():
+        yield b"1"
+        await asyncio.Future()
+
+    report = begin_report(scope, NewIds())
+    report.response = SentResponse(send, (), scope[PIECES])
+    await EventResponse(events(), lambda _: b"")(scope, receive, report.response)
 
 
 def saying(*messages: str) -> Receive:
@@ -90,6 +106,12 @@ async def test_pieces_go_past_ray_serve():
     assert b"".join(message.get("body", b"") for message in sent) == b"123"
     # It must know of a response's begin and end.
     assert between.sent == ["http.response.start", "http.response.body"] and not between.cancelled
+
+
+@pytest.mark.parametrize("app", [waits, streams_without_end])
+async def test_clients_of_requests_without_a_body_leave_too(app):
+    between, _ = await ask(app, saying("http.request", "http.disconnect"), method="GET")
+    assert between.cancelled
 
 
 @pytest.mark.parametrize("given", [[], [(b"x-request-disconnect-disabled", b"?0")]], ids=["none", "own"])
