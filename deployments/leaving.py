@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-#: Key of a scope: whoever has put it there ends the work on the request when its client leaves.
+#: Key of a scope: the :class:`WhileListenedTo` in which the work on the request is done.
 ENDS = "sightline.ends_with_client"
 #: Key of a scope: sends pieces of the body past all that look at a response's start and its last piece alone.
 PIECES = "sightline.pieces"
@@ -43,6 +43,11 @@ class WhileListenedTo:
         if self._client is None:
             self._client = asyncio.ensure_future(self._wait())
 
+    def stop(self) -> None:
+        """Listen no more: the rest of the response is being sent, and servers say the same once it is."""
+        if self._client is not None:
+            self._client.cancel()
+
     async def _wait(self) -> None:
         # A connection that can't be read has no client any more.
         with suppress(Exception):
@@ -52,8 +57,7 @@ class WhileListenedTo:
         self._task.cancel()
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if self._client is not None:
-            self._client.cancel()
+        self.stop()
         if not isinstance(error, asyncio.CancelledError) or not self._left:
             return False
         return self._task.uncancel() <= self._cancellations and not self._stays_cancelled
@@ -70,7 +74,6 @@ def ends_with_client(app: ASGIApp, *, stays_cancelled: bool = False) -> ASGIApp:
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
-        answered = False
 
         async def take() -> Message:
             message = await receive()
@@ -78,20 +81,13 @@ def ends_with_client(app: ASGIApp, *, stays_cancelled: bool = False) -> ASGIApp:
                 client.listen()
             return message
 
-        async def unless_answered() -> Message:
-            message = await receive()
-            if answered:
-                # Servers say the same when all is sent.
-                await asyncio.Future()
-            return message
-
         async def give(message: Message) -> None:
-            nonlocal answered
-            answered = message["type"] == "http.response.body" and not message.get("more_body")
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                client.stop()
             await send(message)
 
-        scope = {PIECES: send, **scope, ENDS: True}
-        async with WhileListenedTo(unless_answered, stays_cancelled=stays_cancelled) as client:
+        async with WhileListenedTo(receive, stays_cancelled=stays_cancelled) as client:
+            scope = {PIECES: send, **scope, ENDS: client}
             if scope["method"] in _WITHOUT_BODY:
                 client.listen()
             await app(scope, take, give)

@@ -63,16 +63,16 @@ class EventResponse(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):
-            if ENDS in scope:
-                await self.stream_response(send)
+            if (client := scope.get(ENDS)) is not None:
+                await self.stream_response(send, client)
                 return
             async with WhileListenedTo(receive) as client:
                 client.listen()
-                await self.stream_response(send)
+                await self.stream_response(send, client)
 
-    async def stream_response(self, send: Send) -> None:
+    async def stream_response(self, send: Send, client: WhileListenedTo | None = None) -> None:
         """Send the events to their end. Nothing stands between an event and the server, since most hold one
-        token."""
+        token. ``client`` is listened to until then."""
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         await send(start)
         report = current_report()
@@ -93,6 +93,8 @@ class EventResponse(StreamingResponse):
             # The request's line in the log will name it.
             report.error = reported
             end = self._failed(reported) + end
+        if client is not None:
+            client.stop()
         await response.body(end, more=False)
 
 

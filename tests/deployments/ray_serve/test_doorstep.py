@@ -11,8 +11,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from deployments.leaving import PIECES
 from deployments.ray_serve.doorstep import Doorstep, middlewares
 from deployments.ray_serve.ingress import Disconnects
-from deployments.report import NewIds, SentResponse, begin_report
-from deployments.sse import EventResponse
+from deployments.report import NewIds, SentResponse, current_report
+from deployments.request_log import RequestLog
+from deployments.sse import Closing, EventResponse
 
 
 class Serve:
@@ -43,6 +44,11 @@ class Serve:
             self.cancelled = True
 
 
+def logged(app: ASGIApp) -> ASGIApp:
+    """``app`` within the log, which is outside of all else and sends what comes past it."""
+    return RequestLog(False, NewIds()).around(app)
+
+
 async def ask(
     app: ASGIApp, receive: Receive, *headers: tuple[bytes, bytes], method: str = "POST"
 ) -> tuple[Serve, list]:
@@ -52,7 +58,7 @@ async def ask(
     async def send(message) -> None:
         sent.append(message)
 
-    between = Serve(Disconnects(app))
+    between = Serve(logged(Disconnects(app)))
     scope = {"type": "http", "method": method, "path": "/", "headers": list(headers)}
     task = asyncio.ensure_future(Doorstep(between)(scope, receive, send))
     await asyncio.wait_for(task, 60)
@@ -63,11 +69,11 @@ async def ask(
 async def streams(scope: Scope, receive: Receive, send: Send) -> None:
     """An application that sends three pieces, as events are sent."""
     await receive()
-    response = SentResponse(send, (), scope[PIECES])
-    await response({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    response = current_report().response
     for piece in (b"1", b"2"):
         await response.body(piece)
-    await response.body(b"3", more=False)
+    await send({"type": "http.response.body", "body": b"3"})
     # What a server says then is no client that leaves.
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -79,6 +85,47 @@ async def waits(scope: Scope, receive: Receive, send: Send) -> None:
     await asyncio.Future()
 
 
+class Streams:
+    """An application that streams events, and takes its time to clean up behind the last.
+
+    Attributes:
+        cleaned: it has.
+    """
+
+    cleaned = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def events():
+            try:
+                yield Closing(b"1")
+            finally:
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                self.cleaned = True
+
+        await receive()
+        await EventResponse(events(), lambda _: b"")(scope, receive, send)
+
+
+async def test_a_server_s_word_at_the_end_is_no_client_that_leaves():
+    """uvicorn says the same once all is sent."""
+    app, complete, messages = Streams(), asyncio.Event(), [{"type": "http.request"}]
+
+    async def receive():
+        if not messages:
+            await complete.wait()
+            return {"type": "http.disconnect"}
+        return messages.pop()
+
+    async def send(message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            complete.set()
+
+    between = Serve(logged(Disconnects(app)))
+    await Doorstep(between)({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
+    assert app.cleaned and not between.cancelled
+
+
 async def streams_without_end(scope: Scope, receive: Receive, send: Send) -> None:
     """An application that reads no body."""
 
@@ -86,9 +133,7 @@ async def streams_without_end(scope: Scope, receive: Receive, send: Send) -> Non
         yield b"1"
         await asyncio.Future()
 
-    report = begin_report(scope, NewIds())
-    report.response = SentResponse(send, (), scope[PIECES])
-    await EventResponse(events(), lambda _: b"")(scope, receive, report.response)
+    await EventResponse(events(), lambda _: b"")(scope, receive, send)
 
 
 def saying(*messages: str) -> Receive:
