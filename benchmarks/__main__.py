@@ -2,7 +2,7 @@
 
 python -m benchmarks [autoscaling_sim] [channel] [conversation] [ends] [host] [ingress] [kernels] [load]
     [media_memory] [memory] [multi_gpu] [offline] [overload] [preparation] [routing] [scaling] [serve]
-    [slow_hosts] [start] [steps] [tiles] [windows]
+    [slow_hosts] [start] [steps] [streams] [tiles] [windows]
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ BENCHMARKS = {
     "slow_hosts": ("", "--images 5 --rounds 1"),
     "start": ("--gpu --shape qwen2-vl-2b", "--starts 1"),
     "steps": ("--shape qwen2-vl-7b --prompt-lookup 8", "--scale 64"),
+    "streams": ("", "--streams 8 --tokens 100 --rounds 2"),
     "tiles": ("", ""),
     "windows": ("", "--contexts 32768 --gib 20"),
     "autoscaling_sim": ("", "--trace nightly"),
