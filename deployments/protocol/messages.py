@@ -9,6 +9,7 @@ from deployments.protocol.base import Part
 from deployments.protocol.content_blocks import ChatMessages
 from deployments.protocol.generation import ConversationBody, GenerationBody, JsonSchema
 from deployments.tools import ToolUse, read_flat_tools
+from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams, StructuredSpec
 
 #: Values of OpenAI's ``tool_choice`` by the type of Anthropic's.
@@ -51,6 +52,7 @@ class MessagesBody(ConversationBody):
 
     Attributes:
         FIELD_NAMES: fields of this body by the name under which the engine knows what they ask for.
+        output_format: ``output_config.format`` under the name that it had in its beta.
     """
 
     FIELD_NAMES: ClassVar[Mapping[str, str]] = {
@@ -66,10 +68,13 @@ class MessagesBody(ConversationBody):
     tool_choice: ToolChoice | None = None
     thinking: Thinking = Thinking()
     output_config: OutputConfig = OutputConfig()
+    output_format: OutputFormat | None = None
 
     def check(self) -> None:
         super().check()
         self.check_one_answer()
+        if self.output_format is not None and self.output_config.format is not None:
+            raise InvalidRequest("Give output_config.format alone.", param="output_format")
 
     def chat_messages(self) -> ChatMessages:
         """The conversation in OpenAI's form.
@@ -150,10 +155,12 @@ class MessagesRequest(MessagesBody):
         return self.sampling(defaults, **given)
 
     def constraint(self) -> tuple[StructuredSpec | None, str | None]:
-        wanted, spec = self.output_config.format, None
+        field, wanted, spec = "output_config.format", self.output_config.format, None
+        if self.output_format is not None:
+            field, wanted = "output_format", self.output_format
         if wanted is not None:
             spec = StructuredSpec(kind="json_schema", text=JsonSchema(schema=wanted.json_schema).text)
-        return self.constraint_of(spec, "output_config.format")
+        return self.constraint_of(spec, field)
 
     def budget(self) -> int | None:
         """The most tokens of a thought."""

@@ -14,7 +14,8 @@ FUNCTION_CALL_ID = "function0"
 def tool_calls(raw: Any, where: str) -> list[dict[str, Any]]:
     """Check an assistant's ``tool_calls``, and parse their arguments: chat templates print objects.
 
-    Arguments that a model has broken off stay text: the history is taken as it is.
+    Arguments that a model has broken off stay text, and so do those with half of a surrogate pair, which no
+    prompt can hold but as its escape: the history is taken as it is.
 
     Raises:
         InvalidRequest: naming a field below ``where``.
@@ -44,6 +45,7 @@ def _called(function: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             parsed = json.loads(arguments)
+            json.dumps(parsed, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
             parsed = None
         arguments = parsed if isinstance(parsed, dict) else arguments

@@ -223,8 +223,13 @@ async def test_an_answer_goes_on_with_the_assistants_text(claude):
 
 
 async def test_a_schema(claude):
-    made = await create(claude, output_config={"format": {"type": "json_schema", "schema": SCHEMA}})
-    assert json.loads(made.content[0].text)["color"] in ("red", "blue")
+    form = {"type": "json_schema", "schema": SCHEMA}
+    # The second name is that of the beta.
+    for fields in ({"output_config": {"format": form}}, {"extra_body": {"output_format": form}}):
+        made = await create(claude, **fields)
+        assert json.loads(made.content[0].text)["color"] in ("red", "blue")
+    with pytest.raises(anthropic.BadRequestError, match=r"output_format: Give output_config\.format alone"):
+        await create(claude, output_config={"format": form}, extra_body={"output_format": form})
 
 
 def user(*blocks) -> dict:

@@ -175,7 +175,7 @@ def test_limits_are_checked_before_anything_is_fetched():
         check_media_limits(sources, {}, max_frames=3)
 
 
-@pytest.mark.parametrize("arguments", ["[", '{"a": ', "plain", "[1]"])
+@pytest.mark.parametrize("arguments", ["[", '{"a": ', "plain", "[1]", r'{"a": "\ud83d"}'])
 def test_arguments_that_a_model_has_broken_off_stay_text(arguments):
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
     (message,), _ = parse_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
