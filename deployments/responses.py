@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from deployments.answers import ChoiceDelta, continues
+from deployments.tools import names_in_namespaces
 from engine.errors import SightlineError
 from engine.outputs import Usage
 from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Text
@@ -29,6 +30,7 @@ class ResponseBuilder:
         self._last: Event | None = None
         self._text: list[str] = []
         self._logprobs: list[Json] = []
+        self._namespaces = names_in_namespaces(response["tools"])
 
     def begin(self) -> list[Json]:
         """The events before any output."""
@@ -140,6 +142,8 @@ class ResponseBuilder:
                 "arguments": "",
                 "status": "in_progress",
             }
+            if event.name in self._namespaces:
+                self._item["namespace"], self._item["name"] = self._namespaces[event.name]
         index = len(self.response["output"])
         yield self._event("response.output_item.added", output_index=index, item=dict(self._item))
         if self._item["type"] != "function_call":

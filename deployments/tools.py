@@ -145,7 +145,8 @@ def read_functions(functions: Any, function_call: Any) -> ToolUse:
 def read_flat_tools(
     tools: Sequence[Any], tool_choice: Any, parallel: bool | None, *, parameters: str = "parameters"
 ) -> ToolUse:
-    """Read tools that are functions themselves instead of holding one under ``function``.
+    """Read tools that are functions themselves instead of holding one under ``function``, and namespaces of
+    such tools.
 
     Args:
         parameters: the field of a tool that holds its schema.
@@ -154,32 +155,82 @@ def read_flat_tools(
         InvalidRequest: as :func:`read_tools`.
         UnsupportedParameter: a tool would run on the server.
     """
-    nested = []
-    for index, tool in enumerate(tools):
+    nested, places = [], []
+    for tool, where in _functions_of(tools):
         kind = tool.get("type") if isinstance(tool, Mapping) else None
         if kind != "function":
             raise UnsupportedParameter(
-                f"Unsupported parameter: tools[{index}] is {str(kind)[:100]!r}; only functions are offered.",
-                param=f"tools[{index}].type",
+                f"Unsupported parameter: {where} is {str(kind)[:100]!r}; only functions are offered.",
+                param=f"{where}.type",
             )
+        places.append(where)
         log_unknown("Tool", tool, _FLAT_FIELDS | {parameters}, "tools[].")
         # The chat template shows a function as it is: what isn't part of it would change the prompt.
         function = {key: tool[key] for key in _FUNCTION_FIELDS if key in tool}
         function["parameters"] = tool.get(parameters)
         nested.append({"type": "function", "function": tool.get("function", function)})
     spelled = {".function.parameters": f".{parameters}", ".function": ""}
-    return _respelled(nested, tool_choice, parallel, spelled)
+    return _respelled(nested, tool_choice, parallel, spelled, places)
+
+
+def _functions_of(tools: Sequence[Any]) -> Iterator[tuple[Any, str]]:
+    """The tools and those of namespaces, each with its place.
+
+    Raises:
+        InvalidRequest: a namespace has no name or no tools.
+    """
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        if not isinstance(tool, Mapping) or tool.get("type") != "namespace":
+            yield tool, where
+            continue
+        name, inner = tool.get("name"), tool.get("tools")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise InvalidRequest(f"{where}.name must be that of a namespace.", param=f"{where}.name")
+        if not isinstance(inner, list):
+            raise InvalidRequest(f"{where}.tools must be a list of functions.", param=f"{where}.tools")
+        for number, each in enumerate(inner):
+            if isinstance(each, Mapping) and isinstance(each.get("name"), str):
+                each = {**each, "name": name_in_namespace(name, each["name"])}
+            yield each, f"{where}.tools[{number}]"
+
+
+def name_in_namespace(namespace: str | None, name: str) -> str:
+    """The name under which models call a function of a namespace, if it is in one."""
+    return name if namespace is None else f"{namespace}.{name}"
+
+
+def names_in_namespaces(tools: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """The namespaces and names of functions in namespaces, by the names under which models call them."""
+    return {
+        name_in_namespace(tool["name"], each["name"]): (tool["name"], each["name"])
+        for tool in tools
+        if tool["type"] == "namespace"
+        for each in tool["tools"]
+    }
+
+
+#: The place of a tool, but not of one that a choice names.
+_PLACE = re.compile(r"(?<![.\w])tools\[(\d+)\]")
 
 
 def _respelled(
-    tools: list[Any], tool_choice: Any, parallel: bool | None, names: Mapping[str, str]
+    tools: list[Any],
+    tool_choice: Any,
+    parallel: bool | None,
+    names: Mapping[str, str],
+    places: Sequence[str] = (),
 ) -> ToolUse:
-    """:func:`read_tools`, with the caller's spelling in place of each of ``names`` in the names of fields."""
+    """:func:`read_tools`, with the caller's spelling in place of each of ``names`` in the names of fields.
+
+    Args:
+        places: of the tools in the caller's body, where they are not those of ``tools``.
+    """
 
     def spell(text: str) -> str:
         for name, spelled in names.items():
             text = text.replace(name, spelled)
-        return text
+        return _PLACE.sub(lambda found: places[int(found[1])], text) if places else text
 
     try:
         use = read_tools(tools, tool_choice, parallel)

@@ -9,7 +9,7 @@ from deployments.errors import UnsupportedParameter
 from deployments.protocol.base import Part
 from deployments.protocol.generation import ConversationBody, GenerationBody, JsonSchema, check_verbosity
 from deployments.protocol.plain_fields import ITEM, TOOL_CHOICE, Shape
-from deployments.tools import ToolUse, read_flat_tools
+from deployments.tools import ToolUse, name_in_namespace, read_flat_tools
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams, StructuredSpec
 
@@ -241,7 +241,12 @@ def _add_item(messages: list[Message], item: Mapping[str, Any], where: str) -> d
             messages.append({"role": item.get("role"), "content": content})
         return {"content": "content"}
     if kind == "function_call":
-        function = {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
+        name, namespace = item.get("name"), item.get("namespace")
+        if not isinstance(namespace, str | None):
+            raise InvalidRequest(f"{where}.namespace must be a string.", param=f"{where}.namespace")
+        if isinstance(name, str):
+            name = name_in_namespace(namespace, name)
+        function = {"name": name, "arguments": item.get("arguments") or "{}"}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
         if not _open_turn(messages):
             messages.append({"role": "assistant"})

@@ -12,6 +12,7 @@ from deployments.response_store import Json, ResponseStore, StoredResponse
 from deployments.responses import ResponseBuilder
 from deployments.resumption import EvenCuts
 from deployments.routers.values import content_logprobs
+from deployments.tools import name_in_namespace
 from engine.outputs import StreamUpdate
 from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Text
 
@@ -147,6 +148,6 @@ def _events_of_item(item: Json) -> list[Event]:
     if item["type"] == "function_call":
         # All calls look alike: the builder only wants to know where one begins.
         arguments = [CallArguments(0, item["arguments"])] if item["arguments"] else []
-        return [CallStart(0, item["name"]), *arguments]
+        return [CallStart(0, name_in_namespace(item.get("namespace"), item["name"])), *arguments]
     (part,) = item["content"]
     return [(Text if item["type"] == "message" else Reasoning)(part["text"])]

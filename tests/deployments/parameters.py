@@ -88,12 +88,12 @@ NESTED: Mapping[str, tuple[str, str]] = {
     "<function_call>.status": ("no effect", "items are taken as they are"),
     "<function_call>.async": ("no effect", "items are taken as they are"),
     "<function_call>.caller": ("no effect", "only models call functions"),
-    "<function_call>.namespace": ("no effect", "functions have no namespaces"),
     "<function_call_output>.id": ("no effect", "items are known by their place"),
     "<function_call_output>.name": ("no effect", "the call has the name"),
     "<function_call_output>.status": ("no effect", "items are taken as they are"),
     "<function_call_output>.caller": ("no effect", "only models call functions"),
-    "<function_call_output>.namespace": ("no effect", "functions have no namespaces"),
+    "<function_call_output>.namespace": ("no effect", "the call has it"),
+    "<namespace>.description": ("no effect", "models are shown those of the functions"),
     "input[].id": ("refused", "send the items themselves"),
 }
 
@@ -112,6 +112,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
         "summary_text",
         "reasoning_text",
         "function",
+        "namespace",
         "json_schema",
         "json_object",
         "text",

@@ -9,8 +9,14 @@ import pytest
 from deployments.answer_format import AnswerFormat, answer_format
 from deployments.answers import AnswerReader, gather
 from deployments.errors import UnsupportedParameter
-from deployments.tools import NO_TOOLS, read_flat_tools, read_functions, read_tools
-from engine.errors import InvalidRequest
+from deployments.tools import (
+    NO_TOOLS,
+    names_in_namespaces,
+    read_flat_tools,
+    read_functions,
+    read_tools,
+)
+from engine.errors import InvalidRequest, SightlineError
 from engine.outputs import OutputDelta, StreamUpdate, Usage
 from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS
 from engine.parsers.grammar import SpecialTokens
@@ -268,6 +274,40 @@ def test_calls_of_functions_that_are_not_strict_follow_what_can_be_followed(stri
     with pytest.raises(InvalidRequest, match="keyword not") as refused:
         HERMES.constraint(replace(use, allowed=None), None, "")
     assert refused.value.param == "tools[1].function.parameters"
+
+
+def test_functions_of_a_namespace_are_called_by_both_names():
+    inner = [{"type": "function", **REPORT}, {"type": "function", "name": "stop", "strict": True}]
+    tools = [{"type": "function", "name": "stop"}, {"type": "namespace", "name": "eye", "tools": inner}]
+    use = read_flat_tools(tools, None, None)
+    assert [tool.name for tool in use.schemas] == ["stop", "eye.report", "eye.stop"]
+    assert [function["function"]["name"] for function in use.functions] == ["stop", "eye.report", "eye.stop"]
+    assert use.fields[1:] == ("tools[1].tools[0].parameters", "tools[1].tools[1].parameters")
+    assert use.strict == {"eye.stop"}
+    assert names_in_namespaces(tools) == {"eye.report": ("eye", "report"), "eye.stop": ("eye", "stop")}
+
+
+@pytest.mark.parametrize(
+    ("inner", "choice", "param"),
+    [
+        ([{"type": "custom", "name": "a"}], None, "tools[1].tools[0].type"),
+        ([{"type": "function", "name": 5}], None, "tools[1].tools[0].name"),
+        ([{"type": "function", "name": "a"}] * 2, None, "tools[1].tools[1].name"),
+        ([{"type": "function", "name": "a", "parameters": []}], None, "tools[1].tools[0].parameters"),
+        ("a", None, "tools[1].tools"),
+        (
+            [],
+            {"type": "allowed_tools", "tools": [{"type": "function", "name": "b"}]},
+            "tool_choice.tools[0].name",
+        ),
+    ],
+    ids=range(6),
+)
+def test_faults_in_a_namespace_are_named_by_their_place(inner, choice, param):
+    tools = [{"type": "function", "name": "stop"}, {"type": "namespace", "name": "eye", "tools": inner}]
+    with pytest.raises(SightlineError) as refused:
+        read_flat_tools(tools, choice, None)
+    assert refused.value.param == param
 
 
 def test_functions_that_come_again_have_the_constraint_that_was_made_for_them():

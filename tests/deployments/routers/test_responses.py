@@ -95,6 +95,27 @@ async def test_a_function_call_and_its_output(client):
     assert (await ask(client, input=again)).output_text == later.output_text
 
 
+async def test_a_call_of_a_function_in_a_namespace(client):
+    """Its item has both names, in a stream and when it is streamed again; the prompt has them as one."""
+    space = {"type": "namespace", "name": "eye", "description": "Sees.", "tools": [TOOL]}
+    asked = {"tools": [space], "tool_choice": "required", "parallel_tool_calls": False}
+    (call,) = (await ask(client, **asked)).output
+    assert (call.type, call.namespace, call.name) == ("function_call", "eye", "report")
+    events = [e async for e in await ask(client, **asked, background=True, stream=True)]
+    assert next(e.item for e in events if e.type == "response.output_item.added").namespace == "eye"
+    name = events[-1].response.id
+    again = [e async for e in await client.responses.retrieve(name, stream=True, starting_after=1)]
+    assert [e.to_dict() for e in again] == [e.to_dict() for e in events[2:]]
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "done"}
+    question = {"role": "user", "content": "Hello!"}
+    items = [question, call.to_dict(), output]
+    plain = [question, {**call.to_dict(), "namespace": None, "name": "eye.report"}, output]
+    counts = [
+        await client.responses.input_tokens.count(model="pocket", input=given) for given in (items, plain)
+    ]
+    assert counts[0].input_tokens == counts[1].input_tokens
+
+
 async def test_a_streamed_function_call(client):
     choice = {"type": "function", "name": "report"}
     options = {"tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False}
