@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -66,6 +67,10 @@ def summary(traces: list[Trace], rate: float, options: argparse.Namespace) -> di
     return row
 
 
+#: Stands before Ray Serve in the ingress.
+DOORSTEP = "deployments.ray_serve.doorstep.middlewares"
+
+
 @contextmanager
 def application(options: argparse.Namespace) -> Iterator[str]:
     """A running application with dummy weights; its base URL."""
@@ -92,7 +97,11 @@ def running(config: dict[str, Any], start_timeout: float, log_file: Path | None 
         command += ["--address", "local", str(file)]
         log = (log_file or Path(folder) / "serve.log").open("w+")
         began = time.perf_counter()
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        # As the README's environment for load has it; without HAProxy it changes nothing.
+        environment = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": DOORSTEP, **os.environ}
+        server = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
         # The server must not outlive a benchmark that is ended by ``timeout``.
         former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
