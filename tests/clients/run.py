@@ -42,6 +42,13 @@ could not be installed yet.
 `make test`, and so CI, runs the files whose packages it finds installed, against a server in its own process:
 those of openai-python 3, anthropic and `vllm bench serve`, which the development environment holds.
 
+Coding agents send more than `pocket-tools` has room for. By hand, with its context made longer, turns of
+these were answered:
+
+- Claude Code 2.1: `ANTHROPIC_BASE_URL=http://127.0.0.1:8000` and `ANTHROPIC_MODEL`.
+- Codex 0.171: a provider with `wire_api = "responses"`, and `web_search = "disabled"`, since tools that run
+  on the server are not offered.
+
 """
 
 
