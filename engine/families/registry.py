@@ -42,6 +42,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration",),
     "text": (
+        "Ernie4_5ForCausalLM",
         "GemmaForCausalLM",
         "Gemma2ForCausalLM",
         "Gemma3ForCausalLM",
@@ -63,6 +64,8 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "Qwen3_5ForCausalLM",
         "Qwen3_5MoeForCausalLM",
         "Qwen3MoeForCausalLM",
+        "SeedOssForCausalLM",
+        "SmolLM3ForCausalLM",
     ),
 }
 """The architectures of each folder under ``engine.families``; its ``family.py`` has the value ``FAMILY``."""

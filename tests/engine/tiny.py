@@ -294,6 +294,7 @@ MINISTRAL_ROPE = {
 }
 
 TEXT_ARCHITECTURES = (
+    "ernie4_5",
     "gemma",
     "gemma2",
     "gemma3",
@@ -316,6 +317,8 @@ TEXT_ARCHITECTURES = (
     "qwen3_5",
     "qwen3_5_moe",
     "qwen3_moe",
+    "seed_oss",
+    "smollm3",
 )
 
 #: Kinds with gated delta nets, and all whose layers do not all have attention.
@@ -468,8 +471,10 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
             "full_attention": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         }
-    elif kind in ("glm", "glm4"):
+    elif kind in ("ernie4_5", "glm", "glm4", "seed_oss"):
         common["head_dim"] = 32
+    elif kind == "smollm3":
+        common["no_rope_layers"] = [0, 1]
     elif kind in ("granite", "granitemoe"):
         common |= {"embedding_multiplier": 3.0, "logits_scaling": 2.5}
         common |= {"residual_multiplier": 0.4, "attention_multiplier": 0.5}
@@ -500,6 +505,7 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
     names = {"llama3": "Llama", "phi3_longrope": "Phi3", "granitemoe": "GraniteMoe"}
     names["glm4_moe"] = "Glm4Moe"
     names |= {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
+    names |= {"ernie4_5": "Ernie4_5", "seed_oss": "SeedOss", "smollm3": "SmolLM3"}
     family = names.get(kind, kind.capitalize().replace("_moe", "Moe"))
     text = "Text" if kind in ("gemma3", "gemma4", *DELTA_NETS) else ""
     config_class = getattr(transformers, f"{family}{text}Config")

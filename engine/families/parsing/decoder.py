@@ -10,7 +10,7 @@ from engine.families.parsing.gemma4 import gemma4_fields
 from engine.families.parsing.lfm2 import lfm2_fields
 from engine.families.parsing.rope import parse_ropes, stretched_context
 from engine.families.parsing.switches import SWITCHES
-from engine.families.parsing.windows import parse_windows, sliding_layers
+from engine.families.parsing.windows import local_layers, parse_windows
 from engine.layers.decoder_config import DecoderConfig
 
 #: Read by every kind where config.json has them.
@@ -62,8 +62,7 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
     local_dim = config["local_heads"][1] if "local_heads" in config else head_dim
     rope, local_rope = parse_ropes(config, kind, head_dim, local_dim)
     # Gemma states its context after scaling.
-    context = positions if local_rope else stretched_context(rope, positions)
-    sliding = sliding_layers(config, layers) if local_rope else ()
+    context = positions if "rope_local_base_freq" in config else stretched_context(rope, positions)
     all_biases = bool(config.get("use_bias"))
     attention_bias = all_biases or ("attention_bias" in config and flag(config, "attention_bias"))
     return DecoderConfig(
@@ -80,21 +79,23 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         activation=activation(config["hidden_act"]),
         tie_word_embeddings=config["tie_word_embeddings"] is not None and flag(config, "tie_word_embeddings"),
         qkv_bias=kind in _BIASED_QKV or attention_bias or ("qkv_bias" in config and flag(config, "qkv_bias")),
-        o_bias=attention_bias and kind not in _UNBIASED_OUTPUT,
+        o_bias=flag(config, "attention_out_bias")
+        if "attention_out_bias" in config
+        else attention_bias and kind not in _UNBIASED_OUTPUT,
         mlp_bias=all_biases or ("mlp_bias" in config and flag(config, "mlp_bias")),
         qk_norm=kind in _NORMED_QK or bool(config.get("use_qk_norm")),
         windows=parse_windows(config, layers, context),
         experts=parse_experts(config, layers),
         local_rope=local_rope,
-        local_layers=tuple(layer for layer, slides in enumerate(sliding) if slides),
+        local_layers=local_layers(config, layers) if local_rope else (),
         **SWITCHES.get(kind, lambda config: {})(config),
     )
 
 
 def _head_dim(config: Json, kind: DecoderKind, heads: int) -> int:
     hidden = integer(config, "hidden_size")
-    # PaddleOCR-VL has a default, but a null means the share of the hidden size.
-    derived = DEFAULTS[kind]["head_dim"] is None or kind == "paddleocr_vl"
+    # Some have a default, but a null means the share of the hidden size.
+    derived = DEFAULTS[kind]["head_dim"] is None or kind in ("ernie4_5", "paddleocr_vl", "seed_oss")
     if config["head_dim"] is None and derived:
         head_dim = hidden // heads
     else:

@@ -9,6 +9,7 @@ from engine.families.parsing.gemma4 import GEMMA4_DEFAULTS
 from engine.families.parsing.lfm2 import LFM2_DEFAULTS
 
 DecoderKind = Literal[
+    "ernie4_5",
     "gemma",
     "gemma2",
     "gemma3_text",
@@ -37,6 +38,8 @@ DecoderKind = Literal[
     "qwen3_moe",
     "qwen3_vl",
     "qwen3_vl_moe",
+    "seed_oss",
+    "smollm3",
 ]
 
 _COMMON: dict[str, Any] = {
@@ -49,6 +52,20 @@ _COMMON: dict[str, Any] = {
     "num_attention_heads": 32,
     "hidden_size": 4096,
     "rms_norm_eps": 1e-6,
+}
+_ERNIE: dict[str, Any] = {
+    **_COMMON,
+    "vocab_size": 103424,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5,
+    "head_dim": 128,
+    "use_bias": False,
 }
 _QWEN: dict[str, Any] = {
     **_COMMON,
@@ -115,6 +132,37 @@ _GRANITE: dict[str, Any] = {
 #: The value of each field that a config.json leaves out, as in Transformers' class of the kind. A null in the
 #: file is not left out. Fields that a kind lacks here are not read: its model has no use for them.
 DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
+    "ernie4_5": {**_ERNIE, "tie_word_embeddings": True},
+    "seed_oss": {
+        **_COMMON,
+        "vocab_size": 155136,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 80,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 524288,
+        "attention_bias": True,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+    },
+    "smollm3": {
+        **_COMMON,
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+        "rope_theta": 2e6,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+    },
     "gemma": {
         **_COMMON,
         "vocab_size": 256000,
@@ -254,20 +302,7 @@ DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "rope_theta": 1e6,
         "sliding_window": None,
     },
-    "paddleocr_vl": {
-        **_COMMON,
-        "vocab_size": 103424,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 18,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 5e5,
-        "head_dim": 128,
-        "use_bias": False,
-    },
+    "paddleocr_vl": _ERNIE,
     "phi3": {
         **_COMMON,
         "vocab_size": 32064,

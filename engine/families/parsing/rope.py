@@ -32,6 +32,7 @@ _TYPES: dict[str, tuple[RopeType, ...]] = {
 _ALL_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 #: Kinds whose neighbouring dimensions rotate against each other.
 _GLM = ("glm", "glm4", "glm4v_text", "glm_ocr_text")
+_ADJACENT = ("ernie4_5", *_GLM)
 #: The share of a head that rotates, by the kinds that rotate a part where the file states none.
 _SHARES = {
     **dict.fromkeys(_QWEN3_5, 0.25),
@@ -58,7 +59,8 @@ def parse_ropes(
     config: Json, kind: str, head_dim: int, local_head_dim: int
 ) -> tuple[RopeConfig, RopeConfig | None]:
     """Read the rotary embeddings of a decoder: that of all layers, or of those with full attention; and that
-    of the layers with a window, if they have one of their own (Gemma 3 and 4).
+    of the layers with a window, if they have one of their own (Gemma 3 and 4), or of those that don't rotate
+    (SmolLM3).
 
     Args:
         config: see :func:`parse_rope`.
@@ -67,8 +69,16 @@ def parse_ropes(
     Raises:
         CheckpointError: naming the field that is missing or not supported.
     """
-    if "rope_local_base_freq" not in config:
+    if "rope_local_base_freq" not in config and "no_rope_layers" not in config:
         return parse_rope(config, kind, head_dim), None
+    if "no_rope_layers" in config:
+        rope = parse_rope(config, kind, head_dim)
+        if rope.depends_on_length:
+            raise CheckpointError(
+                f"config.json: rope type {rope.type!r} is not supported beside layers that don't rotate",
+                param=_PARAM,
+            )
+        return rope, RopeConfig(type="proportional", turning=0)
     stated = config.get("rope_parameters") or {}
     full = {**(stated.get("full_attention") or {}), **(config.get("rope_scaling") or {})}
     local = {"rope_theta": config["rope_local_base_freq"], **(stated.get("sliding_attention") or {})}
@@ -112,7 +122,7 @@ def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
         rotary_dim=rotary_dim,
         mrope_section=_section(parameters, kind, angles) if kind in _SECTIONS else None,
         mrope_interleaved=kind in (*_QWEN3_5, "qwen3_vl", "qwen3_vl_moe"),
-        adjacent=kind in _GLM,
+        adjacent=kind in _ADJACENT,
         query_growth=_query_growth(config, parameters, positions) if kind == "ministral3" else None,
         **_READERS[rope_type](config, parameters, positions, angles),
     )

@@ -55,6 +55,32 @@ def sliding_layers(config: Json, layers: int) -> list[bool]:
     return _named_layers(config["layer_types"], layers)
 
 
+def local_layers(config: Json, layers: int) -> tuple[int, ...]:
+    """Return the layers with a rotary embedding of their own: those with a window, or (SmolLM3) those that
+    don't rotate.
+
+    Raises:
+        CheckpointError: naming the field that can't be used.
+    """
+    if "no_rope_layers" not in config:
+        return tuple(layer for layer, slides in enumerate(sliding_layers(config, layers)) if slides)
+    if config["use_sliding_window"]:
+        raise CheckpointError(
+            "config.json: use_sliding_window is not supported for this architecture",
+            param="use_sliding_window",
+        )
+    rotates: Any = config["no_rope_layers"]
+    if rotates is None:
+        interval = integer(config, "no_rope_layer_interval")
+        rotates = [(layer + 1) % interval for layer in range(layers)]
+    if not isinstance(rotates, list | tuple) or len(rotates) != layers:
+        raise CheckpointError(
+            f"config.json: no_rope_layers should have a number for each of {layers} layers",
+            param="no_rope_layers",
+        )
+    return tuple(layer for layer, each in enumerate(rotates) if not each)
+
+
 def _window(config: Json, context: int) -> int | None:
     if config["sliding_window"] is None:
         return None

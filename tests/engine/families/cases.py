@@ -373,6 +373,7 @@ CASES = [
             options={"kv_cache_bytes": 32 << 20} if kind in HYBRIDS else {},
         )
         for kind in (
+            "ernie4_5",
             "gemma",
             "gemma2",
             "gemma3",
@@ -395,6 +396,8 @@ CASES = [
             "qwen3_5",
             "qwen3_5_moe",
             "qwen3_moe",
+            "seed_oss",
+            "smollm3",
         )
     ),
     FamilyCase(
@@ -436,6 +439,7 @@ LIKE = {
     "qwen3_5": "Qwen3.5",
     "qwen3_5_moe": "Qwen3.5-MoE",
     "qwen3_moe": "qwen2_moe",
+    **dict.fromkeys(("ernie4_5", "seed_oss", "smollm3"), "qwen3"),
 }
 
 

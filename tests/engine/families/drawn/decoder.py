@@ -38,6 +38,9 @@ _DEFAULT_KV = {
     "glm4v_moe": 8,
     "glm_ocr": 8,
     "paddleocr_vl": 2,
+    "ernie4_5": 2,
+    "seed_oss": 8,
+    "smollm3": 4,
 }
 #: Numbers of a head where a config.json does not say, by the kinds that don't derive them.
 _DEFAULT_HEAD_DIM = {
@@ -50,6 +53,8 @@ _DEFAULT_HEAD_DIM = {
     "glm4": 128,
     "ministral3": 128,
     "paddleocr_vl": 128,
+    "ernie4_5": 128,
+    "seed_oss": 128,
 }
 _HAS_HEAD_DIM = (
     *("llama", "mistral", "mixtral", "qwen3_moe", "qwen3_vl_moe", "glm_ocr"),
@@ -218,7 +223,12 @@ def _biases(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
         fields["attention_bias"] = draw.choice("attention bias", (True, False))
     if kind == "glm4_moe" and draw.varies("norms of queries and keys stated", 0.6):
         fields["use_qk_norm"] = draw.choice("norms of queries and keys", (True, False))
-    if kind == "paddleocr_vl" and draw.varies("biases", 0.3):
+    if kind == "seed_oss" and draw.varies("biases of Seed-OSS", 0.4):
+        fields |= {"attention_bias": draw.choice("bias", (True, False)), "attention_out_bias": True}
+    if kind == "smollm3" and draw.varies("layers that rotate", 0.6):
+        rng = draw.stream("layers that rotate")
+        fields["no_rope_layers"] = [rng.choice((0, 1)) for _ in range(fields["num_hidden_layers"])]
+    if kind in ("ernie4_5", "paddleocr_vl") and draw.varies("biases", 0.3):
         fields["use_bias"] = True
     if kind in ("mistral", "glm4v") and draw.varies("bias stated", 0.1):
         # Mistral's class has none, and GLM's has those that it has.

@@ -69,6 +69,9 @@ def draw_rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, sect
         _growing(draw, fields)
         return
     scalings = ("default", "longrope") if kind == "phi3" else _SCALINGS
+    if kind == "smollm3":
+        # Beside layers that don't rotate, frequencies by length are refused.
+        scalings = _SCALINGS[:4]
     scaling = draw.variant("rope scaling", scalings, 0.4)
     if section and scaling in ("llama3", "longrope"):
         scaling = "yarn"

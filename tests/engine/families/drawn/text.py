@@ -21,6 +21,7 @@ from tests.engine.tiny import tokenizer
 _TOKENS = 224
 #: The architecture of each ``model_type``.
 ARCHITECTURES = {
+    "ernie4_5": "Ernie4_5ForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
@@ -42,6 +43,8 @@ ARCHITECTURES = {
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
 }
 
 
@@ -71,7 +74,7 @@ class TextFamily:
         fields = self._decoder(draw, len(tok))
         (architecture,) = self.architectures
         raw: dict[str, Any] = {"torch_dtype": "float32", **fields, "model_type": self.kind}
-        if self.kind in ("glm", "glm4", "phi3", *_QWEN3_5):
+        if self.kind in ("glm", "glm4", "phi3", "smollm3", *_QWEN3_5):
             raw["pad_token_id"] = 0
         model = write_model(draw, path, raw, architecture, most_embedding=_MOST_EMBEDDING.get(self.kind, 1.0))
         draw_ends(draw, path, raw, 2, 3)
