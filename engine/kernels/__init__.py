@@ -32,9 +32,10 @@ decides::
                       int4_gemv_triton            Triton, 1 row                       int4_gemv.py
                       int4_gemm_triton            Triton, 2 to 128 rows, 16-bit       int4_gemm.py
                       dequantise_int4, F.linear   otherwise                           int4.py
-    linear, gated     wide_gemm_gluon             Hopper, over 64 rows of 16 bits,    wide_gemm.py
-                                                  or rounded and of at most 8192
-                                                  inputs
+    linear, gated     wide_gemm_gluon             Hopper, over 288 rows of 16 bits,   wide_gemm.py
+                                                  over 352 for large weights, or
+                                                  over 64 rounded rows of at most
+                                                  8192 inputs
                       ring_gate_gluon             Hopper, 16-bit, 17 to 64 rows, 129  ring_gate.py
                                                   to 144 outputs an SM, no bias
     linear            fp8_mma_gluon               Triton, 1 row, 64·n inputs, large   fp8_mma.py

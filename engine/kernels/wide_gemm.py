@@ -27,7 +27,11 @@ from engine.kernels.fp8 import MAX_FAST_INPUTS
 from engine.kernels.launch import is_compiling, launch
 from engine.kernels.ring import STEP_BYTES, barriers, buffers, describe, described, tma_load
 
-#: Up to so many rows the narrow tile is the faster one.
+#: With fewer rows torch's GEMM is the faster one, with a kernel for the gate: it has tiles of many heights. Here the
+#: last tile of rows is not full then. Programs that have it load less, run ahead of those that share their weights,
+#: and the weights are read twice; large ones from memory.
+_MIN_ROWS, _MIN_ROWS_LARGE = 289, 353
+#: Up to so many rows the narrow tile is the faster one, but for three tiles of which the last is not full.
 _FEW_ROWS = 1024
 #: Bytes of weights of which an L2 keeps only a part until other programs need it.
 _MANY_BYTES = 128 << 20
@@ -42,27 +46,23 @@ _activate = gluon.jit(activate.fn)
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether the kernel should multiply ``x`` ``(T, K)`` by ``weight`` ``(N, K)``."""
     known = x.dtype in (torch.bfloat16, torch.float16) and has_descriptor(x)
-    return known and _suits(x.shape[0], weight)
+    least = _MIN_ROWS_LARGE if _is_large(weight) else _MIN_ROWS
+    return known and x.shape[0] >= least and _fits(weight)
 
 
 def supports_rounded(rows: int, weight: torch.Tensor) -> bool:
     """Return whether the kernel should multiply ``rows`` rows in fp8 by ``weight`` ``(N, K)``, in fp8 too."""
     # The tensor cores sum up all products of an output.
-    return weight.shape[1] <= MAX_FAST_INPUTS and _suits(rows, weight)
+    drifts = _NARROW.rows < rows < 2 * _NARROW.rows and _is_large(weight)
+    return weight.shape[1] <= MAX_FAST_INPUTS and rows > MEMORY_BOUND_ROWS and not drifts and _fits(weight)
 
 
-def _suits(rows: int, weight: torch.Tensor) -> bool:
-    fits = rows > MEMORY_BOUND_ROWS and weight.shape[0] % 16 == 0
-    return fits and is_hopper(weight.device) and has_descriptor(weight) and not _drifts(rows, weight)
+def _fits(weight: torch.Tensor) -> bool:
+    return weight.shape[0] % 16 == 0 and is_hopper(weight.device) and has_descriptor(weight)
 
 
-def _drifts(rows: int, weight: torch.Tensor) -> bool:
-    """Return whether programs that share weights lose each other.
-
-    Of two tiles of rows the second is not full. As the number of programs is even, half of them always have that
-    one: they load less, run ahead, and the weights are read twice.
-    """
-    return _NARROW.rows < rows < 2 * _NARROW.rows and weight.nbytes > _MANY_BYTES
+def _is_large(weight: torch.Tensor) -> bool:
+    return weight.nbytes > _MANY_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,8 @@ _NARROW, _BROAD = WideTile(128, 128, 6), WideTile(128, 256, 4)
 
 def choose_tile(rows: int) -> WideTile:
     """Choose the tile: the faster of two on an H200, for 512 and for 8192 rows."""
-    return _NARROW if rows <= _FEW_ROWS else _BROAD
+    drifts = 2 * _NARROW.rows < rows < 3 * _NARROW.rows
+    return _NARROW if rows <= _FEW_ROWS and not drifts else _BROAD
 
 
 def wide_gemm_gluon(x, weight, bias, activation, *, scale=None, row_scale=None, dtype=None):

@@ -6,7 +6,7 @@ from engine.kernels import dispatch, wide_gemm
 from engine.kernels.activation import ACTIVATIONS
 from engine.kernels.fp8 import FP8, MAX_FAST_INPUTS, Scale, quantise_rows, quantise_rows_reference
 from engine.kernels.rms_norm import rms_norm_rounded_reference
-from engine.kernels.wide_gemm import supports, wide_gemm_gluon
+from engine.kernels.wide_gemm import supports, supports_rounded, wide_gemm_gluon
 
 from .compare import assert_close
 
@@ -25,7 +25,6 @@ def problem(device, dtype, rows, inputs, outputs, bias):
 )
 def test_equals_reference(hopper, rows, inputs, outputs, activation, bias):
     x, weight, given = problem(hopper, torch.bfloat16, rows, inputs, outputs, bias)
-    assert supports(x, weight)
     gate, up = F.linear(x.double(), weight.double(), None if given is None else given.double()).chunk(
         2, dim=1
     )
@@ -95,27 +94,31 @@ def test_gates_of_many_rows_on_hopper_gpus_take_it(monkeypatch, hopper_gpu):
     taken = []
     monkeypatch.setattr(dispatch, "wide_gemm_gluon", lambda x, *_: taken.append(len(x)))
     monkeypatch.setattr(dispatch, "skinny_gemm_triton", lambda *_, **__: None)
-    for rows in (64, 65):
+    for rows in (64, 288, 289):
         x, weight, bias = problem("cpu", torch.bfloat16, rows, 16, 8, True)
         dispatch.linear(x, weight, bias, activation="silu")
         dispatch.linear(x, weight, bias)
-    assert taken == ([65] if hopper_gpu else [])
+    assert taken == ([289] if hopper_gpu else [])
 
 
 def test_only_matrices_that_a_descriptor_can_describe_are_supported(monkeypatch):
     monkeypatch.setattr(wide_gemm, "is_hopper", lambda _: True)
-    x, weight, _ = problem("cpu", torch.bfloat16, 65, 16, 8, False)
+    x, weight, _ = problem("cpu", torch.bfloat16, 300, 16, 8, False)
     assert supports(x, weight)
     assert not supports(x.float(), weight.float())
     assert not supports(x[:, :12].contiguous(), weight[:, :12].contiguous())
     assert not supports(x[1:].flatten()[1 : 1 + 64 * 15].view(64, 15), weight)
 
 
-def test_large_weights_are_not_read_twice_for_a_few_more_rows(monkeypatch):
-    """Half of the programs would run ahead of those that share their weights."""
+def test_weights_are_not_read_twice_for_a_few_more_rows(monkeypatch):
+    """Some of the programs would run ahead of those that share their weights."""
     monkeypatch.setattr(wide_gemm, "is_hopper", lambda _: True)
     large, small = (torch.empty(outputs, 4096, dtype=torch.bfloat16) for outputs in (32_768, 2048))
-    rows = [65, 128, 129, 255, 256, 257]
-    taken = [supports(torch.empty(count, 4096, dtype=torch.bfloat16), large) for count in rows]
-    assert taken == [True, True, False, False, True, True]
-    assert supports(torch.empty(200, 4096, dtype=torch.bfloat16), small)
+
+    def taken(weight, rows):
+        return supports(torch.empty(rows, 4096, dtype=torch.bfloat16), weight)
+
+    assert [taken(large, rows) for rows in (65, 256, 352, 353)] == [False, False, False, True]
+    assert [taken(small, rows) for rows in (65, 256, 288, 289)] == [False, False, False, True]
+    rounded = torch.empty(40_000, 4096, dtype=FP8)
+    assert [supports_rounded(rows, rounded) for rows in (128, 129, 255, 256)] == [True, False, False, True]
