@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -36,6 +37,9 @@ _TOGETHER = 16
 #: Prompts that are prepared ahead of the next one to be added. More would delay the first prompts, for which
 #: the device is waiting.
 _AHEAD = 2 * _TOGETHER
+#: Seconds for which an idle device waits for further prompts: less than a step with the first few would
+#: take. Text is prepared sooner, media are not.
+_PATIENCE = 2e-3
 #: Bytes of embedding rows that are kept on the device for later prompts: those of a conversation's images.
 _ROW_BYTES = 256 << 20
 #: Most rows of an image that is encoded before it is known that its prompt can be served: on an H200 a tower
@@ -64,8 +68,9 @@ class Job:
 @dataclass(slots=True)
 class _Gathered:
     """Jobs that are added together, the tokens of their prompts, and the embedding rows that the engine will
-    hold for them."""
+    hold for them; and seconds to wait for others to be prepared."""
 
+    patience: float
     jobs: list[Job] = field(default_factory=list)
     tokens: int = 0
     rows: int = 0
@@ -122,13 +127,7 @@ class OfflineRunner:
             try:
                 ready = next(waiting, None)
                 while ready is not None or core.has_work:
-                    gathered = _Gathered()
-                    while ready is not None and self._wants_more(ready, gathered):
-                        gathered.add(ready)
-                        ready = next(waiting, None)
-                    for job in self._admit(gathered.jobs):
-                        assert job.group is not None, "an admitted job has one"
-                        by_group[job.group] = job
+                    ready = self._add(ready, waiting, by_group)
                     events += core.step()
                     if len(events) < steps and (ready is not None or core.has_work):
                         continue
@@ -161,18 +160,44 @@ class OfflineRunner:
                 yield ahead.popleft()
         yield from ahead
 
-    def _wants_more(self, job: Job, gathered: _Gathered) -> bool:
+    def _add(
+        self, ready: Job | None, waiting: Iterator[Job], by_group: dict[RequestGroup, Job]
+    ) -> Job | None:
+        """Give the engine the next jobs, ``ready`` and then those of ``waiting``, as many as fill a step, and
+        note their groups; return the first job that is left."""
+        core, room = self._engine.core, self._engine.config.max_num_batched_tokens
+        patience = 0.0 if core.has_work else _PATIENCE
+        while room > 0:
+            gathered = _Gathered(patience)
+            while ready is not None and self._wants_more(ready, gathered, room):
+                gathered.add(ready)
+                ready = next(waiting, None)
+            for job in self._admit(gathered.jobs):
+                assert job.group is not None, "an admitted job has one"
+                by_group[job.group] = job
+                room -= sum(map(core.scheduler.uncached_tokens, job.group.requests))
+            patience = gathered.patience
+            # Cached prompts leave room for others. Media that are encoded next would delay these.
+            if not gathered.jobs or gathered.rows:
+                break
+        return ready
+
+    def _wants_more(self, job: Job, gathered: _Gathered, room: int) -> bool:
         """Return whether to add ``job`` to the ``gathered`` ones now.
 
-        True if it is prepared, its embeddings are within the budget and the step has room, or if there is no
-        other work.
+        True if it is prepared, its embeddings are within the budget and the step has ``room`` for more tokens
+        than theirs, or if there is no other work. Waits for it to be prepared, as long as there is patience.
         """
         core, config, count = self._engine.core, self._engine.config, len(gathered.jobs)
         if not (core.has_work or count):
             return True
-        if core.scheduler.num_waiting + count >= config.max_num_seqs or not job.prepared.done():
+        if core.scheduler.num_waiting + count >= config.max_num_seqs or gathered.tokens >= room:
             return False
-        if gathered.tokens >= config.max_num_batched_tokens:
+        if not job.prepared.done() and gathered.patience > 0:
+            begun = time.perf_counter()
+            wait([job.prepared], gathered.patience)
+            gathered.patience -= time.perf_counter() - begun
+        if not job.prepared.done():
             return False
         rows = gathered.rows + _num_rows(job)
         return (count < _TOGETHER or not rows) and core.scheduler.ledger.fits(rows)

@@ -191,6 +191,12 @@ class Scheduler:
         """Known tokens of the requests that wait."""
         return self._waiting.tokens
 
+    def uncached_tokens(self, request: Request) -> int:
+        """Return how many tokens of a waiting request no block of the prefix cache holds."""
+        if request.finished:
+            return 0
+        return len(request.token_ids) - len(self.kv.cached_prefix(request)[0]) * self.kv.block_size
+
     @property
     def has_work(self) -> bool:
         return len(self._waiting) > 0 or self.num_running > 0

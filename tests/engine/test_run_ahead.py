@@ -56,3 +56,12 @@ def test_two_steps_are_enqueued_while_text_is_made_and_prompts_are_added_togethe
     prompts = [{"prompt_token_ids": [5, 6, 7]}] * 20
     llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)
     assert [count for count in added if count] == [18, 2]
+
+    # As many cached ones as a step has room for, too: little is left of them to compute.
+    prompts = [{"prompt_token_ids": [*range(5, 38)]}] * 20
+    one = SamplingParams(temperature=0.0, max_tokens=1)
+    llm.generate(prompts[:1], one, use_tqdm=False)
+    added.clear()
+    runner.execute = lambda *arguments, **options: added.append(0) or execute(*arguments, **options)
+    llm.generate(prompts, one, use_tqdm=False)
+    assert sum(added[: added.index(0)]) == 20
