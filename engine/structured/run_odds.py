@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 #: States that are told apart; beyond them, all are learned anew.
 _MOST_STATES = 4096
-#: Sampled tokens since the last forced one that are told apart.
-_MOST_SINCE = 64
+#: Sampled tokens since the last forced one that are told apart, and forced ones before them: a key and what
+#: stands around it.
+_MOST_SINCE, _BEFORE = 64, 8
 #: Odds of a state not seen before: forced tokens come in clusters.
 _SOON, _LATER = 0.25, 0.05
 #: Odds of foreseen runs above which a step computes one before it is certain: otherwise its rows cost more
@@ -66,26 +67,28 @@ class _Count:
 class RunOdds:
     """Counts of one grammar, shared by all sequences that follow it.
 
-    A sequence's state is known by the tokens allowed and by how many were sampled since the last forced one:
-    a grammar's parts differ in the first, and in a text of bounded length the second tells how near its end
-    is. Two states that look the same share their counts, so the odds are no more than a hint.
+    A sequence's state is known by the tokens allowed, by the forced ones before it and by how many were
+    sampled since: a grammar's parts differ in the first, fields of one type in the second, and in a text of
+    bounded length the third tells how near its end is. Two states that look the same share their counts, so
+    the odds are no more than a hint.
     """
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[int, int], _Count] = {}
+        self._counts: dict[tuple[int, tuple[int, ...], int], _Count] = {}
 
-    def of(self, allowed: int, since: int) -> _Count:
+    def of(self, allowed: int, before: tuple[int, ...], since: int) -> _Count:
         """The count of a state, to be read and added to.
 
         Args:
             allowed: a number that is equal for equal masks.
-            since: tokens sampled since the last forced one.
+            before: the last forced tokens.
+            since: tokens sampled since them.
         """
-        count = self._counts.get((allowed, since))
+        count = self._counts.get((allowed, before, since))
         if count is None:
             if len(self._counts) >= _MOST_STATES:
                 self._counts.clear()
-            count = self._counts[allowed, since] = _Count(_SOON if since < _RECENT else _LATER)
+            count = self._counts[allowed, before, since] = _Count(_SOON if since < _RECENT else _LATER)
         return count
 
 
@@ -103,6 +106,7 @@ class RunForecast:
     def __init__(self, odds: RunOdds) -> None:
         self._grammar, self._since, self.odds = odds, _RECENT, 0.0
         self._count: _Count | None = None
+        self._before: tuple[int, ...] = ()
 
     @property
     def expected(self) -> dict[int, tuple[int, ...]]:
@@ -112,7 +116,7 @@ class RunForecast:
 
     def sampling(self, allowed: int) -> None:
         """A step samples the next token; ``allowed`` is a number that is equal for equal masks."""
-        self._count = count = self._grammar.of(allowed, self._since)
+        self._count = count = self._grammar.of(allowed, self._before, self._since)
         self.odds = (count.followed + count.prior) / (count.seen + 1)
 
     def sampled(self, token: int, run: Sequence[int]) -> None:
@@ -121,4 +125,6 @@ class RunForecast:
             self._count.add(token, run)
             self._count = None
         self._since = 0 if run else min(self._since + 1, _MOST_SINCE)
+        if run:
+            self._before = tuple(run[-_BEFORE:])
         self.odds = 0.0

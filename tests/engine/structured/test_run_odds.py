@@ -34,6 +34,19 @@ def test_odds_are_shares():
     assert 0.24 < share < 0.26
 
 
+def test_fields_of_one_type_are_told_apart_by_what_was_forced_before_them():
+    """Each is followed by a key of its own."""
+    odds = RunOdds()
+    for _ in range(10):
+        forecast, found = RunForecast(odds), []
+        for key in (20, 30):
+            for run in ([key, 7], []):
+                forecast.sampling(LETTERS)
+                found.append(forecast.expected)
+                forecast.sampled(5, run)
+    assert found[2] == {ANY: (30, 7)} and found[1] == found[3] == {}
+
+
 def test_what_is_kept_is_bounded():
     odds = RunOdds()
     for index in range(10_000):
