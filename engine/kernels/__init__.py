@@ -34,7 +34,7 @@ decides::
                       dequantise_int4, F.linear   otherwise                           int4.py
     linear, gated     wide_gemm_gluon             Hopper, over 288 rows of 16 bits,   wide_gemm.py
                                                   over 352 for large weights, or
-                                                  over 64 rounded rows of at most
+                                                  over 256 rounded rows of at most
                                                   8192 inputs
                       ring_gate_gluon             Hopper, 16-bit, 17 to 64 rows, 129  ring_gate.py
                                                   to 144 outputs an SM, no bias

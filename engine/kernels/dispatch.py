@@ -277,7 +277,7 @@ def linear(
         return skinny_gemm_triton(x, weight, bias, activation=activation, counters=counters, scale=scale)
     if activation is not None and scale is None and use_triton(x) and wide_gemm.supports(x, weight):
         if is_compiling():
-            # The gate of fewer rows, too.
+            # The gate of middling numbers of rows, too.
             act_mul(x.new_empty((1, len(weight))), activation)
         return wide_gemm_gluon(x, weight, bias, activation)
     if memory_bound and rows == 1:
@@ -482,6 +482,9 @@ def gated_rounded(
     """Compute :func:`linear` of rows in fp8 with a gate, and round its rows to fp8 for the next layer."""
     rows = len(x.numbers)
     if rows <= MEMORY_BOUND_ROWS or wide_gemm.supports_rounded(rows, weight):
+        if is_compiling():
+            # The gate of middling numbers of rows, too.
+            act_rounded(weight.new_empty((1, len(weight)), dtype=torch.bfloat16), activation, gated=True)
         return quantise_rows(linear(x, weight, bias, activation=activation, scale=scale))
     return act_rounded(linear(x, weight, bias, scale=scale), activation, gated=True)
 

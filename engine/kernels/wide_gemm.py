@@ -22,7 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from engine.kernels.activation import activate
-from engine.kernels.device import MEMORY_BOUND_ROWS, has_descriptor, is_hopper, num_sms
+from engine.kernels.device import has_descriptor, is_hopper, num_sms
 from engine.kernels.fp8 import MAX_FAST_INPUTS
 from engine.kernels.launch import is_compiling, launch
 from engine.kernels.ring import STEP_BYTES, barriers, buffers, describe, described, tma_load
@@ -30,7 +30,7 @@ from engine.kernels.ring import STEP_BYTES, barriers, buffers, describe, describ
 #: With fewer rows torch's GEMM is the faster one, with a kernel for the gate: it has tiles of many heights. Here the
 #: last tile of rows is not full then. Programs that have it load less, run ahead of those that share their weights,
 #: and the weights are read twice; large ones from memory.
-_MIN_ROWS, _MIN_ROWS_LARGE = 289, 353
+_MIN_ROWS, _MIN_ROWS_LARGE, _MIN_ROWS_ROUNDED = 289, 353, 257
 #: Up to so many rows the narrow tile is the faster one, but for three tiles of which the last is not full.
 _FEW_ROWS = 1024
 #: Bytes of weights of which an L2 keeps only a part until other programs need it.
@@ -46,23 +46,18 @@ _activate = gluon.jit(activate.fn)
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether the kernel should multiply ``x`` ``(T, K)`` by ``weight`` ``(N, K)``."""
     known = x.dtype in (torch.bfloat16, torch.float16) and has_descriptor(x)
-    least = _MIN_ROWS_LARGE if _is_large(weight) else _MIN_ROWS
+    least = _MIN_ROWS_LARGE if weight.nbytes > _MANY_BYTES else _MIN_ROWS
     return known and x.shape[0] >= least and _fits(weight)
 
 
 def supports_rounded(rows: int, weight: torch.Tensor) -> bool:
     """Return whether the kernel should multiply ``rows`` rows in fp8 by ``weight`` ``(N, K)``, in fp8 too."""
     # The tensor cores sum up all products of an output.
-    drifts = _NARROW.rows < rows < 2 * _NARROW.rows and _is_large(weight)
-    return weight.shape[1] <= MAX_FAST_INPUTS and rows > MEMORY_BOUND_ROWS and not drifts and _fits(weight)
+    return weight.shape[1] <= MAX_FAST_INPUTS and rows >= _MIN_ROWS_ROUNDED and _fits(weight)
 
 
 def _fits(weight: torch.Tensor) -> bool:
     return weight.shape[0] % 16 == 0 and is_hopper(weight.device) and has_descriptor(weight)
-
-
-def _is_large(weight: torch.Tensor) -> bool:
-    return weight.nbytes > _MANY_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from engine.kernels import dispatch, wide_gemm
 from engine.kernels.activation import ACTIVATIONS
 from engine.kernels.fp8 import FP8, MAX_FAST_INPUTS, Scale, quantise_rows, quantise_rows_reference
 from engine.kernels.rms_norm import rms_norm_rounded_reference
-from engine.kernels.wide_gemm import supports, supports_rounded, wide_gemm_gluon
+from engine.kernels.wide_gemm import choose_tile, supports, supports_rounded, wide_gemm_gluon
 
 from .compare import assert_close
 
@@ -78,7 +78,7 @@ def test_gates_of_rounded_rows_take_it(monkeypatch, hopper_gpu):
     monkeypatch.setattr(dispatch, "scaled_gemm", note("torch", 1))
     monkeypatch.setattr(dispatch, "act_rounded", lambda x, *_, **__: taken.append("gate") or x)
     for inputs in (64, MAX_FAST_INPUTS + 16):
-        x, weight, _ = problem("cpu", torch.bfloat16, 65, inputs, 8, False)
+        x, weight, _ = problem("cpu", torch.bfloat16, 257, inputs, 8, False)
         numbers, scale = weight.to(FP8), Scale(torch.ones(16, 1), inputs, True)
         dispatch.norm_gated_rounded(
             x, None, torch.ones(inputs), 1e-6, numbers, activation="silu", scale=scale
@@ -121,4 +121,6 @@ def test_weights_are_not_read_twice_for_a_few_more_rows(monkeypatch):
     assert [taken(large, rows) for rows in (65, 256, 352, 353)] == [False, False, False, True]
     assert [taken(small, rows) for rows in (65, 256, 288, 289)] == [False, False, False, True]
     rounded = torch.empty(40_000, 4096, dtype=FP8)
-    assert [supports_rounded(rows, rounded) for rows in (128, 129, 255, 256)] == [True, False, False, True]
+    assert [supports_rounded(rows, rounded) for rows in (65, 256, 257)] == [False, False, True]
+    tiles = [choose_tile(rows).weights for rows in (256, 257, 383, 384, 1025)]
+    assert tiles == [128, 256, 256, 128, 256]
