@@ -278,7 +278,7 @@ def linear(
     if activation is not None and scale is None and use_triton(x) and wide_gemm.supports(x, weight):
         if is_compiling():
             # The gate of middling numbers of rows, too.
-            act_mul(x.new_empty((1, len(weight))), activation)
+            act_mul(x.new_empty((MEMORY_BOUND_ROWS + 1, len(weight))), activation)
         return wide_gemm_gluon(x, weight, bias, activation)
     if memory_bound and rows == 1:
         out = gemv_triton(x, weight, bias, scale)
@@ -484,7 +484,8 @@ def gated_rounded(
     if rows <= MEMORY_BOUND_ROWS or wide_gemm.supports_rounded(rows, weight):
         if is_compiling():
             # The gate of middling numbers of rows, too.
-            act_rounded(weight.new_empty((1, len(weight)), dtype=torch.bfloat16), activation, gated=True)
+            middling = weight.new_empty((MEMORY_BOUND_ROWS + 1, len(weight)), dtype=torch.bfloat16)
+            act_rounded(middling, activation, gated=True)
         return quantise_rows(linear(x, weight, bias, activation=activation, scale=scale))
     return act_rounded(linear(x, weight, bias, scale=scale), activation, gated=True)
 
