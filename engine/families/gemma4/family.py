@@ -103,8 +103,8 @@ def _finished(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Adds the tokens of images that the tokenizer's files name, and what they are to the decoder."""
     text = checkpoint.config.get("text_config") or {}
     sees_ahead = text.get("use_bidirectional_attention") == "vision"
-    audio = integer({"audio_token_id": 258881, **checkpoint.config}, "audio_token_id", least=0)
-    media = (config.image_token_id, config.video_token_id, audio)
+    sound = checkpoint.config.get("audio_token_id", 258881)
+    media = (config.image_token_id, config.video_token_id, sound)
     decoder = replace(
         config.decoder,
         both_ways="images" if sees_ahead else None,

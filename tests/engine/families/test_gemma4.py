@@ -102,6 +102,16 @@ def test_requests_lower_the_rows(path):
         ours.with_options({"max_soft_tokens": ROWS + 1})
 
 
+def test_a_model_without_sound_need_not_have_a_token_for_it(path, tmp_path):
+    for file in path.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "audio_token_id": None}))
+    tokens = config["image_token_id"], config["video_token_id"]
+    assert parse(path)[1].decoder.media_tokens == (*tokens, config["audio_token_id"])
+    assert parse(tmp_path)[1].decoder.media_tokens == tokens
+
+
 BASE: dict[str, Any] = {
     "hidden_size": 64,
     "num_attention_heads": 8,
