@@ -97,7 +97,7 @@ def running(config: dict[str, Any], start_timeout: float, log_file: Path | None 
         command += ["--address", "local", str(file)]
         log = (log_file or Path(folder) / "serve.log").open("w+")
         began = time.perf_counter()
-        # As the README's environment for load has it; without HAProxy it changes nothing.
+        # As docs/failures.md advises for HAProxy; without it this changes nothing.
         environment = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": DOORSTEP, **os.environ}
         server = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
