@@ -200,10 +200,20 @@ def _ring_gemm_kernel(
         mbarrier.expect(ready.index(slot), BYTES, pred=known)
         k = (first + slot) * WIDTH
         tma_load(weight_desc, [tile, k], ready.index(slot), weights.index(slot), pred=known)
+    # Scales and biases come from memory, too, and would be waited for at the end.
+    output = tile + gl.arange(0, TILE, gl.SliceLayout(1, SUMS))
+    if FP8:
+        scale = gl.load(scale_ptr + output, mask=output < outputs, other=0.0)
+    if BIAS:
+        biased = gl.where(split == 0, outputs, 0)
+        bias = gl.load(bias_ptr + output, mask=output < biased, other=0.0)
     _wait_for_previous(PDL)
     for slot in gl.static_range(DEPTH):
         k = (first + slot) * WIDTH
         tma_load(x_desc, [top, k], ready.index(slot), x.index(slot), pred=slot < count)
+    if FP8:
+        row = top + gl.arange(0, ROWS, gl.SliceLayout(0, SUMS))
+        row_scale = gl.load(row_scale_ptr + row, mask=row < rows, other=0.0)
     sums = gl.zeros([TILE, ROWS], gl.float32, SUMS)
     nothing = gl.zeros([TILE, ROWS], gl.float32, SUMS)
     slot, phase, before = 0, 0, DEPTH - 1
@@ -236,14 +246,10 @@ def _ring_gemm_kernel(
     sums = warpgroup_mma_wait(0, deps=[sums])
     # What follows may use the memory of the ring.
     block_barrier()
-    output = tile + gl.arange(0, TILE, gl.SliceLayout(1, SUMS))
     if FP8:
-        row = top + gl.arange(0, ROWS, gl.SliceLayout(0, SUMS))
-        row_scale = gl.load(row_scale_ptr + row, mask=row < rows, other=0.0)
-        sums *= gl.load(scale_ptr + output, mask=output < outputs, other=0.0)[:, None] * row_scale[None, :]
+        sums *= scale[:, None] * row_scale[None, :]
     if BIAS:
-        biased = gl.where(split == 0, outputs, 0)
-        sums += gl.load(bias_ptr + output, mask=output < biased, other=0.0).to(gl.float32)[:, None]
+        sums += bias.to(gl.float32)[:, None]
 
     # Four outputs a thread, so that those of a row are stored together.
     STORED: gl.constexpr = gl.BlockedLayout([4, 1], [TILE // 4, 128 // TILE], [1, 4], [0, 1])

@@ -251,6 +251,18 @@ def _skinny_gemm_kernel(
     xs = x_ptr + tl.minimum(row, rows - 1)[None, :] * x_stride + lane[:, None]
     acc = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
     up = acc
+    # Scales and biases come from memory, too, and would be waited for at the end.
+    if GROUP == 0:
+        scale = tl.load(scale_ptr + known)
+        if ACTIVATION != "":
+            up_scale = tl.load(scale_ptr + outputs + known)
+    if BIAS:
+        biased = outputs
+        if PARTS:
+            biased = tl.where(split == 0, outputs, 0)
+        bias = tl.load(bias_ptr + output, mask=output < biased, other=0.0)
+        if ACTIVATION != "":
+            up_bias = tl.load(bias_ptr + outputs + output, mask=output < outputs, other=0.0)
     wait_for_previous(PDL)
     for k in tl.range(first, end, TILE_INPUTS, num_stages=STAGES):
         x = _load_tile(xs, lane, k, end, EVEN, 0)
@@ -273,19 +285,14 @@ def _skinny_gemm_kernel(
             if ACTIVATION != "":
                 up *= row_scale
         if GROUP == 0:
-            acc *= tl.load(scale_ptr + known)[:, None]
+            acc *= scale[:, None]
             if ACTIVATION != "":
-                up *= tl.load(scale_ptr + outputs + known)[:, None]
+                up *= up_scale[:, None]
         if BIAS:
-            biased = outputs
-            if PARTS:
-                biased = tl.where(split == 0, outputs, 0)
-            bias = tl.load(bias_ptr + output, mask=output < biased, other=0.0)
             acc += bias.to(tl.float32)[:, None]
         if ACTIVATION != "":
             if BIAS:
-                bias = tl.load(bias_ptr + outputs + output, mask=output < outputs, other=0.0)
-                up += bias.to(tl.float32)[:, None]
+                up += up_bias.to(tl.float32)[:, None]
             acc = activate(acc, ACTIVATION) * up
         if PARTS:
             offset += split * rows * outputs
