@@ -162,7 +162,8 @@ def test_a_rounded_row(hopper, monkeypatch, outputs, inputs, activation, tile):
 @pytest.mark.parametrize(("outputs", "inputs"), [(34, 320), (200, 3584), (70, 4096), (8, 64)])
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_a_row_that_the_kernel_rounds(hopper, outputs, inputs, activation):
-    for factor in (1.0, 1e-30, 1e30, 0.0):
+    # The product of gates and factors stays within float32.
+    for factor in (1.0, 1e-30, 1e15, 0.0):
         x, weight, scale, bias, _ = problem(hopper, torch.bfloat16, 1, outputs, inputs, inputs)
         x, weight = x * factor, weight.contiguous()
         options = {"activation": activation, "scale": scale, "dtype": torch.float32}
