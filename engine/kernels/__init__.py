@@ -8,6 +8,8 @@ decides::
                       decode_attention_reference  otherwise                           decode_attention.py
     paged_attention   paged_attention_reference   not Triton                          paged_attention.py
                       prefill_attention_gluon     Hopper, 16-bit, no window or cap,   prefill_attention.py
+                                                  causal, blocks without other
+                                                  layers' keys between,
                                                   a sequence with over 256 new
                                                   tokens (512 or 1024 where rows
                                                   are many), KV cache in the
@@ -42,7 +44,7 @@ decides::
                       of rounded rows             weight in fp8 made for fp8 inputs,
                                                   Hopper, one scale an output; up to
                                                   4096 inputs it rounds the row itself
-                      alone_gemm_gluon            the same, 17 to 64 rows, 2048 to    ring_gemm.py
+                      tile_gemm_gluon             the same, 17 to 64 rows, 2048 to    ring_gemm.py
                       of rounded rows             8192 inputs, as many tiles of 64
                                                   outputs as SMs or up to half fewer,
                                                   no split-K
@@ -74,7 +76,8 @@ decides::
                       int4_expert_gemv_triton     4 bits, few tokens as below         int4_experts.py
                       int4_grouped_gemm_triton    4 bits, otherwise                   int4_experts.py
                       expert_gemv_triton          1 token, or at most 4 with at most  expert_gemv.py
-                                                  half as many pairs as experts
+                                                  half as many pairs as experts, no
+                                                  factors of experts
                       grouped_experts_gluon       Hopper, steps of 64 inputs; 16-bit  expert_gemm.py
                                                   and over 16 pairs an expert, or fp8
                                                   made for fp8 inputs, one scale an

@@ -65,7 +65,7 @@ from engine.kernels.peer_reduce import MAX_SENT, PeerBuffers
 from engine.kernels.prefill_attention import prefill_attention_gluon
 from engine.kernels.recurrent_state import StateCache
 from engine.kernels.ring_gate import ring_gate_gluon
-from engine.kernels.ring_gemm import alone_gemm_gluon, ring_gemm_gluon
+from engine.kernels.ring_gemm import ring_gemm_gluon, tile_gemm_gluon
 from engine.kernels.rms_norm import HeadNorms, rms_norm, rms_norm_rounded
 from engine.kernels.rotary import RotaryTable
 from engine.kernels.route import Routing
@@ -277,7 +277,8 @@ def linear(
         return skinny_gemm_triton(x, weight, bias, activation=activation, counters=counters, scale=scale)
     if activation is not None and scale is None and use_triton(x) and wide_gemm.supports(x, weight):
         if is_compiling():
-            # The gate of middling numbers of rows, too.
+            # Between the few rows of skinny_gemm and the many of wide_gemm, torch's GEMM runs with a gate kernel: compile
+            # that too.
             act_mul(x.new_empty((MEMORY_BOUND_ROWS + 1, len(weight))), activation)
         return wide_gemm_gluon(x, weight, bias, activation)
     if memory_bound and rows == 1:
@@ -376,9 +377,9 @@ def _rounded_linear(
         options = {"activation": activation, "scale": scale, "row_scale": x.scale, "dtype": torch.bfloat16}
         if fp8_mma.supports(x.numbers):
             return fp8_mma_gluon(x.numbers, weight, bias, **options)
-        if activation is None and counters is None and ring_gemm.supports_alone(x.numbers, weight):
+        if activation is None and counters is None and ring_gemm.supports_tiles(x.numbers, weight):
             del options["activation"]
-            return alone_gemm_gluon(x.numbers, weight, bias, **options)
+            return tile_gemm_gluon(x.numbers, weight, bias, **options)
         return skinny_gemm_triton(x.numbers, weight, bias, counters=counters, **options)
     if activation is not None and use_triton(x.numbers) and wide_gemm.supports_rounded(rows, weight):
         options = {"scale": scale, "row_scale": x.scale, "dtype": torch.bfloat16}
@@ -483,7 +484,7 @@ def gated_rounded(
     rows = len(x.numbers)
     if rows <= MEMORY_BOUND_ROWS or wide_gemm.supports_rounded(rows, weight):
         if is_compiling():
-            # The gate of middling numbers of rows, too.
+            # For the rows between, as in linear.
             middling = weight.new_empty((MEMORY_BOUND_ROWS + 1, len(weight)), dtype=torch.bfloat16)
             act_rounded(middling, activation, gated=True)
         return quantise_rows(linear(x, weight, bias, activation=activation, scale=scale))

@@ -229,7 +229,7 @@ def _fp8_mma_kernel(
     place = gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, RESULT))[:, None]
     row = gl.arange(0, COLUMNS // PARTS, layout=gl.SliceLayout(0, RESULT))[None, :]
     weight = _weight_of(tile, place, outputs, OUTPUTS)
-    # They come from memory, too, and would be waited for at the end.
+    # Scales and biases before the PDL wait: see skinny_gemm.py.
     scale = gl.load(scale_ptr + weight)
     if BIAS:
         bias = gl.load(bias_ptr + weight)

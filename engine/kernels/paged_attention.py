@@ -85,7 +85,7 @@ def choose_tile(head_dim: int, group: int, itemsize: int) -> AttentionTile:
     """
     rows = triton.next_power_of_2(group)
     if head_dim > 128 or itemsize > 2:
-        # Heads of 512 take the registers of twice as many warps.
+        # Warps as in decode_attention.py.
         return AttentionTile(max(rows, 32), 32, 8 if head_dim > 256 else 4, 2)
     return AttentionTile(max(rows, 64), 64, 4, 2)
 

@@ -44,8 +44,9 @@ from engine.kernels.split_sums import SplitSums
 _MIN_INPUTS, _MIN_ROUNDED_INPUTS = 1024, 8192
 #: More rows were not measured.
 _MOST_ROUNDED_ROWS = 256
-#: A tile of a program alone: with two programs' rings there is room for attention's, which begin meanwhile.
-_ALONE_DEPTH, _MIN_ALONE_INPUTS = 6, 2048
+#: Of a program that has a tile to itself, without split-K: beside the rings of two such there is room for attention's
+#: programs, which begin meanwhile.
+_TILE_DEPTH, _MIN_TILE_INPUTS = 6, 2048
 _wait_for_previous = gluon.jit(wait_for_previous.fn)
 
 
@@ -78,7 +79,8 @@ def choose_tile(rows: int, outputs: int, inputs: int, *, itemsize: int, sms: int
     tiles, steps = triton.cdiv(outputs, 64), triton.cdiv(inputs * itemsize, STEP_BYTES)
     # One program on an SM, with as many steps as fit; a few steps are all loaded in advance.
     programs, depth = (sms, 13) if 2 * tiles <= sms else (2 * sms, 6)
-    if itemsize == 1 and steps >= 128 and 16 < rows:
+    if itemsize == 1 and steps >= 128 and rows > 16:
+        # fp8 with many inputs: two programs per SM take turns, one computes while the other's tiles arrive.
         programs, depth = 2 * sms, 4
     if rows > MEMORY_BOUND_ROWS:
         shared = 2 * sms // (tiles * triton.cdiv(rows, 128))
@@ -97,11 +99,11 @@ def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return fits and has_descriptor(x) and has_descriptor(weight) and is_hopper(x.device)
 
 
-def supports_alone(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def supports_tiles(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether programs should compute a tile of ``x @ weight.T`` each: of rows in fp8, where there are about as
     many tiles as SMs, and no more. Otherwise skinny_gemm.py is as fast, or was not compared."""
     (rows, inputs), tiles, sms = x.shape, triton.cdiv(len(weight), 64), num_sms(x.device)
-    fits = 16 < rows <= MEMORY_BOUND_ROWS and _MIN_ALONE_INPUTS <= inputs <= MAX_FAST_INPUTS
+    fits = 16 < rows <= MEMORY_BOUND_ROWS and _MIN_TILE_INPUTS <= inputs <= MAX_FAST_INPUTS
     fits = fits and tiles <= sms <= 2 * tiles and x.dtype == weight.dtype == FP8
     return fits and has_descriptor(x) and has_descriptor(weight) and is_hopper(x.device)
 
@@ -126,7 +128,7 @@ def ring_gemm_gluon(
     return SplitSums(out, dtype or x.dtype)
 
 
-def alone_gemm_gluon(
+def tile_gemm_gluon(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -135,10 +137,10 @@ def alone_gemm_gluon(
     row_scale: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See :func:`engine.kernels.dispatch.linear`; for what :func:`supports_alone` admits. The tensor cores alone sum
+    """See :func:`engine.kernels.dispatch.linear`; for what :func:`supports_tiles` admits. The tensor cores alone sum
     up the products, see :data:`~engine.kernels.fp8.MAX_FAST_INPUTS`."""
     out = torch.empty((x.shape[0], len(weight)), dtype=dtype, device=x.device)
-    _launch(x, weight, bias, out, RingTile(64, _ALONE_DEPTH, 1), scale, row_scale)
+    _launch(x, weight, bias, out, RingTile(64, _TILE_DEPTH, 1), scale, row_scale)
     return out
 
 
@@ -200,7 +202,7 @@ def _ring_gemm_kernel(
         mbarrier.expect(ready.index(slot), BYTES, pred=known)
         k = (first + slot) * WIDTH
         tma_load(weight_desc, [tile, k], ready.index(slot), weights.index(slot), pred=known)
-    # Scales and biases come from memory, too, and would be waited for at the end.
+    # Scales and biases before the PDL wait: see skinny_gemm.py.
     output = tile + gl.arange(0, TILE, gl.SliceLayout(1, SUMS))
     if FP8:
         scale = gl.load(scale_ptr + output, mask=output < outputs, other=0.0)

@@ -251,7 +251,7 @@ def _skinny_gemm_kernel(
     xs = x_ptr + tl.minimum(row, rows - 1)[None, :] * x_stride + lane[:, None]
     acc = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
     up = acc
-    # Scales and biases come from memory, too, and would be waited for at the end.
+    # Scales and biases: loaded before the PDL wait, so that their latency is not exposed in the epilogue.
     if GROUP == 0:
         scale = tl.load(scale_ptr + known)
         if ACTIVATION != "":

@@ -27,9 +27,9 @@ from engine.kernels.fp8 import MAX_FAST_INPUTS
 from engine.kernels.launch import is_compiling, launch
 from engine.kernels.ring import STEP_BYTES, barriers, buffers, describe, described, tma_load
 
-#: With fewer rows torch's GEMM is the faster one, with a kernel for the gate: it has tiles of many heights. Here the
-#: last tile of rows is not full then. Programs that have it load less, run ahead of those that share their weights,
-#: and the weights are read twice; large ones from memory.
+#: Below these rows torch's GEMM plus a gate kernel is faster: it has more tile heights. Here programs with a partial
+#: last row tile finish early and drift from those that share their weights, so weights are loaded twice, large ones
+#: from memory.
 _MIN_ROWS, _MIN_ROWS_LARGE, _MIN_ROWS_ROUNDED = 289, 353, 257
 #: Up to so many rows the narrow tile is the faster one, but for three tiles of which the last is not full.
 _FEW_ROWS = 1024

@@ -85,7 +85,7 @@ class DecodeGraphs:
     def end(self, count: int, plan: Any) -> torch.Tensor:
         """Tokens of the first ``count`` slots, sampled from the hidden states of a step with chunks.
 
-        Nobody gets the logits: those of all sizes and plans would take gigabytes.
+        Logits are not returned: keeping them for every size and plan would take gigabytes.
         """
         return self._end_of(self.size_for(count), plan)()[:count]
 

@@ -309,7 +309,7 @@ def fp8_weights() -> None:
 def before_norm() -> None:
     """GEMMs of a few rows before a norm, in bf16 and fp8."""
     from engine.kernels.fp8 import FP8, Scale
-    from engine.kernels.ring_gemm import alone_gemm_gluon, ring_gemm_gluon
+    from engine.kernels.ring_gemm import ring_gemm_gluon, tile_gemm_gluon
 
     for rows in (16, 64):
         ring_gemm_gluon(tensor(rows, 8960), tensor(1536, 8960))
@@ -319,7 +319,7 @@ def before_norm() -> None:
     scales = {"scale": Scale(torch.ones(4608, 1), 1 << 15), "row_scale": torch.ones(64, 1)}
     weight = tensor(4608, 3584, dtype=FP8)
     for bias in (None, tensor(4608)):
-        alone_gemm_gluon(tensor(64, 3584, dtype=FP8), weight, bias, **scales, dtype=BF16)
+        tile_gemm_gluon(tensor(64, 3584, dtype=FP8), weight, bias, **scales, dtype=BF16)
     scales = {"scale": Scale(torch.ones(3584, 1), 1 << 15), "row_scale": torch.ones(256, 1)}
     ring_gemm_gluon(tensor(256, 18944, dtype=FP8), tensor(3584, 18944, dtype=FP8), **scales, dtype=BF16)
 

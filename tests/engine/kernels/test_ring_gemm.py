@@ -4,7 +4,7 @@ import torch
 from engine.kernels import dispatch, ring_gemm
 from engine.kernels.dispatch import linear, split_linear
 from engine.kernels.fp8 import FP8, RoundedRows, Scale, quantise_rows_reference
-from engine.kernels.ring_gemm import RingTile, alone_gemm_gluon, choose_tile, ring_gemm_gluon, supports
+from engine.kernels.ring_gemm import RingTile, choose_tile, ring_gemm_gluon, supports, tile_gemm_gluon
 
 from .compare import assert_close
 from .test_linear import float64_linear
@@ -70,7 +70,7 @@ def test_programs_with_a_tile_to_themselves_equal_float64(hopper, rows, outputs,
         expected = float64_linear(*exact, None if given is None else given.double())
         for _ in range(5):
             options = {"scale": scale, "row_scale": row_scale, "dtype": torch.bfloat16}
-            result = alone_gemm_gluon(numbers, weight, given, **options)
+            result = tile_gemm_gluon(numbers, weight, given, **options)
             assert result.dtype == torch.bfloat16 and result.shape == expected.shape
             # The tensor cores keep 14 bits of all sums.
             assert_close(result, expected, tolerance=4e-3)
@@ -81,7 +81,7 @@ def test_projections_of_17_to_64_rounded_rows_have_a_tile_a_program(monkeypatch)
     monkeypatch.setattr(ring_gemm, "is_hopper", lambda _: True)
     monkeypatch.setattr(ring_gemm, "num_sms", lambda _: 4)
     taken = []
-    monkeypatch.setattr(dispatch, "alone_gemm_gluon", lambda x, *_, **__: taken.append(len(x)))
+    monkeypatch.setattr(dispatch, "tile_gemm_gluon", lambda x, *_, **__: taken.append(len(x)))
     monkeypatch.setattr(dispatch, "skinny_gemm_triton", lambda *_, **__: None)
     weight, scale = torch.zeros(320, 2048).to(FP8), Scale(torch.ones(320, 1), 2048, True)
     for rows in (16, 17, 64):
