@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from engine.encoder import EncoderEngine
@@ -229,7 +228,7 @@ class OfflineRunner:
                 self._engine.core.add(request)
         return batch
 
-    def encode_one(self, media: PreparedMedia) -> torch.Tensor:
+    def encode_one(self, media: PreparedMedia) -> Any:
         """Rows of one item, which may have no hash."""
         assert self._encoder is not None
         return self._encoder.encode([media])[0]

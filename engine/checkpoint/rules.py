@@ -28,19 +28,19 @@ SANDWICH_RULES: tuple[tuple[str, str], ...] = (
 )
 """Rules of a decoder with norms after attention and MLP as well, by Gemma's names."""
 
-_LAYER_INPUTS = r"(?:.*\.)?(layers\.\d+\.)"
+_LAYER = r"(?:.*\.)?(layers\.\d+\.)"
 GEMMA4_RULES: tuple[tuple[str, str], ...] = (
-    (_LAYER_INPUTS + r"layer_scalar", r"\1layer_scale"),
-    (_LAYER_INPUTS + r"router\.proj\.weight", r"\1mlp.router.weight"),
-    (_LAYER_INPUTS + r"router\.scale", r"\1mlp.router.scale"),
-    (_LAYER_INPUTS + r"router\.per_expert_scale", r"\1mlp.router.factors"),
-    (_LAYER_INPUTS + r"experts\.(.*)", r"\1mlp.experts.\2"),
-    (_LAYER_INPUTS + r"post_feedforward_layernorm_1\.(.*)", r"\1mlp.mlp_norm.\2"),
-    (_LAYER_INPUTS + r"pre_feedforward_layernorm_2\.(.*)", r"\1mlp.experts_in_norm.\2"),
-    (_LAYER_INPUTS + r"post_feedforward_layernorm_2\.(.*)", r"\1mlp.experts_norm.\2"),
-    (_LAYER_INPUTS + r"per_layer_input_gate\.(.*)", r"\1layer_input.gate.\2"),
-    (_LAYER_INPUTS + r"per_layer_projection\.(.*)", r"\1layer_input.projection.\2"),
-    (_LAYER_INPUTS + r"post_per_layer_input_norm\.(.*)", r"\1layer_input.norm.\2"),
+    (_LAYER + r"layer_scalar", r"\1layer_scale"),
+    (_LAYER + r"router\.proj\.weight", r"\1mlp.router.weight"),
+    (_LAYER + r"router\.scale", r"\1mlp.router.scale"),
+    (_LAYER + r"router\.per_expert_scale", r"\1mlp.router.factors"),
+    (_LAYER + r"experts\.(.*)", r"\1mlp.experts.\2"),
+    (_LAYER + r"post_feedforward_layernorm_1\.(.*)", r"\1mlp.mlp_norm.\2"),
+    (_LAYER + r"pre_feedforward_layernorm_2\.(.*)", r"\1mlp.experts_in_norm.\2"),
+    (_LAYER + r"post_feedforward_layernorm_2\.(.*)", r"\1mlp.experts_norm.\2"),
+    (_LAYER + r"per_layer_input_gate\.(.*)", r"\1layer_input.gate.\2"),
+    (_LAYER + r"per_layer_projection\.(.*)", r"\1layer_input.projection.\2"),
+    (_LAYER + r"post_per_layer_input_norm\.(.*)", r"\1layer_input.norm.\2"),
     (r"(?:.*\.)?embed_tokens_per_layer\.(.*)", r"layer_inputs.embedding.\1"),
     (r"(?:.*\.)?per_layer_model_projection\.(.*)", r"layer_inputs.projection.\1"),
     (r"(?:.*\.)?per_layer_projection_norm\.(.*)", r"layer_inputs.norm.\1"),

@@ -195,7 +195,7 @@ class DecoderConfig:
             too.
         value_norm: values of a head are divided by their root mean square.
         num_borrowing: trailing layers without keys and values of their own. Each uses those of the last layer
-            before all of them that has its window, or none as itself.
+            before all of them that is in ``local_layers``, or is not, as itself.
         borrowing_size: intermediate size of their MLPs; None if it is that of all.
         both_ways: the tokens that attend to each other in both directions: those of each unbroken run of
             embedding rows (``images``), or all of a prompt (``prompt``); None: every token attends to earlier
@@ -299,8 +299,3 @@ class DecoderConfig:
     def window(self, layer: int) -> int | None:
         """Sliding window of ``layer`` in tokens; None for full attention."""
         return self.windows[layer] if self.windows else None
-
-    @property
-    def num_attention_layers(self) -> int:
-        """Number of layers that have keys and values."""
-        return self.num_layers - len(self.linear_layers)

@@ -78,10 +78,17 @@ def _angles(config: NativeVisionConfig, rows: torch.Tensor, columns: torch.Tenso
     """Angles ``(N, head_dim / 2)`` float32: those of a patch's row, then those of its column."""
     theta, dim = config.tower.rope_theta, config.tower.head_dim
     assert theta is not None
-    even = 1.0 / theta ** (torch.arange(0, dim // 2, 2, dtype=torch.float32) / (dim // 2))
+    even = axis_frequencies(theta, dim, rows.device)
     odd = 1.0 / theta ** (torch.arange(2, dim, 4, dtype=torch.float32) / dim)
     of_columns = odd if config.tower.rope_alternates else even
     return torch.cat([rows.float()[:, None] * even, columns.float()[:, None] * of_columns], dim=1)
+
+
+def axis_frequencies(theta: float, head_dim: int, device: torch.device) -> torch.Tensor:
+    """The angles by which one step along an axis rotates its half of a head, float32 ``(head_dim / 4,)``: the
+    even frequencies of a one-dimensional embedding of base ``theta``."""
+    half = head_dim // 2
+    return 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32, device=device) / half)
 
 
 def _taps(config: NativeVisionConfig, *axes: tuple[torch.Tensor, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -472,7 +472,7 @@ def test_a_lone_prompt_s_media_are_encoded_before_they_are_named(path, llm):
     ],
 )
 @pytest.mark.parametrize(("count", "early_rows", "encoded"), [(1, 1024, 2), (1, 0, 0), (2, 1024, 0)])
-def test_what_cannot_be_served_costs_no_encoding(
+def test_what_cannot_be_served_costs_at_most_an_early_small_image(
     llm, prompt, params, words, count, early_rows, encoded, monkeypatch
 ):
     """A prompt that is refused is refused before its images are encoded, alone or as one of several. The last

@@ -97,12 +97,13 @@ def measure(name: str, folder: Path, fp8: bool = False) -> Size:
         family.build_encoder(model, build),
     )
     assert isinstance(encoder, torch.nn.Module)
+    groups = LayerGroups.single(model.decoder)
     return Size(
         language=_bytes(decoder),
         vision=_bytes(encoder),
-        token=block_bytes(LayerGroups.single(model.decoder), 1, torch.bfloat16),
+        token=block_bytes(groups, 1, torch.bfloat16),
         states=state_bytes(model.decoder, torch.bfloat16),
-        layers=model.decoder.num_attention_layers,
+        layers=groups.size,
         kv_heads=model.decoder.num_kv_heads,
         head_dim=model.decoder.head_dim,
     )

@@ -13,6 +13,7 @@ from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.linear import Linear
 from engine.layers.norm import UnitNorm
 from engine.prompt import MediaItem, PreparedMedia
+from engine.vision.native_grid import axis_frequencies
 from engine.vision.pixels import PixelInput, blank, check_pieces
 from engine.vision.segments import segments_of
 from engine.vision.transformer import VisionTransformer
@@ -82,10 +83,9 @@ class PooledVisionEncoder(nn.Module):
 
     def _angles(self, places: torch.Tensor) -> torch.Tensor:
         """Angles ``(N, head_dim / 4)`` of a column or a row."""
-        theta, half = self.config.tower.rope_theta, self.config.tower.head_dim // 2
+        theta, head_dim = self.config.tower.rope_theta, self.config.tower.head_dim
         assert theta is not None
-        exponents = torch.arange(0, half, 2, dtype=torch.float32, device=places.device) / half
-        return places.float()[:, None] * (1.0 / theta**exponents)
+        return places.float()[:, None] * axis_frequencies(theta, head_dim, places.device)
 
     def _check(self, entry: PreparedMedia) -> None:
         grid, side = entry.item.grid, self.config.side

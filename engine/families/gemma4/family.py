@@ -21,6 +21,7 @@ from engine.families.parsing.model import (
     tied_unless_stated,
     token_field,
 )
+from engine.media.video.video import minutes_and_seconds
 from engine.prompt import MediaItem, PlaceholderRun, runs_with_rows
 from engine.vision.transformer_config import VisionConfig
 
@@ -125,11 +126,7 @@ def _prompt_format(config: ModelConfig) -> PromptFormat:
 
 def _around(config: ModelConfig, item: MediaItem) -> tuple[str, str]:
     """The time of a video's first frame."""
-    return (f"{_minutes(item.times[0])} ", "") if item.kind == "video" else ("", "")
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
+    return (f"{minutes_and_seconds(item.times[0])} ", "") if item.kind == "video" else ("", "")
 
 
 def _placeholder(
@@ -142,7 +139,7 @@ def _placeholder(
     is_video = item.kind == "video"
     row = _VIDEO if is_video else tokens["image_token"]
     shown = f"{tokens['boi_token']}{row}{tokens['eoi_token']}"
-    text = shown + "".join(f" {_minutes(seconds)} {shown}" for seconds in item.times[1:])
+    text = shown + "".join(f" {minutes_and_seconds(seconds)} {shown}" for seconds in item.times[1:])
     row_token = config.video_token_id if is_video else config.image_token_id
     counts = iter([height * width // config.vision.side**2] * frames)
     return runs_with_rows(encode(text), row_token, counts)

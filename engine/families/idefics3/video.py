@@ -16,7 +16,7 @@ from engine.families.parsing.processor import require_same_colours, require_step
 from engine.media.keys import content_hash
 from engine.media.resize import resize, resized
 from engine.media.video.sampling import FrameRules, smolvlm_indices
-from engine.media.video.video import Pace, Video, VideoInfo, VideoOptions
+from engine.media.video.video import Pace, Video, VideoInfo, VideoOptions, minutes_and_seconds
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.normalisation import HALF_NORMALISATION
@@ -108,7 +108,7 @@ def words_around(item: MediaItem) -> tuple[str, str]:
 
 def words_of_frame(seconds: float) -> str:
     """The words before a frame."""
-    return f"\nFrame from {int(seconds // 60):02d}:{int(seconds % 60):02d}:"
+    return f"\nFrame from {minutes_and_seconds(seconds)}:"
 
 
 def number_in_words(number: int) -> str:

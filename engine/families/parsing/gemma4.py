@@ -16,8 +16,8 @@ GEMMA4_DEFAULTS: dict[str, Any] = {
     "num_hidden_layers": 30,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "head_dim": 512,
-    "local_heads": (4, 256),
+    "head_dim": 256,
+    "local_heads": None,
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-6,
     "hidden_act": "gelu_pytorch_tanh",
@@ -56,10 +56,9 @@ def gemma4_fields(raw: Json) -> Json:
     Raises:
         CheckpointError: naming the field that can't be used.
     """
-    own = {"num_hidden_layers": 30, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
-    config = {**own, **raw}
+    config = {**GEMMA4_DEFAULTS, **raw}
     layers = integer(config, "num_hidden_layers")
-    kinds = config.get("layer_types")
+    kinds = config["layer_types"]
     if kinds is None:
         kinds = [_SLIDING if (layer + 1) % 6 else _FULL for layer in range(layers)]
     if not isinstance(kinds, list | tuple) or len(kinds) != layers:
@@ -76,10 +75,10 @@ def gemma4_fields(raw: Json) -> Json:
         stated = {"global_head_dim": 512, **stated}
     ropes = config.get("rope_parameters") or _ROPES
     return {
-        **config,
+        **raw,
         "layer_types": kinds,
         "local_heads": local,
-        "num_key_value_heads": local[0] if heads is None or not config.get("attention_k_eq_v") else heads,
+        "num_key_value_heads": local[0] if heads is None or not config["attention_k_eq_v"] else heads,
         "head_dim": stated.get("global_head_dim", local[1]),
         "rope_scaling": None,
         "rope_parameters": ropes,

@@ -64,6 +64,11 @@ class Pace:
         return cls(tuple(times), (len(times) - 1) / span if span > 0 else 1.0)
 
 
+def minutes_and_seconds(seconds: float) -> str:
+    """The time of a frame as models read it, ``mm:ss``, rounded down; an hour is 60 minutes."""
+    return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
+
+
 @dataclass(frozen=True, slots=True)
 class Video:
     """The frames of a video that a model is shown.
