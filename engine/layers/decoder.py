@@ -70,6 +70,16 @@ class DecoderLayer(nn.Module):
         rows: torch.Tensor | None,
         given: torch.Tensor | None,
     ) -> tuple[torch.Tensor | SplitSums, torch.Tensor | None]:
+        """Run the layer for the tokens of a batch; arguments as of :meth:`Decoder.forward`.
+
+        Args:
+            x: ``(T, hidden_size)``, what is added to ``residual`` before the first norm.
+            given: ``(T, width)``, this layer's inputs; None if there are none.
+
+        Returns:
+            Hidden states and their residual, for the next layer or the final norm; a residual of None where
+            the sum is made already.
+        """
         mixer = self.self_attn or self.linear_attn or self.short_conv
         assert mixer is not None
         x, residual = mixer(self.input_layernorm, x, residual, positions, cache, meta, rows)

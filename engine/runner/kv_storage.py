@@ -22,7 +22,12 @@ def kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
 
 
 def block_bytes(groups: LayerGroups, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one KV block on one tensor-parallel rank."""
+    """Bytes of one KV block on one tensor-parallel rank.
+
+    Args:
+        groups: made for that rank's share of KV heads.
+        dtype: of keys and values.
+    """
     return 2 * groups.size * groups.width * block_size * dtype.itemsize
 
 

@@ -65,7 +65,7 @@ class StepBuffer:
         size: most numbers of a step's inputs. Other arrays share the memory while there is room.
 
     Attributes:
-        numbers: int64.
+        numbers: int64 ``(size + room,)``; a step's inputs come first.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:

@@ -72,8 +72,10 @@ class StepArrays:
 
         Args:
             rotary: the model's; its tables give positions their rows.
+            layout: of the step's inputs.
             slots_known: the device has the batch's sampling slots.
             padding_slot: what stands behind the sampling slots.
+            block_size: tokens per KV block.
             max_blocks: columns of block tables.
 
         Raises:
@@ -101,6 +103,7 @@ class StepArrays:
         return arrays
 
     def _add_chunks(self, batch: ScheduledBatch, rotary: Rotary, layout: StepLayout, block_size: int) -> None:
+        """Append the inputs of the chunks of ``batch``, and set the others that they need; see :meth:`of`."""
         chunks, decodes, found = batch.prefills, len(batch.decode_slots), self.others
         ids: list[np.ndarray] = []
         positions: list[np.ndarray] = []

@@ -65,6 +65,11 @@ class SandwichAttention(nn.Module):
         self.register_buffer("counters", part_counters(build.device), persistent=False)
 
     def forward(self, x: torch.Tensor, segments: VisionSegments, index: torch.Tensor) -> torch.Tensor:
+        """Map ``x`` ``(N, width)`` to what is added to it.
+
+        Args:
+            index: int ``(N,)``, the row of each token in the tables of ``segments``.
+        """
         q, k, v = (
             norm(project(x).unflatten(-1, (-1, self.head_dim)))
             for project, norm in (

@@ -34,8 +34,8 @@ class VisionConfig:
             columns; None if there are none.
         rope_alternates: whether rows rotate by the even and columns by the odd frequencies of a
             one-dimensional embedding (Pixtral); else both rotate by the even ones (Qwen).
-        sandwich: norms of attention's and the MLP's results as well, of values, and of each half of a head
-            rotated by itself; see :mod:`engine.vision.sandwich`.
+        sandwich: norms behind attention and MLP as well, and one of values; each half of a head rotates by
+            itself, by columns and by rows; see :mod:`engine.vision.sandwich`.
         bounded: inputs and outputs of the linear layers of such blocks are cut to bounds of the checkpoint.
         features: hidden states that are concatenated to the tower's output, 0 being the input of the first
             block and ``n`` the output of block ``n - 1``; empty takes the last block's output alone.
