@@ -65,6 +65,7 @@ def prefill_logits(
     *,
     split: Sequence[int] | None = None,
     deepstack: Sequence[torch.Tensor] | None = None,
+    ids: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Logits at every token of several prompts in one batch.
 
@@ -72,6 +73,7 @@ def prefill_logits(
         embeds: ``(L, hidden)`` per prompt.
         positions: ``(L,)`` or ``(3, L)`` per prompt.
         split: where each prompt is cut in two steps; None runs it in one.
+        ids: ``(L,)`` per prompt, for models with inputs of each layer.
     """
     lengths = [len(rows) for rows in embeds]
     counts = [-(-length // BLOCK) for length in lengths]
@@ -90,8 +92,11 @@ def prefill_logits(
         extra = None
         if deepstack is not None:
             extra = torch.cat([rows[:, part] for rows, part in zip(deepstack, ranges, strict=True)], dim=1)
+        tokens = None
+        if ids is not None:
+            tokens = torch.cat([prompt[part] for prompt, part in zip(ids, ranges, strict=True)])
         meta = metadata(starts, ends, tables)
-        logits = decoder.logits(decoder(batch, where, caches, meta, extra))
+        logits = decoder.logits(decoder(batch, where, caches, meta, extra, ids=tokens))
         sizes = [end - start for start, end in zip(starts, ends, strict=True)]
         for piece, rows in zip(pieces, logits.split(sizes), strict=True):
             piece.append(rows)

@@ -43,7 +43,8 @@ def reference(path: Path, *prompts: torch.Tensor) -> list[torch.Tensor]:
 def run(decoder: Decoder, prompts: list[torch.Tensor], split: list[int] | None = None) -> list[torch.Tensor]:
     with torch.inference_mode():
         embeds = [decoder.embed(ids) for ids in prompts]
-    return prefill_logits(decoder, embeds, [torch.arange(len(ids)) for ids in prompts], split=split)
+    positions = [torch.arange(len(ids)) for ids in prompts]
+    return prefill_logits(decoder, embeds, positions, split=split, ids=prompts)
 
 
 def prompts(*lengths: int) -> list[torch.Tensor]:
