@@ -25,8 +25,14 @@ _WRITTEN = re.compile(
 )
 
 
+#: Most digits of a number: where its fraction has no bound of its own, each number of digits before the point is
+#: an alternative. Databases have up to 65.
+_MOST_DIGITS = 65
+
+
 def plain_decimals(pattern: str) -> str | None:
-    """A pattern of decimal numbers without look-around; None if ``pattern`` is none of pydantic's.
+    """A pattern of decimal numbers without look-around; None if ``pattern`` is none of pydantic's, or for numbers
+    of more than 65 digits.
 
     All numbers that ``pattern`` is meant for match, in the form in which Python writes them, and every match
     is one of ``pattern``. It has more matches: strings that only begin with a number, and further zeros.
@@ -37,6 +43,8 @@ def plain_decimals(pattern: str) -> str | None:
     if written["any"] is not None:
         return _pattern([_number("+", f"{{0,{written['places']}}}" if written["places"] else "*")])
     digits = int(written["length"]) - 1
+    if not 0 < digits <= _MOST_DIGITS:
+        return None
     if written["fraction"] is not None:
         whole, places = int(written["whole"]), min(int(written["fraction"]), digits)
         return _pattern([_number(f"{{1,{whole}}}", f"{{0,{places}}}")] * (whole > 0) + _below_one(places))

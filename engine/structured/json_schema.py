@@ -264,6 +264,9 @@ class _Preparation:
                 prepared["anyOf"] = new
             elif key == "format" and isinstance(value, str) and _UUID_VERSION.fullmatch(value):
                 prepared[key] = "uuid"
+            elif key == "format" and not isinstance(value, str):
+                # The compiler says that it is no format.
+                prepared[key] = value
             elif key == "format" and "pattern" not in schema and value in BOUNDED_FORMATS:
                 prepared["pattern"] = BOUNDED_FORMATS[value]
             elif key in _BOUNDS:
@@ -363,8 +366,8 @@ def _types_given(schema: Schema) -> list[Any]:
 
 
 def _within_64_bits(key: str, bound: Any) -> Any:
-    """A bound that llguidance can follow, also of numbers that are no integers: it refuses the least and the
-    greatest integer of 64 bits and what is beyond, and reads bounds as doubles."""
+    """A bound that llguidance can follow: it refuses the least and the greatest integer of 64 bits and what is
+    beyond, and reads bounds as doubles. Numbers that are no integers get the narrower bound, too."""
     if not isinstance(bound, int | float) or isinstance(bound, bool) or bound in (math.inf, -math.inf):
         return bound
     return min(bound, _GREATEST) if key in ("maximum", "exclusiveMaximum") else max(bound, -_GREATEST)

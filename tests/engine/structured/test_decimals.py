@@ -43,7 +43,18 @@ def test_numbers_match_and_nothing_else_does(bounds):
     assert matched >= {text for text in TEXTS if re.fullmatch(pattern, text) and as_python_writes(text)}
 
 
-@pytest.mark.parametrize("pattern", ["", "^a$", "^(?!a)b$", SIGN, PATTERNS[3, 2] + "|a"])
+#: By digits, and digits with the point.
+UNBOUNDED = SIGN + r"(?:\d{0,%d}|(?=[\d.]{1,%d}0*$)\d*\.\d*0*$)"
+
+
+def test_most_digits():
+    assert len(plain_decimals(UNBOUNDED % (65, 66))) < 2200
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["", "^a$", "^(?!a)b$", SIGN, PATTERNS[3, 2] + "|a", *(UNBOUNDED % n for n in ((66, 67), (0, 1), (0, 0)))],
+)
 def test_other_patterns_stay(pattern):
     assert plain_decimals(pattern) is None
     assert prepare_schema({"type": "string", "pattern": pattern}) == {"type": "string", "pattern": pattern}

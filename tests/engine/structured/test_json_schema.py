@@ -197,6 +197,12 @@ def test_answers_are_valid_under_the_schema_as_it_was_given(compiler, tokenizer,
         jsonschema.validate(json.loads(answer), schema)
 
 
+@pytest.mark.parametrize("value", [[], {}, 5, None])
+def test_a_format_that_is_no_text_is_refused_by_the_compiler(compiler, value):
+    with pytest.raises(InvalidRequest, match="Expected string for 'format'"):
+        compile_schema(compiler, {"type": "string", "format": value})
+
+
 @pytest.mark.parametrize("bounds", [(-(1 << 63), (1 << 63) - 1), (0, (1 << 64) - 1), (-(10**30), 10**30)])
 def test_integers_may_have_the_bounds_of_64_bits(compiler, tokenizer, bounds):
     schema = {"type": "integer", "minimum": bounds[0], "maximum": bounds[1]}
