@@ -419,7 +419,7 @@ def norm_linear(
     bias: torch.Tensor | None = None,
     *,
     activation: str | None = None,
-    offset: float = 0.0,
+    offset: float | None = None,
     scale: Scale | Int4Scale | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute a linear layer of the RMS norm of ``x + residual``, and that sum.
@@ -463,7 +463,7 @@ def norm_gated_rounded(
     bias: torch.Tensor | None = None,
     *,
     activation: str,
-    offset: float = 0.0,
+    offset: float | None = None,
     scale: Scale | Int4Scale | None = None,
 ) -> tuple[RoundedRows, torch.Tensor]:
     """Compute :func:`norm_linear` with a gate, and round its rows to fp8 for the next layer."""

@@ -23,7 +23,7 @@ from engine.kernels.rms_norm import rms_norm_reference
 from engine.kernels.scales import scale_arguments, times_scales
 
 
-def norm_linear_reference(x, residual, norm, eps, weight, bias=None, *, activation=None, offset=0.0):
+def norm_linear_reference(x, residual, norm, eps, weight, bias=None, *, activation=None, offset=None):
     """Compute :func:`~engine.kernels.dispatch.norm_linear` in torch; every operation rounds its result."""
     total = x if residual is None else x + residual
     out = F.linear(rms_norm_reference(total, norm, eps, offset=offset), weight, bias)
@@ -79,7 +79,7 @@ def _split_row(inputs: int) -> tuple[int, int]:
 
 
 def norm_gemv_triton(
-    x, residual, norm, eps, weight, bias=None, *, activation=None, offset=0.0, scale=None
+    x, residual, norm, eps, weight, bias=None, *, activation=None, offset=None, scale=None
 ):  # fmt: skip
     """See :func:`engine.kernels.dispatch.norm_linear`; for one row."""
     inputs, gated = x.shape[1], activation is not None
@@ -97,7 +97,7 @@ def norm_gemv_triton(
         x_ptr=x, residual_ptr=x if residual is None else residual, norm_ptr=norm, weight_ptr=weight,
         bias_ptr=x if bias is None else bias, out_ptr=out, total_ptr=total,
         outputs=outputs, inputs=inputs, share=share, weight_stride=weight.stride(0), eps=eps,
-        offset=offset, **scale_arguments(x, scale),
+        offset=offset or 0.0, **scale_arguments(x, scale),
         TILE_OUTPUTS=tile.outputs, INPUTS=first, REST=rest,
         ADD=residual is not None, BIAS=bias is not None, ACTIVATION=activation or "",
         num_warps=tile.warps, maxnreg=tile.registers, **pdl_options(x),

@@ -27,7 +27,7 @@ def norm_router(
     eps: float,
     weight: torch.Tensor,
     *,
-    offset: float = 0.0,
+    offset: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the RMS norm of ``x + residual``, that sum, and the router's logits of the norm.
 
@@ -65,7 +65,7 @@ def norm_router_triton(x, residual, norm, eps, weight, offset):
         _norm_router_kernel, (len(weight), tokens),
         x_ptr=x, residual_ptr=x if residual is None else residual, norm_ptr=norm, weight_ptr=weight,
         normed_ptr=normed, total_ptr=total, logits_ptr=logits, experts=len(weight), x_stride=x.stride(0),
-        eps=eps, offset=offset, OFFSET=bool(offset), ADD=residual is not None, SIZE=size,
+        eps=eps, offset=offset or 0.0, OFFSET=offset is not None, ADD=residual is not None, SIZE=size,
         BLOCK=triton.next_power_of_2(size), num_warps=4, **pdl_options(x),
     )  # fmt: skip
     return normed, total, logits

@@ -18,7 +18,7 @@ from engine.kernels.split_sums import SplitSums, whole
 
 @overload
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: None = None, *, offset: float = 0.0
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: None = None, *, offset: float | None = None
 ) -> torch.Tensor: ...
 
 
@@ -29,22 +29,23 @@ def rms_norm(
     eps: float,
     residual: torch.Tensor,
     *,
-    offset: float = 0.0,
+    offset: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
-def rms_norm(x, weight, eps, residual=None, *, offset=0.0):
+def rms_norm(x, weight, eps, residual=None, *, offset=None):
     """Compute ``(weight + offset) * x / sqrt(mean(x²) + eps)`` over the last dimension.
 
     It rounds as Transformers' LlamaRMSNorm: normalise in float32, cast to the input's dtype, then scale. With
-    an offset as its Gemma3RMSNorm: add the offset and scale in float32, then cast.
+    an offset, which may be 0, as its Gemma3RMSNorm and Gemma4RMSNorm: add the offset and scale in float32, then
+    cast.
 
     Args:
         x: ``(..., H)``; may be strided, last dimension contiguous. With ``residual`` it may be
             :class:`~engine.kernels.split_sums.SplitSums`.
         weight: ``(H,)``.
         residual: shape of ``x``; added to it first, in the input's dtype.
-        offset: 1 for families whose checkpoints store ``weight - 1``.
+        offset: 1 for families whose checkpoints store ``weight - 1``; None to cast before scaling.
 
     Returns:
         The norm, contiguous; with ``residual`` the norm and ``x + residual``.
@@ -54,12 +55,15 @@ def rms_norm(x, weight, eps, residual=None, *, offset=0.0):
     return rms_norm_reference(x, weight, eps, residual, offset=offset)
 
 
-def rms_norm_reference(x, weight, eps, residual=None, *, offset=0.0):
+def rms_norm_reference(x, weight, eps, residual=None, *, offset=None):
     if residual is not None:
         x = whole(x) + residual
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    out = (normed * (weight.float() + offset)).to(x.dtype) if offset else normed.to(x.dtype) * weight
+    if offset is None:
+        out = normed.to(x.dtype) * weight
+    else:
+        out = (normed * (weight.float() + offset)).to(x.dtype)
     return out if residual is None else (out, x)
 
 
@@ -69,7 +73,7 @@ def rms_norm_rounded(
     eps: float,
     residual: torch.Tensor | None,
     *,
-    offset: float = 0.0,
+    offset: float | None = None,
 ) -> tuple[RoundedRows, torch.Tensor]:
     """Compute :func:`rms_norm` of ``(T, H)`` and round its rows to fp8; also returns ``x + residual``."""
     if use_triton(weight) and reads_fp8(weight.device):
@@ -77,12 +81,12 @@ def rms_norm_rounded(
     return rms_norm_rounded_reference(x, weight, eps, residual, offset=offset)
 
 
-def rms_norm_rounded_reference(x, weight, eps, residual, *, offset=0.0):
+def rms_norm_rounded_reference(x, weight, eps, residual, *, offset=None):
     total = x if residual is None else whole(x) + residual
     return quantise_rows_reference(rms_norm_reference(total, weight, eps, offset=offset)), total
 
 
-def rms_norm_triton(x, weight, eps, residual=None, *, offset=0.0, rounded=False):
+def rms_norm_triton(x, weight, eps, residual=None, *, offset=None, rounded=False):
     """See :func:`rms_norm` and :func:`rms_norm_rounded`."""
     source, parts = x, 0
     if isinstance(x, SplitSums):
@@ -117,7 +121,7 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=0.0, rounded=False)
             x_ptr=source, residual_ptr=x if residual is None else residual, weight_ptr=weight,
             out_ptr=out, row_scale_ptr=row_scale, total_ptr=total,
             outer_stride=x.stride(0), inner_stride=x.stride(-2) if x.dim() == 3 else 0, inner=inner,
-            eps=eps, offset=offset, rows=rows, OFFSET=bool(offset), PARTS=parts, SIZE=size, BLOCK=block,
+            eps=eps, offset=offset or 0.0, rows=rows, OFFSET=offset is not None, PARTS=parts, SIZE=size, BLOCK=block,
             ADD=residual is not None, ROUND=rounded, num_warps=warps, **pdl_options(x),
         )  # fmt: skip
     return result if residual is None and not rounded else (result, total)
@@ -204,7 +208,7 @@ class HeadNorms:
     q_weight: torch.Tensor
     k_weight: torch.Tensor
     eps: float
-    offset: float = 0.0
+    offset: float | None = None
 
 
 def norm_arguments(norms: HeadNorms | None, q: torch.Tensor) -> dict[str, Any]:
@@ -212,8 +216,8 @@ def norm_arguments(norms: HeadNorms | None, q: torch.Tensor) -> dict[str, Any]:
     if norms is None:
         return {"q_norm_ptr": q, "k_norm_ptr": q, "eps": 0.0, "offset": 0.0, "NORM": False, "OFFSET": False}
     return {
-        "q_norm_ptr": norms.q_weight, "k_norm_ptr": norms.k_weight, "eps": norms.eps, "offset": norms.offset,
-        "NORM": True, "OFFSET": bool(norms.offset),
+        "q_norm_ptr": norms.q_weight, "k_norm_ptr": norms.k_weight, "eps": norms.eps,
+        "offset": norms.offset or 0.0, "NORM": True, "OFFSET": norms.offset is not None,
     }  # fmt: skip
 
 
@@ -248,8 +252,8 @@ def head_norms_triton(q, k, norms):
             q_ptr=q, k_ptr=k, q_weight_ptr=norms.q_weight, k_weight_ptr=norms.k_weight,
             q_out_ptr=q_out, k_out_ptr=k_out,
             q_stride=q.stride(0), q_head_stride=q.stride(1), k_stride=k.stride(0), k_head_stride=k.stride(1),
-            eps=norms.eps, offset=norms.offset, OFFSET=bool(norms.offset), Q_HEADS=q_heads, K_HEADS=k_heads,
-            SIZE=size, BLOCK=block, num_warps=1 if block <= 256 else 4, **pdl_options(q),
+            eps=norms.eps, offset=norms.offset or 0.0, OFFSET=norms.offset is not None,
+            Q_HEADS=q_heads, K_HEADS=k_heads, SIZE=size, BLOCK=block, num_warps=1 if block <= 256 else 4, **pdl_options(q),
         )  # fmt: skip
     return q_out, k_out
 

@@ -180,7 +180,8 @@ class DecoderConfig:
             attention.
         windows: sliding window per layer in tokens (a query sees keys with ``0 <= q - k < window``), None for
             full attention; an empty tuple means full attention everywhere.
-        norm_offset: added to the weights of all norms, which checkpoints of Gemma store less one.
+        norm_offset: added to the weights of all norms, which checkpoints of Gemma up to 3 store less one;
+            None to round before scaling, see :func:`~engine.kernels.rms_norm.rms_norm`.
         sandwich: norms after attention and MLP as well, before their results are added to the residual.
         embedding_multiplier: factor of the token embeddings, rounded to the model's dtype.
         multiplies_rows: the factor is that of embedding rows too.
@@ -231,7 +232,7 @@ class DecoderConfig:
     recurrence: DeltaNetConfig | ShortConvConfig | None = None
     linear_layers: tuple[int, ...] = ()
     windows: tuple[int | None, ...] = ()
-    norm_offset: float = 0.0
+    norm_offset: float | None = None
     sandwich: bool = False
     embedding_multiplier: float = 1.0
     multiplies_rows: bool = False

@@ -22,7 +22,7 @@ class LayerInputs(nn.Module):
         numbers = decoder.num_layers * config.width
         self.embedding = VocabEmbedding(config.vocab_size, numbers, build)
         self.projection = Linear(decoder.hidden_size, numbers, build.at("projection"), bias=False)
-        self.norm = RMSNorm(config.width, decoder.rms_norm_eps, build)
+        self.norm = RMSNorm(config.width, decoder.rms_norm_eps, build, offset=decoder.norm_offset)
         self._scale = decoder.hidden_size**-0.5
         # As Transformers rounds it.
         self._multiplier = float(torch.tensor(config.width**0.5, dtype=build.dtype))
@@ -42,7 +42,7 @@ class LayerInput(nn.Module):
         self.activation = decoder.activation
         self.gate = Linear(decoder.hidden_size, config.width, build.at("gate"), bias=False)
         self.projection = Linear(config.width, decoder.hidden_size, build.at("projection"), bias=False)
-        self.norm = RMSNorm(decoder.hidden_size, decoder.rms_norm_eps, build)
+        self.norm = RMSNorm(decoder.hidden_size, decoder.rms_norm_eps, build, offset=decoder.norm_offset)
 
     def forward(self, x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         """Map hidden states ``(T, hidden)`` and inputs ``(T, width)`` to what is added, ``(T, hidden)``."""

@@ -16,9 +16,10 @@ from engine.layers.build import BuildContext, WeightSlot, plain_slot
 
 
 class RMSNorm(nn.Module):
-    """Computes ``(weight + offset) * x / sqrt(mean(x²) + eps)`` over the last dimension."""
+    """Computes ``(weight + offset) * x / sqrt(mean(x²) + eps)`` over the last dimension, see
+    :func:`~engine.kernels.rms_norm.rms_norm`."""
 
-    def __init__(self, width: int, eps: float, build: BuildContext, *, offset: float = 0.0) -> None:
+    def __init__(self, width: int, eps: float, build: BuildContext, *, offset: float | None = None) -> None:
         super().__init__()
         self.eps = eps
         self.offset = offset

@@ -67,7 +67,7 @@ class ParallelExperts(GatedMLP):
         size, count = config.intermediate_size, config.router.num_experts
         self.experts = Experts(hidden, size, count, activation, build.at("experts"))
         self.mlp_norm, self.experts_in_norm, self.experts_norm = (
-            RMSNorm(hidden, eps, build) for _ in range(3)
+            RMSNorm(hidden, eps, build, offset=0.0) for _ in range(3)
         )
 
     def idle_parameters(self) -> int:

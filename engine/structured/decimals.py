@@ -25,14 +25,14 @@ _WRITTEN = re.compile(
 )
 
 
-#: Most digits of a number: where its fraction has no bound of its own, each number of digits before the point is
-#: an alternative. Databases have up to 65.
+#: Most digits of a number: where its fraction has no bound of its own, each number of digits before the point
+#: is an alternative. Databases have up to 65.
 _MOST_DIGITS = 65
 
 
 def plain_decimals(pattern: str) -> str | None:
-    """A pattern of decimal numbers without look-around; None if ``pattern`` is none of pydantic's, or for numbers
-    of more than 65 digits.
+    """A pattern of decimal numbers without look-around; None if ``pattern`` is none of pydantic's, or is for
+    numbers of more than 65 digits.
 
     All numbers that ``pattern`` is meant for match, in the form in which Python writes them, and every match
     is one of ``pattern``. It has more matches: strings that only begin with a number, and further zeros.

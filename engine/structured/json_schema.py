@@ -366,8 +366,8 @@ def _types_given(schema: Schema) -> list[Any]:
 
 
 def _within_64_bits(key: str, bound: Any) -> Any:
-    """A bound that llguidance can follow: it refuses the least and the greatest integer of 64 bits and what is
-    beyond, and reads bounds as doubles. Numbers that are no integers get the narrower bound, too."""
+    """A bound that llguidance can follow: it refuses the least and the greatest integer of 64 bits and what
+    is beyond, and reads bounds as doubles. Numbers that are no integers get the narrower bound, too."""
     if not isinstance(bound, int | float) or isinstance(bound, bool) or bound in (math.inf, -math.inf):
         return bound
     return min(bound, _GREATEST) if key in ("maximum", "exclusiveMaximum") else max(bound, -_GREATEST)

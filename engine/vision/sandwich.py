@@ -59,7 +59,9 @@ class SandwichAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             BoundedLinear(width, width, build, bounded=config.bounded) for _ in range(4)
         )
-        self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.norm_eps, build) for _ in range(2))
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.head_dim, config.norm_eps, build, offset=0.0) for _ in range(2)
+        )
         self.v_norm = UnitNorm(self.head_dim, config.norm_eps, build)
         self.counters: torch.Tensor
         self.register_buffer("counters", part_counters(build.device), persistent=False)
@@ -114,7 +116,7 @@ class SandwichBlock(nn.Module):
     def __init__(self, config: VisionConfig, build: BuildContext) -> None:
         super().__init__()
         self.norm1, self.attention_out_norm, self.norm2, self.mlp_out_norm = (
-            RMSNorm(config.hidden_size, config.norm_eps, build) for _ in range(4)
+            RMSNorm(config.hidden_size, config.norm_eps, build, offset=0.0) for _ in range(4)
         )
         self.attn = SandwichAttention(config, build)
         self.mlp = SandwichMLP(config, build)

@@ -137,6 +137,7 @@ def gemma4_switches(config: Json) -> dict[str, Any]:
         )
     wide = flag(config, "use_double_wide_mlp")
     return {
+        "norm_offset": 0.0,
         "sandwich": True,
         "embedding_multiplier": integer(config, "hidden_size") ** 0.5,
         "attention_scale": 1.0,

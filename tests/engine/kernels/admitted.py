@@ -131,7 +131,7 @@ def linears(dtype: torch.dtype, inputs: int) -> None:
         rms_norm(sums, tensor(OUTPUTS, dtype=dtype), 1e-6, tensor(rows, OUTPUTS, dtype=dtype))
         for activation in ACTIVATIONS:
             dispatch.linear(x, weight, bias, activation=activation, counters=counters, scale=scale)
-        for residual, offset, activation in product((None, x), (0.0, 1.0), (None, "silu")):
+        for residual, offset, activation in product((None, x), (None, 1.0), (None, "silu")):
             options = {"offset": offset, "scale": scale, "activation": activation}
             dispatch.norm_linear(x, residual, norm, 1e-6, weight, bias, **options)
             if activation is not None and dtype == torch.bfloat16:
@@ -172,7 +172,7 @@ def mixtures(dtype: torch.dtype) -> None:
 
 def norms(dtype: torch.dtype) -> None:
     """Norms of rows and of heads."""
-    for size, offset, rows in product((96, 3584), (0.0, 1.0), (1, 100)):
+    for size, offset, rows in product((96, 3584), (None, 1.0), (1, 100)):
         x, weight = tensor(rows, size, dtype=dtype), tensor(size, dtype=dtype)
         rms_norm(x, weight, 1e-6, offset=offset)
         rms_norm(x, weight, 1e-6, x, offset=offset)

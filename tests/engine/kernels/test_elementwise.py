@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers.activations import QuickGELUActivation
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.glm4v import modeling_glm4v
 from transformers.models.glm4v.configuration_glm4v import Glm4vTextConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -39,7 +40,7 @@ from engine.kernels.split_sums import SplitSums
 from .compare import assert_close
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("shape", [(1, 16), (5, 96), (3, 4, 80)])
 def test_rms_norm(device, dtype, shape, with_residual, offset):
@@ -65,7 +66,7 @@ def test_rms_norm_adds_up_split_sums_and_rounds_their_total(device, dtype, shape
     assert_close(normed, rms_norm_reference(total, weight, 1e-6))
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("offset", [None, 1.0])
 def test_norms_of_heads(device, dtype, offset):
     """Queries are every other head of a projection, as where their gates stand between them."""
     qkv = torch.randn(3, 8, 20, device=device, dtype=dtype) * 3
@@ -93,6 +94,14 @@ def test_rms_norm_with_an_offset_rounds_as_transformers_does(dtype):
     assert torch.equal(rms_norm_reference(x, norm.weight.data, 1e-5, offset=1.0), norm(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_with_an_offset_of_zero_rounds_as_transformers_does(dtype):
+    norm = Gemma4RMSNorm(64, eps=1e-5).to(dtype)
+    norm.weight.data.normal_()
+    x = torch.randn(7, 64).to(dtype)
+    assert torch.equal(rms_norm_reference(x, norm.weight.data, 1e-5, offset=0.0), norm(x))
+
+
 ROTARY = {
     "one axis": (None, False),
     "three pieces": ((2, 3, 3), False),
@@ -117,8 +126,8 @@ def test_rotary(device, dtype, kind, dim, half):
     assert not torch.equal(fused[:, 3], before[:, 3])
 
 
-#: Offset of the norms of heads; None: there are none.
-HEAD_NORMS = {"no norms": None, "norms": 0.0, "norms with an offset": 1.0}
+#: Offsets of the norms of heads; empty where there are none.
+HEAD_NORMS = {"no norms": (), "norms": (None,), "norms with an offset": (1.0,)}
 
 
 @pytest.mark.covering(2)
@@ -135,8 +144,8 @@ def test_rotary_kv_write(device, dtype, kind, tokens, heads, kv_heads, dim, norm
     slots[1::4] = -1
     results = []
     fused = torch.randn(tokens, heads + 2 * kv_heads, dim, device=device, dtype=dtype)
-    offset, given = HEAD_NORMS[norms], None
-    if offset is not None:
+    given = None
+    for offset in HEAD_NORMS[norms]:
         given = HeadNorms(*torch.randn(2, dim, device=device, dtype=dtype), 1e-6, offset)
     for run in (rotary_kv_write_triton, rotary_kv_write_reference):
         q, k, v = fused.clone().split([heads, kv_heads, kv_heads], dim=1)

@@ -82,7 +82,7 @@ def test_a_gemv_after_a_norm_equals_float64(device, dtype, outputs, inputs, with
     x *= scale
     residual = torch.randn(1, inputs).to(device, dtype) if with_residual else None
     norm = torch.rand(inputs).to(device, dtype) + 0.5
-    offset = 1.0 if scale > 1 else 0.0
+    offset = 1.0 if scale > 1 else None
     result, total = norm_gemv_triton(
         x, residual, norm, 1e-3, weight, bias, activation=activation, offset=offset
     )
@@ -90,7 +90,9 @@ def test_a_gemv_after_a_norm_equals_float64(device, dtype, outputs, inputs, with
     assert torch.equal(total, summed)
     # The kernel normalises the rounded sum; everything after it is computed in float64 here.
     wide = summed.double()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-3) * (norm.double() + offset)
+    normed = (
+        wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-3) * (norm.double() + (offset or 0.0))
+    )
     tolerance = sum_tolerance(normed, weight, bias, activation) if dtype == torch.float32 else 0.0
     assert_close(result, float64_linear(normed, weight, bias, activation), tolerance=tolerance)
 

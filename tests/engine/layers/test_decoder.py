@@ -21,6 +21,7 @@ from engine.layers import linear
 from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
 from engine.layers.mlp import GatedMLP
+from engine.layers.norm import RMSNorm
 from engine.weights.loader import fill_from_checkpoint
 from tests.engine.decoding import metadata, poisoned_caches, prefill_logits
 from tests.engine.tiny import TEXT_ARCHITECTURES, make_text, rewrite_json, spread
@@ -61,6 +62,11 @@ def test_logits_equal_transformers(tmp_path, kind):
     for split in (None, [18, 5]):
         for ours, theirs in zip(run(load(path, max_model_len=64), texts, split), expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_norms_of_gemma4_are_rounded_once(tmp_path):
+    decoder = load(make_text(tmp_path, "gemma4"), max_model_len=64)
+    assert {norm.offset for norm in decoder.modules() if isinstance(norm, RMSNorm)} == {0.0}
 
 
 @pytest.mark.parametrize("kind", TEXT_ARCHITECTURES)

@@ -53,7 +53,14 @@ def test_most_digits():
 
 @pytest.mark.parametrize(
     "pattern",
-    ["", "^a$", "^(?!a)b$", SIGN, PATTERNS[3, 2] + "|a", *(UNBOUNDED % n for n in ((66, 67), (0, 1), (0, 0)))],
+    [
+        "",
+        "^a$",
+        "^(?!a)b$",
+        SIGN,
+        PATTERNS[3, 2] + "|a",
+        *(UNBOUNDED % n for n in ((66, 67), (0, 1), (0, 0))),
+    ],
 )
 def test_other_patterns_stay(pattern):
     assert plain_decimals(pattern) is None
