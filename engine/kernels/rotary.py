@@ -62,7 +62,9 @@ class RotaryTable:
 def rotary(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: RotaryTable) -> None:
     """Rotate ``q`` and ``k`` in place by their tokens' positions.
 
-    As in Transformers, cos and sin are rounded to the dtype of ``q`` before the multiplication.
+    Cos and sin are rounded to the dtype of ``q`` before the multiplication, as Transformers does for most
+    decoders. Ernie 4.5 and the towers of Qwen, GLM and PaddleOCR it rotates in float32: here cos and sin are
+    rounded for these, too.
 
     Args:
         q, k: ``(T, Hq, D)`` and ``(T, Hkv, D)``; may be strided views with a contiguous last dimension, e.g.
