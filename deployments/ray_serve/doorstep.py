@@ -4,8 +4,13 @@ To learn that a client leaves, Ray Serve takes two tasks, a queue and a wait for
 of a response goes through two functions of its own. Where its servers have this, the application looks after
 clients that leave (:class:`deployments.ray_serve.ingress.Disconnects`), as Ray Serve's header
 ``x-request-disconnect-disabled`` asks for, and pieces of a response go straight to the connection.
+
+Without ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1`` the application runs in a thread of its own. From there nothing
+may be written to a connection, and the start of a response comes to the server by a queue: pieces would
+overtake it. All is left to Ray Serve then.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any
 
@@ -14,30 +19,31 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.leaving import PIECES
 
-#: Where the class is whose ``send`` uvicorn gives, which Ray Serve brings with it.
+#: The module of uvicorn's protocol that Ray Serve uses; there send is a method, whose connection can be
+#: reached.
 _UVICORN = "uvicorn.protocols.http.httptools_impl"
 
 
 def middlewares() -> list[Middleware]:
     """What ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`` may name. Ray Serve's proxies and replicas of other
     applications call it too, and get nothing."""
-    return [Middleware(Doorstep)] if Doorstep.wanted else []
+    return [Middleware(Doorstep)] if Doorstep.loop is not None else []
 
 
 class Doorstep:
     """Has the application learn by itself that a client leaves, and send pieces of responses itself.
 
     Attributes:
-        wanted: this process has such an application.
+        loop: in which this process has such an application, if it has one.
     """
 
-    wanted = False
+    loop: asyncio.AbstractEventLoop | None = None
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] == "http" and asyncio.get_running_loop() is Doorstep.loop:
             scope[PIECES] = _pieces(send)
             scope["headers"].append((b"x-request-disconnect-disabled", b"?1"))
         await self._app(scope, receive, send)

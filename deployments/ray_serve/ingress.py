@@ -83,7 +83,7 @@ class Ingress:
         )
         self._in_place = InPlace(config.ingress, config.ingress.IN_PLACE, partial(take_over, self._api))
         self._api.add_middleware(Disconnects)
-        Doorstep.wanted = True
+        Doorstep.loop = asyncio.get_running_loop()
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Take over values while the replica runs; Ray Serve calls this."""

@@ -3,6 +3,8 @@
 import asyncio
 import re
 import socket
+import threading
+from collections.abc import Iterator
 
 import pytest
 import uvicorn
@@ -14,6 +16,18 @@ from deployments.ray_serve.ingress import Disconnects
 from deployments.report import NewIds, SentResponse, current_report
 from deployments.request_log import RequestLog
 from deployments.sse import Closing, EventResponse
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch) -> None:
+    """No application, before a test and behind it."""
+    monkeypatch.setattr(Doorstep, "loop", None)
+
+
+def before(app: ASGIApp) -> Doorstep:
+    """The doorstep of an application that runs in this loop."""
+    Doorstep.loop = asyncio.get_running_loop()
+    return Doorstep(app)
 
 
 class Serve:
@@ -60,7 +74,7 @@ async def ask(
 
     between = Serve(logged(Disconnects(app)))
     scope = {"type": "http", "method": method, "path": "/", "headers": list(headers)}
-    task = asyncio.ensure_future(Doorstep(between)(scope, receive, send))
+    task = asyncio.ensure_future(before(between)(scope, receive, send))
     await asyncio.wait_for(task, 60)
     assert not task.cancelling()
     return between, sent
@@ -122,7 +136,7 @@ async def test_a_server_s_word_at_the_end_is_no_client_that_leaves():
             complete.set()
 
     between = Serve(logged(Disconnects(app)))
-    await Doorstep(between)({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
+    await before(between)({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
     assert app.cleaned and not between.cancelled
 
 
@@ -166,9 +180,9 @@ async def test_work_for_a_client_that_leaves_ends_as_if_ray_serve_had_cancelled_
     assert between.headers[b"x-request-disconnect-disabled"] == b"?1"
 
 
-def test_ingresses_alone_have_a_doorstep(monkeypatch):
+async def test_ingresses_alone_have_a_doorstep():
     assert middlewares() == []
-    monkeypatch.setattr(Doorstep, "wanted", True)
+    before(waits)
     assert [each.cls for each in middlewares()] == [Doorstep]
 
 
@@ -229,7 +243,53 @@ async def iterated(reader: asyncio.StreamReader):
     [("GET", "/", "1.1"), ("GET", "/", "1.0"), ("HEAD", "/", "1.1"), ("GET", "/known", "1.1")],
 )
 async def test_the_bytes_of_a_response_are_uvicorn_s(method, path, version):
-    found, waited = await answers(Doorstep(Disconnects(sends_much)), method, path, version)
+    found, waited = await answers(before(Disconnects(sends_much)), method, path, version)
     assert found == (await answers(sends_much, method, path, version))[0]
     assert waited
-    assert (found.endswith(b"end\r\n0\r\n\r\n") or path != "/") == (method == "GET")
+    if path == "/":
+        assert found.endswith(b"end\r\n0\r\n\r\n") == (method == "GET")
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[asyncio.AbstractEventLoop]:
+    """A loop that runs in another thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+class ServeElsewhere:
+    """Stands for Ray Serve by default: the application runs in another loop, and what it sends comes to the
+    server's by a queue."""
+
+    def __init__(self, app: ASGIApp, loop: asyncio.AbstractEventLoop) -> None:
+        self._app, self._loop = app, loop
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert not any(name == b"x-request-disconnect-disabled" for name, _ in scope["headers"])
+        here, queue = asyncio.get_running_loop(), asyncio.Queue()
+
+        async def put(message) -> None:
+            here.call_soon_threadsafe(queue.put_nowait, message)
+
+        async def run() -> None:
+            try:
+                await self._app(scope, receive, put)
+            finally:
+                await put(None)
+
+        running = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        while (message := await queue.get()) is not None:
+            await send(message)
+        await asyncio.wrap_future(running)
+
+
+async def test_an_application_of_another_loop_answers_by_way_of_ray_serve(monkeypatch, elsewhere):
+    monkeypatch.setattr(Doorstep, "loop", elsewhere)
+    app = Doorstep(ServeElsewhere(Disconnects(sends_much), elsewhere))
+    found, _ = await answers(app, "GET", "/", "1.1")
+    assert found == (await answers(sends_much, "GET", "/", "1.1"))[0]
