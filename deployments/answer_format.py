@@ -28,7 +28,7 @@ from engine.sampling_params import StructuredSpec
 from engine.structured.json_schema import LAYOUT
 from engine.structured.prepare import checked_schema
 
-#: Of the constraints that a model's format keeps.
+#: Most characters of constraints that a format keeps.
 _KEPT_CHARACTERS = 16 << 20
 
 
@@ -47,7 +47,7 @@ class AnswerFormat:
     tools: ToolFormat | None = None
     reasoning: ReasoningTags | None = None
     kept: LruCache[StructuredSpec] = field(
-        default_factory=lambda: LruCache(_KEPT_CHARACTERS), compare=False, repr=False
+        default_factory=lambda: LruCache(_KEPT_CHARACTERS), init=False, compare=False, repr=False
     )
 
     def begins_inside(self, prompt: str | None) -> bool:
@@ -91,8 +91,8 @@ class AnswerFormat:
         prompt: str | None,
         thinking_budget: int | None = None,
     ) -> StructuredSpec | None:
-        """Return the answer's constraint: calls, a format behind the thought or calls in its place, a bounded
-        thought.
+        """Return what constrains the answer: calls, or a format, or either of them; each behind a thought,
+        which may be bounded.
 
         Raises:
             InvalidRequest: ``structured`` can't be combined with the rest, or no token, which alone can be
@@ -116,8 +116,8 @@ class AnswerFormat:
             if structured is None:
                 return self._of_calls(use, thought)
             body = _expression(structured)
-            # Calls that begin like a text can't be told from one that has a form. That form wins then, and
-            # it does where it is a grammar, which can't be a part of another.
+            # Without a trigger, calls can't be told from an answer of that form; and a grammar can't be
+            # embedded in another. Then the form wins, and nothing is called.
             if body is not None and self._calls.layout.trigger:
                 return self._of_calls(use, thought, body)
         if thought is None:

@@ -190,9 +190,16 @@ def _functions_of(tools: Sequence[Any]) -> Iterator[tuple[Any, str]]:
         if not isinstance(inner, list):
             raise InvalidRequest(f"{where}.tools must be a list of functions.", param=f"{where}.tools")
         for number, each in enumerate(inner):
-            if isinstance(each, Mapping) and isinstance(each.get("name"), str):
-                each = {**each, "name": name_in_namespace(name, each["name"])}
+            function = _own_function(each) if isinstance(each, Mapping) else None
+            if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+                function = {**function, "name": name_in_namespace(name, function["name"])}
+                each = {**each, "function": function} if "function" in each else function
             yield each, f"{where}.tools[{number}]"
+
+
+def _own_function(tool: Mapping[str, Any]) -> Any:
+    """The function that a tool holds, or is."""
+    return tool.get("function", tool)
 
 
 def name_in_namespace(namespace: str | None, name: str) -> str:
@@ -203,15 +210,15 @@ def name_in_namespace(namespace: str | None, name: str) -> str:
 def names_in_namespaces(tools: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
     """The namespaces and names of functions in namespaces, by the names under which models call them."""
     return {
-        name_in_namespace(tool["name"], each["name"]): (tool["name"], each["name"])
+        name_in_namespace(tool["name"], name): (tool["name"], name)
         for tool in tools
         if tool["type"] == "namespace"
-        for each in tool["tools"]
+        for name in (_own_function(each)["name"] for each in tool["tools"])
     }
 
 
-#: The place of a tool, but not of one that a choice names.
-_PLACE = re.compile(r"(?<![.\w])tools\[(\d+)\]")
+#: The place of a tool, with which the name of one of its fields begins.
+_PLACE = re.compile(r"tools\[(\d+)\]")
 
 
 def _respelled(
@@ -228,9 +235,13 @@ def _respelled(
     """
 
     def spell(text: str) -> str:
+        # A message begins with the name of a field. Behind it, it may quote the caller.
+        field, *rest = text.split(" ", 1)
         for name, spelled in names.items():
-            text = text.replace(name, spelled)
-        return _PLACE.sub(lambda found: places[int(found[1])], text) if places else text
+            field = field.replace(name, spelled)
+        if places and (place := _PLACE.match(field)) is not None:
+            field = places[int(place[1])] + field[place.end() :]
+        return " ".join([field, *rest])
 
     try:
         use = read_tools(tools, tool_choice, parallel)

@@ -40,6 +40,7 @@ async def create_response(request: Request) -> Response:
     given, fields = wire.input_messages(body.input, len(earlier) + bool(body.instructions))
     stored = StoredResponse(_response(body, pipeline), _items(body.input), [*earlier, *given], caller_name())
     given_conversation = _conversation(body, pipeline, stored.messages, fields)
+    builder = ResponseBuilder(stored.response)
     if body.background:
         if body.stream:
             params = seeded(given_conversation.params)
@@ -48,10 +49,9 @@ async def create_response(request: Request) -> Response:
         running = await start(pipeline, stored.id, given_conversation)
         await store.put(stored)
         begun = dict(stored.response)
-        log = _run(request, running, stored)
+        log = _run(request, builder, running, stored)
         return JSONResponse(begun) if log is None else _log_response(log)
     running = await start(pipeline, stored.id, given_conversation)
-    builder = ResponseBuilder(stored.response)
     if not body.stream:
         async for _ in events_of(builder, running, stored):
             pass
@@ -84,14 +84,16 @@ async def count_input_tokens(request: Request) -> Response:
     return JSONResponse({"object": "response.input_tokens", "input_tokens": len(inputs.token_ids)})
 
 
-def _run(request: Request, running: RunningAnswer, stored: StoredResponse) -> EventLog | None:
+def _run(
+    request: Request, builder: ResponseBuilder, running: RunningAnswer, stored: StoredResponse
+) -> EventLog | None:
     """Make a response in the background; its events if it is streamed."""
     store: ResponseStore = request.app.state.responses
     logs: dict[str, EventLog] = request.app.state.logs
     log = None
     if stored.asked is not None:
         log = logs[stored.id] = EventLog()
-    work = _keep(request, to_the_end(ResponseBuilder(stored.response), running, stored, store, log))
+    work = _keep(request, to_the_end(builder, running, stored, store, log))
     work.add_done_callback(lambda _: logs.pop(stored.id, None))
     hold_open(work)
     _keep(request, store.unless_stopped(stored.id, work))
@@ -182,7 +184,7 @@ async def _make_again(request: Request, stored: StoredResponse) -> EventLog:
     given = replace(given, params=replace(given.params, seed=asked.seed))
     # The engine may still work on it under its own name.
     running = await start(pipeline, f"resp_{uuid.uuid4().hex}", given)
-    log = _run(request, running, stored)
+    log = _run(request, ResponseBuilder(stored.response), running, stored)
     assert log is not None
     return log
 

@@ -310,6 +310,38 @@ def test_faults_in_a_namespace_are_named_by_their_place(inner, choice, param):
     assert refused.value.param == param
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda choice: read_flat_tools([{"type": "function", "name": "f"}], choice, None),
+        lambda choice: read_functions([{"name": "f"}], choice),
+    ],
+    ids=["flat", "functions"],
+)
+def test_a_message_quotes_the_caller_as_it_was(read):
+    for name in ("tools[7]", "tools[0].function"):
+        with pytest.raises(InvalidRequest, match="_c") as refused:
+            read({"type": "function", "name": name})
+        assert f" names {name!r}, " in refused.value.message
+
+
+def test_functions_under_function_in_a_namespace():
+    inner = [{"type": "function", "function": REPORT}, {"type": "function", "name": "stop"}]
+    tools = [{"type": "namespace", "name": "eye", "tools": inner}]
+    use = read_flat_tools(tools, None, None)
+    assert [tool.name for tool in use.schemas] == ["eye.report", "eye.stop"]
+    assert use.functions[0]["function"] == {**REPORT, "name": "eye.report"}
+    assert names_in_namespaces(tools) == {"eye.report": ("eye", "report"), "eye.stop": ("eye", "stop")}
+    assert inner[0]["function"]["name"] == "report"
+
+
+def test_a_format_made_from_another_keeps_constraints_of_its_own():
+    other = replace(HERMES, tools=TOOL_FORMATS["glm"])
+    assert other.kept is not HERMES.kept and other == replace(other)
+    use = read_tools(TOOLS, "required", None)
+    assert HERMES.constraint(use, None, "").text != other.constraint(use, None, "").text
+
+
 def test_functions_that_come_again_have_the_constraint_that_was_made_for_them():
     spec = HERMES.constraint(read_tools(TOOLS, "auto", None), None, "")
     assert HERMES.constraint(read_tools(json.loads(json.dumps(TOOLS)), None, True), None, "") is spec

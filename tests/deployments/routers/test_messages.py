@@ -279,6 +279,12 @@ REFUSED = {
         "invalid_request_error",
         "tool_choice",
     ),
+    "place as a tool": (
+        {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "tools[7]"}},
+        400,
+        "invalid_request_error",
+        "tool_choice names 'tools[7]'",
+    ),
     "container": ({"container": "a"}, 400, "invalid_request_error", "container"),
     "stop": ({"stop_sequences": ["a"] * 17}, 400, "invalid_request_error", "stop_sequences has 17"),
     "overflow": (

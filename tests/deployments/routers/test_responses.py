@@ -95,6 +95,18 @@ async def test_a_function_call_and_its_output(client):
     assert (await ask(client, input=again)).output_text == later.output_text
 
 
+@pytest.mark.parametrize("background", [False, True])
+async def test_a_call_of_a_function_under_function_in_a_namespace(client, background):
+    nested = {"type": "function", "function": {"name": "report", "parameters": PARAMETERS}}
+    space = {"type": "namespace", "name": "eye", "tools": [nested]}
+    options = {"tools": [space], "tool_choice": "required", "parallel_tool_calls": False}
+    made = await ask(client, **options, background=background, stream=background)
+    if background:
+        made = [event async for event in made][-1].response
+    assert made.status in ("completed", "incomplete")
+    assert [(call.namespace, call.name) for call in made.output] == [("eye", "report")]
+
+
 async def test_a_call_of_a_function_in_a_namespace(client):
     """Its item has both names, in a stream and when it is streamed again; the prompt has them as one."""
     space = {"type": "namespace", "name": "eye", "description": "Sees.", "tools": [TOOL]}
@@ -159,6 +171,11 @@ async def test_a_background_response(client):
         ({"input": [{"role": "king", "content": "a"}]}, "input[0].role", None),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "unsupported_parameter"),
         ({"tools": [{"type": "function", "name": ""}]}, "tools[0].name", None),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "name": "tools[7]"}},
+            "tool_choice.name",
+            None,
+        ),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", None),
         ({"text": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "text.format", None),
         ({"max_output_tokens": 9000}, "max_output_tokens", "context_length_exceeded"),
