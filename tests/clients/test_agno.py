@@ -12,15 +12,10 @@ from agno.knowledge.embedder.openai import OpenAIEmbedder  # noqa: E402
 from agno.media import Image  # noqa: E402
 from agno.models.openai import OpenAIResponses  # noqa: E402
 from agno.models.openai.like import OpenAILike  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
+
+from tests.clients.facts import Facts  # noqa: E402
 
 PICTURE = [Image(content=cases.PNG)]
-
-
-class Facts(BaseModel):
-    color: str
-    shape: str
-    count: int
 
 
 @pytest.fixture

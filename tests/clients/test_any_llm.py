@@ -8,13 +8,8 @@ from tests.clients.environment import needs
 needs("any-llm-sdk[openai]==1.40.2")
 
 import any_llm  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
 
-
-class Facts(BaseModel):
-    color: str
-    shape: str
-    count: int
+from tests.clients.facts import Facts  # noqa: E402
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from autogen_agentchat.agents import AssistantAgent  # noqa: E402
 from autogen_agentchat.messages import MultiModalMessage, TextMessage  # noqa: E402
 from autogen_core import Image  # noqa: E402
 from autogen_ext.models.openai import OpenAIChatCompletionClient  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
+
+from tests.clients.facts import Facts  # noqa: E402
 
 ABLE = {
     "vision": True,
@@ -23,12 +24,6 @@ ABLE = {
     "structured_output": True,
     "family": "unknown",
 }
-
-
-class Facts(BaseModel):
-    color: str
-    shape: str
-    count: int
 
 
 @pytest.fixture

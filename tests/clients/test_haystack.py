@@ -13,18 +13,13 @@ from haystack.components.generators.chat import OpenAIChatGenerator  # noqa: E40
 from haystack.dataclasses import ChatMessage, ImageContent  # noqa: E402
 from haystack.tools import Tool  # noqa: E402
 from haystack.utils import Secret  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
+
+from tests.clients.facts import Facts  # noqa: E402
 
 KEY = Secret.from_token("EMPTY")
 REPORT = Tool(
     name="report", description="Reports a picture.", parameters=cases.PARAMETERS, function=cases.report
 )
-
-
-class Facts(BaseModel):
-    color: str
-    shape: str
-    count: int
 
 
 @pytest.fixture

@@ -21,13 +21,8 @@ from inspect_ai.scorer import includes  # noqa: E402
 from inspect_ai.solver import generate, use_tools  # noqa: E402
 from inspect_ai.tool import tool  # noqa: E402
 from inspect_ai.util import json_schema  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
 
-
-class Facts(BaseModel):
-    color: str
-    shape: str
-    count: int
+from tests.clients.facts import Facts  # noqa: E402
 
 
 @pytest.fixture

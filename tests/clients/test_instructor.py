@@ -9,13 +9,8 @@ needs("instructor==1.17.0")
 
 import instructor  # noqa: E402
 from openai import OpenAI  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
 
-
-class Facts(BaseModel):
-    color: str
-    shape: str
-    count: int
+from tests.clients.facts import Facts  # noqa: E402
 
 
 def client(base_url: str, mode: instructor.Mode):

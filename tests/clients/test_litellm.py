@@ -8,13 +8,8 @@ from tests.clients.environment import needs
 needs("litellm==1.110.2")
 
 import litellm  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
 
-
-class Facts(BaseModel):
-    color: str
-    shape: str
-    count: int
+from tests.clients.facts import Facts  # noqa: E402
 
 
 @pytest.fixture(params=["hosted_vllm", "openai"])

@@ -12,13 +12,8 @@ from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock  # noqa: E4
 from llama_index.core.tools import FunctionTool  # noqa: E402
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding  # noqa: E402
 from llama_index.llms.openai_like import OpenAILike  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
 
-
-class Facts(BaseModel):
-    color: str
-    shape: str
-    count: int
+from tests.clients.facts import Facts  # noqa: E402
 
 
 @pytest.fixture

@@ -8,13 +8,8 @@ from tests.clients.environment import needs
 needs("mistralai==3.7.0")
 
 from mistralai.client import Mistral  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
 
-
-class Facts(BaseModel):
-    color: str
-    shape: str
-    count: int
+from tests.clients.facts import Facts  # noqa: E402
 
 
 @pytest.fixture

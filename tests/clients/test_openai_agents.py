@@ -20,15 +20,10 @@ from agents import (  # noqa: E402
     set_tracing_disabled,
 )
 from openai import AsyncOpenAI  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
+
+from tests.clients.facts import Facts  # noqa: E402
 
 set_tracing_disabled(True)
-
-
-class Facts(BaseModel):
-    color: str
-    shape: str
-    count: int
 
 
 @pytest_asyncio.fixture

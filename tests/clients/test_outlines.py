@@ -14,15 +14,10 @@ needs("outlines==1.3.3", "openai==3.57.0", "pillow==13.0.0")
 import outlines  # noqa: E402
 import PIL.Image  # noqa: E402
 from openai import OpenAI  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
+
+from tests.clients.facts import Facts  # noqa: E402
 
 NUMBER = r"[0-9]{3}-[a-c]{2}"
-
-
-class Facts(BaseModel):
-    color: str
-    shape: str
-    count: int
 
 
 @pytest.fixture(params=[outlines.from_vllm, outlines.from_openai], ids=["vLLM's fields", "OpenAI's"])

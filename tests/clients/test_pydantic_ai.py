@@ -7,18 +7,13 @@ from tests.clients.environment import needs
 
 needs("pydantic-ai-slim[openai]==2.68.0")
 
-from pydantic import BaseModel  # noqa: E402
 from pydantic_ai import Agent, BinaryContent, NativeOutput  # noqa: E402
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel  # noqa: E402
 from pydantic_ai.providers.openai import OpenAIProvider  # noqa: E402
 
+from tests.clients.facts import Facts  # noqa: E402
+
 PICTURE = BinaryContent(data=cases.PNG, media_type="image/png")
-
-
-class Facts(BaseModel):
-    color: str
-    shape: str
-    count: int
 
 
 @pytest.fixture

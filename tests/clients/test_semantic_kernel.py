@@ -8,7 +8,6 @@ from tests.clients.environment import needs
 needs("semantic-kernel==1.45.0")
 
 from openai import AsyncOpenAI  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
 from semantic_kernel import Kernel  # noqa: E402
 from semantic_kernel.connectors.ai.function_choice_behavior import FunctionChoiceBehavior  # noqa: E402
 from semantic_kernel.connectors.ai.open_ai import (  # noqa: E402
@@ -24,11 +23,7 @@ from semantic_kernel.contents import (  # noqa: E402
 )
 from semantic_kernel.functions import kernel_function  # noqa: E402
 
-
-class Facts(BaseModel):
-    color: str
-    shape: str
-    count: int
+from tests.clients.facts import Facts  # noqa: E402
 
 
 class Reports:

@@ -7,15 +7,10 @@ from tests.clients.environment import needs
 
 needs("strands-agents[openai]==1.62.0")
 
-from pydantic import BaseModel  # noqa: E402
 from strands import Agent, tool  # noqa: E402
 from strands.models.openai import OpenAIModel  # noqa: E402
 
-
-class Facts(BaseModel):
-    color: str
-    shape: str
-    count: int
+from tests.clients.facts import Facts  # noqa: E402
 
 
 @pytest.fixture
