@@ -8,9 +8,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 #: Key of a scope: the :class:`WhileListenedTo` in which the work on the request is done.
 ENDS = "sightline.ends_with_client"
-#: Key of a scope: sends pieces of the body past all that look at a response's start and its last piece alone.
+#: Key of a scope: a send for all body pieces but the last, past layers that need only a response's start and
+#: end.
 PIECES = "sightline.pieces"
-
 
 #: Nothing reads a body of these requests.
 _WITHOUT_BODY = ("GET", "HEAD")

@@ -2,9 +2,9 @@
 
 Without it ``serve run`` would put the application into whatever Ray cluster it finds, in place of that
 cluster's applications, and share a busy port with the other server: each would get some of the requests. An
-option that does not exist, or a model that is not there, would be told by a long traceback, and the server
-would stay without an application. Ray Serve's own options would not be told at all: without ``http_options``,
-because it is misspelt, a server is open to all machines.
+option that does not exist, or a model that is not there, would be reported by a long traceback, and the
+server would stay without an application. Misspelt options of Ray Serve would not be reported at all: without
+``http_options`` the server listens on all interfaces.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from engine.frontend import load_media_processor, load_prompt_builder, load_retr
 _HOST, _PORT = "0.0.0.0", 8000
 #: Values of ``import_path`` whose ``args`` are an :class:`~deployments.config.AppConfig`.
 _BUILDERS = ("deployments.app:build", "deployments.app:build_stages")
-#: Where all options are told.
+#: Points to the list of options.
 _LISTED = "docs/configuration.md lists all options."
 
 
@@ -112,7 +112,7 @@ def check_options(config: Mapping[str, Any]) -> None:
     Raises:
         InTheWay: an option doesn't exist, is missing, or has a value that it can't have.
     """
-    for unknown in _unknown(ServeDeploySchema, config):
+    if (unknown := next(_unknown(ServeDeploySchema, config), None)) is not None:
         raise InTheWay(f"{unknown}: Ray Serve has no such option.")
     try:
         ServeDeploySchema.model_validate(config)

@@ -64,13 +64,13 @@ class EventResponse(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):
             if (client := scope.get(ENDS)) is not None:
-                await self.stream_response(send, client)
+                await self._stream(send, client)
                 return
             async with WhileListenedTo(receive) as client:
                 client.listen()
-                await self.stream_response(send, client)
+                await self._stream(send, client)
 
-    async def stream_response(self, send: Send, client: WhileListenedTo | None = None) -> None:
+    async def _stream(self, send: Send, client: WhileListenedTo) -> None:
         """Send the events to their end. Nothing stands between an event and the server, since most hold one
         token. ``client`` is listened to until then."""
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
@@ -93,8 +93,7 @@ class EventResponse(StreamingResponse):
             # The request's line in the log will name it.
             report.error = reported
             end = self._failed(reported) + end
-        if client is not None:
-            client.stop()
+        client.stop()
         await response.body(end, more=False)
 
 

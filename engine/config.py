@@ -71,8 +71,9 @@ class EngineConfig(BaseModel):
             Under overload, encoder and engine serve requests first that can still meet it, and of 32 one that
             no longer can. None serves all in the order of their arrival. Clocks of all hosts must agree.
         run_ahead: steps the host may enqueue before it reads sampled tokens; 0 waits for each step.
-        stream_interval: tokens of a choice that an event of a stream holds at least, but for the first and
-            the last. More than 1 saves work in the ingress for each token, and streams are less smooth.
+        stream_interval: tokens that an event of a stream holds at least, but for the first and the last, if
+            the answer has one choice; several choices go out together. More than 1 saves work in the ingress
+            for each token, and streams are less smooth.
         step_timeout_s: seconds after which a step is assumed never to return; a server's engine then stops.
             Compiling kernels for shapes that are new counts as well.
         tensor_parallel_size: ranks that share the language model, each with a process of its own and, where

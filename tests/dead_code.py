@@ -16,8 +16,8 @@ SOURCES = ("engine", "deployments", "models", "benchmarks", "examples")
 KINDS = ("function", "method", "property", "class")
 #: Decorators that hand a function to a library, which calls it.
 REGISTERED = ["@router.*", "@*validator", "@*serializer", "@api.*", "@app.*"]
-#: Names that a library or ``getattr`` calls: Starlette calls ``stream_response``, asyncio the methods of a
-#: protocol, Ray Serve the last four.
+#: Names that a library or ``getattr`` calls: asyncio calls the methods of a protocol,
+#: Ray Serve the last four.
 CALLED = [
     "__*__",
     "visit_*",
@@ -26,7 +26,6 @@ CALLED = [
     "w3",
     "w4",
     "w5",
-    "stream_response",
     "connection_made",
     "data_received",
     "connection_lost",

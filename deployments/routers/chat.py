@@ -265,9 +265,8 @@ def _first_event(answer: Answer, running: RunningAnswer) -> bytes:
     choices = _beginning(running.params.n)
     if not answer.body.return_token_ids:
         return answer.event(choices)
-    around = answer.chunk([], prompt_token_ids=running.prompt_token_ids)
-    before, _, after = sse.event(around).partition(b'"choices":[]')
-    return before + b'"choices":[' + choices + b"]" + after
+    before, after = sse.around_choices(answer.chunk([], prompt_token_ids=running.prompt_token_ids))
+    return before + choices + after
 
 
 def _update_events(answer: Answer, running: RunningAnswer, update: StreamUpdate) -> bytes:

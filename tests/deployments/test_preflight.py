@@ -139,7 +139,7 @@ def test_a_port_that_is_none(tmp_path, capsys, port):
         ),
         (
             lambda given: given["applications"][1].update(name="two"),
-            'Found multiple configs for application "two"',
+            'applications: Found multiple configs for application "two"',
         ),
         (
             lambda given: given["applications"][1].update(import_path="deployments.app.buidl"),
@@ -159,7 +159,7 @@ def test_options_of_ray_serve_that_it_would_ignore_or_refuse_at_length(tmp_path,
     file.write_text(yaml.safe_dump(given))
     assert main([str(file)]) == 1
     said = capsys.readouterr().err
-    assert f"make serve: {fault}" in said or f": {fault}" in said
+    assert f"make serve: {fault}" in said
     assert len(said.splitlines()) == 1
 
 
