@@ -42,11 +42,12 @@ class StepBytes:
     states: int
 
     @classmethod
-    def of(cls, path: Path, *, fp8: bool = False) -> StepBytes:
+    def of(cls, path: Path, *, fp8: bool = False, keys: torch.dtype = torch.bfloat16) -> StepBytes:
         """The bytes of the checkpoint at ``path`` in bfloat16, and in the format that its config.json states.
 
         Args:
             fp8: the matrices of the language model's layers are rounded to fp8.
+            keys: dtype of keys and values.
         """
         checkpoint = Checkpoint.open(str(path))
         config = resolve(checkpoint).parse(checkpoint).decoder
@@ -63,7 +64,7 @@ class StepBytes:
             weights=_bytes(decoder) - experts - rotary - table,
             experts=experts,
             share=0.0 if router is None else router.top_k / router.num_experts,
-            token=block_bytes(LayerGroups.single(config), 1, dtype),
+            token=block_bytes(LayerGroups.single(config), 1, keys),
             states=state_bytes(config, dtype),
         )
 

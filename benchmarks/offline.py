@@ -174,6 +174,7 @@ def main() -> None:
         help="fp8: round the decoder's matrices to 8-bit floats; int4: a checkpoint of AWQ",
     )
     parser.add_argument("--encoder-quantization", choices=["fp8"], help="the same for the tower's matrices")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
     parser.add_argument("--profile", action="store_true", help="also say which kernels a decode step spends")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -183,12 +184,13 @@ def main() -> None:
         results["quantization"] = options.quantization
     if options.encoder_quantization:
         results["encoder"] = options.encoder_quantization
+    results["keys"] = options.kv_cache_dtype
     with tempfile.TemporaryDirectory() as folder:
         path = write_checkpoint(options.shape, Path(folder))
         if options.quantization == "int4":
             quantise_to_int4(path, 128 if gpu else 32)
         rate = measured_copy_rate() if ranks == 1 else 0.0
-        formats = options.quantization, options.encoder_quantization
+        formats = options.quantization, options.encoder_quantization, options.kv_cache_dtype
         seconds, llm = timed(lambda: load(str(path), gpu, ranks, *formats))
         results["load s"] = seconds
         works = Works(llm, options.shape, options.scale or (1 if gpu else 16), options.requests)
@@ -197,7 +199,7 @@ def main() -> None:
         if llm._encoder is not None:
             check_formats(llm._encoder._encoder.tower.blocks, options.encoder_quantization, "format")
         if ranks == 1:
-            results |= floors(path, options.quantization == "fp8", works, rate)
+            results |= floors(path, options, works, rate)
         results["first answer s"] = seconds + timed(lambda: works.generate(works.picture_prompts(1), 1))[0]
         for name in options.works.split(","):
             results |= getattr(works, name)()
@@ -212,10 +214,11 @@ def main() -> None:
         options.json.write_text(json.dumps(results, indent=1))
 
 
-def floors(path: Path, fp8: bool, works: Works, rate: float) -> dict[str, float]:
+def floors(path: Path, options: argparse.Namespace, works: Works, rate: float) -> dict[str, float]:
     """The least ms per token of w3, and the most tokens per second of w4, by the bytes that a step moves at
     ``rate`` bytes per second."""
-    scale, moved = works.scale, StepBytes.of(path, fp8=fp8)
+    keys = FP8 if options.kv_cache_dtype == "fp8" else torch.bfloat16
+    scale, moved = works.scale, StepBytes.of(path, fp8=options.quantization == "fp8", keys=keys)
     (prompt,) = works.llm.generate(works.picture_prompts(1), works.params(1), use_tqdm=False)
     alone = moved.step(1, len(prompt.prompt_token_ids) + 64 // scale)
     count, context = max(2, 64 // scale), 1024 // scale + 128 // scale
@@ -254,7 +257,12 @@ def quantise_to_int4(path: Path, group: int) -> None:
 
 
 def load(
-    path: str, gpu: bool, ranks: int = 1, quantization: str | None = None, encoder: str | None = None
+    path: str,
+    gpu: bool,
+    ranks: int = 1,
+    quantization: str | None = None,
+    encoder: str | None = None,
+    keys: str = "auto",
 ) -> LLM:
     limits: dict[str, Any] = (
         {"max_num_seqs": 256, "max_num_batched_tokens": 8192} if gpu else {"max_num_seqs": 16}
@@ -262,6 +270,7 @@ def load(
     # The configuration of a checkpoint in int4 says so itself.
     limits["quantization"] = None if quantization == "int4" else quantization
     limits["encoder_quantization"] = encoder
+    limits["kv_cache_dtype"] = keys
     return LLM(path, load_format="dummy", max_model_len=4096, tensor_parallel_size=ranks, **limits)
 
 

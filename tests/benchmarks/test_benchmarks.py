@@ -94,11 +94,13 @@ def test_conversation(monkeypatch, capsys, tmp_path):
 
 def test_floor_of_a_step(tmp_path):
     """Of Qwen3-VL-30B-A3B: 3.0 billion parameters are read for a token, and nearly all experts for 64."""
-    moved = StepBytes.of(write_checkpoint("qwen3-vl-30b-a3b", tmp_path))
+    path = write_checkpoint("qwen3-vl-30b-a3b", tmp_path)
+    moved = StepBytes.of(path)
     # Without the table of embeddings, 0.3 billion.
     assert 2.9e9 < moved.step(1, 0) / 2 < 3.1e9
     assert 0.98 < (moved.step(64, 0) - moved.weights) / moved.experts < 1
     assert moved.token == 2 * 2 * 48 * 4 * 128 and moved.states == 0
+    assert StepBytes.of(path, keys=torch.float8_e4m3fn).token == moved.token // 2
 
 
 def test_load(monkeypatch, capsys, tmp_path):
