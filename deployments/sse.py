@@ -32,7 +32,8 @@ _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class Closing(bytes):
-    """Events behind which nothing comes but the response's end: they are sent together with it."""
+    """Events behind which nothing comes but others of this class and the response's end, or an error: all are
+    sent together."""
 
 
 class EventResponse(StreamingResponse):
@@ -78,13 +79,13 @@ class EventResponse(StreamingResponse):
         report = current_report()
         response = report.response
         assert response is not None, "every HTTP request has one"
-        end = self._end
+        closing, end = b"", self._end
         try:
             while (each := await self._relay.next(self._events, response)) is not None:
                 if type(each) is Closing:
-                    end = each + end
-                    break
-                await response.body(each)
+                    closing += each
+                else:
+                    await response.body(each)
         except OSError:
             # Nothing can be sent any more.
             raise ClientDisconnect from None
@@ -94,7 +95,7 @@ class EventResponse(StreamingResponse):
             report.error = reported
             end = self._failed(reported) + end
         client.stop()
-        await response.body(end, more=False)
+        await response.body(closing + end, more=False)
 
 
 class EventRelay:

@@ -239,26 +239,16 @@ async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -
         data = b"" if resumed else answer.line() + _first_event(answer, running)
         data += _update_events(answer, running, first)
         last = first
-        if data and not last.finished:
-            yield data
-            data = b""
-        try:
-            async for last in stream:
-                if not text_alone or (plain := answer.plain_event(last)) is None:
-                    plain = _update_events(answer, running, last)
-                data += plain
-                if data and not last.finished:
-                    yield data
-                    data = b""
-        except Exception:
-            # The last update waits for the end, and there is none.
-            if data:
-                yield data
-            raise
+        if data:
+            yield sse.Closing(data) if last.finished else data
+        async for last in stream:
+            if not text_alone or (plain := answer.plain_event(last)) is None:
+                plain = _update_events(answer, running, last)
+            if plain:
+                yield sse.Closing(plain) if last.finished else plain
         if answer.body.ends_with_usage:
             usage = usage_body(last.usage, running.reader.reasoning_tokens, running.usage_extras())
-            data += sse.event(answer.chunk([], usage=usage))
-        yield sse.Closing(data)
+            yield sse.Closing(sse.event(answer.chunk([], usage=usage)))
 
 
 def _first_event(answer: Answer, running: RunningAnswer) -> bytes:

@@ -317,39 +317,32 @@ async def _events(
     offsets: dict[int, int] = {}
     usages: dict[int, Usage] = {}
     echoes: dict[int, tuple[list[_Row], int]] = {}
-    left, data = len(running), b""
+    left = len(running)
     async with aclosing(updates) as stream:
         item: tuple[int, StreamUpdate] | None = first
         while item is not None:
             number, update = item
             usages[number] = update.usage
             left -= update.finished
-            plain = answer.plain_event(update, number) if answer.text_alone else None
-            if plain is not None:
-                data += plain
-            else:
+            data = answer.plain_event(update, number) if answer.text_alone else None
+            if data is None:
                 if number not in echoes:
                     echoes[number] = _echoed(answer, running[number], update.prompt_logprobs or [])
-                for delta in update.deltas:
-                    data += _delta_event(answer, running[number], delta, echoes[number], offsets)
-            if data and left:
-                yield data
-                data = b""
-            try:
-                item = await anext(stream, None)
-            except Exception:
-                # The last update waits for the end, and there is none.
-                if data:
-                    yield data
-                raise
+                data = b"".join(
+                    _delta_event(answer, running[number], delta, echoes[number], offsets)
+                    for delta in update.deltas
+                )
+            if data:
+                yield data if left else sse.Closing(data)
+            item = await anext(stream, None)
     if answer.body.ends_with_usage:
         total = Usage(
             sum(usage.prompt_tokens for usage in usages.values()),
             sum(usage.completion_tokens for usage in usages.values()),
             sum(usage.cached_tokens for usage in usages.values()),
         )
-        data += sse.event(answer.completion([], usage=usage_body(total, extras=answer.usage_extras())))
-    yield sse.Closing(data)
+        event = answer.completion([], usage=usage_body(total, extras=answer.usage_extras()))
+        yield sse.Closing(sse.event(event))
 
 
 def _delta_event(

@@ -20,15 +20,15 @@ DECODER_RULES: tuple[tuple[str, str], ...] = (
 )
 """Rules of a decoder: alone, and inside a VLM as Transformers 5 and as earlier versions save it."""
 
+_LAYER = r"(?:.*\.)?(layers\.\d+\.)"
 SANDWICH_RULES: tuple[tuple[str, str], ...] = (
-    (r"(?:.*\.)?(layers\.\d+\.)post_attention_layernorm\.(.*)", r"\1attention_out_norm.\2"),
-    (r"(?:.*\.)?(layers\.\d+\.)pre_feedforward_layernorm\.(.*)", r"\1post_attention_layernorm.\2"),
-    (r"(?:.*\.)?(layers\.\d+\.)post_feedforward_layernorm\.(.*)", r"\1mlp_out_norm.\2"),
+    (_LAYER + r"post_attention_layernorm\.(.*)", r"\1attention_out_norm.\2"),
+    (_LAYER + r"pre_feedforward_layernorm\.(.*)", r"\1post_attention_layernorm.\2"),
+    (_LAYER + r"post_feedforward_layernorm\.(.*)", r"\1mlp_out_norm.\2"),
     *DECODER_RULES,
 )
 """Rules of a decoder with norms after attention and MLP as well, by Gemma's names."""
 
-_LAYER = r"(?:.*\.)?(layers\.\d+\.)"
 GEMMA4_RULES: tuple[tuple[str, str], ...] = (
     (_LAYER + r"layer_scalar", r"\1layer_scale"),
     (_LAYER + r"router\.proj\.weight", r"\1mlp.router.weight"),
@@ -68,7 +68,7 @@ def unused_keys(layers: Iterable[int]) -> tuple[str, ...]:
     )
 
 
-_EXPERTS = r"(?:.*\.)?(layers\.\d+\.)block_sparse_moe\."
+_EXPERTS = _LAYER + r"block_sparse_moe\."
 EXPERT_RULES: tuple[tuple[str, str], ...] = (
     (_EXPERTS + r"experts\.(\d+)\.w1\.(.*)", r"\1mlp.experts.\2.gate_proj.\3"),
     (_EXPERTS + r"experts\.(\d+)\.w2\.(.*)", r"\1mlp.experts.\2.down_proj.\3"),
@@ -83,21 +83,21 @@ EXPERT_RULES: tuple[tuple[str, str], ...] = (
 
 GLM_RULES: tuple[tuple[str, str], ...] = (
     (r"(?:.*\.)?(layers\.\d+\.mlp\.)shared_experts\.(.*)", r"\1shared_expert.\2"),
-    (r"(?:.*\.)?(layers\.\d+\.)post_self_attn_layernorm\.(.*)", r"\1attention_out_norm.\2"),
-    (r"(?:.*\.)?(layers\.\d+\.)post_mlp_layernorm\.(.*)", r"\1mlp_out_norm.\2"),
+    (_LAYER + r"post_self_attn_layernorm\.(.*)", r"\1attention_out_norm.\2"),
+    (_LAYER + r"post_mlp_layernorm\.(.*)", r"\1mlp_out_norm.\2"),
     *DECODER_RULES,
 )
 """Rules of a decoder by GLM's names: some have norms after attention and MLP as well, some have experts."""
 
 LFM2_RULES: tuple[tuple[str, str], ...] = (
-    (r"(?:.*\.)?(layers\.\d+\.)operator_norm\.(.*)", r"\1input_layernorm.\2"),
-    (r"(?:.*\.)?(layers\.\d+\.)ffn_norm\.(.*)", r"\1post_attention_layernorm.\2"),
+    (_LAYER + r"operator_norm\.(.*)", r"\1input_layernorm.\2"),
+    (_LAYER + r"ffn_norm\.(.*)", r"\1post_attention_layernorm.\2"),
     (r"(?:.*\.)?(layers\.\d+\.self_attn\.)out_proj\.(.*)", r"\1o_proj.\2"),
     (r"(?:.*\.)?(layers\.\d+\.self_attn\.[qk]_)layernorm\.(.*)", r"\1norm.\2"),
-    (r"(?:.*\.)?(layers\.\d+\.)conv\.(.*)", r"\1short_conv.\2"),
-    (r"(?:.*\.)?(layers\.\d+\.)feed_forward\.w1\.(.*)", r"\1mlp.gate_proj.\2"),
-    (r"(?:.*\.)?(layers\.\d+\.)feed_forward\.w2\.(.*)", r"\1mlp.down_proj.\2"),
-    (r"(?:.*\.)?(layers\.\d+\.)feed_forward\.w3\.(.*)", r"\1mlp.up_proj.\2"),
+    (_LAYER + r"conv\.(.*)", r"\1short_conv.\2"),
+    (_LAYER + r"feed_forward\.w1\.(.*)", r"\1mlp.gate_proj.\2"),
+    (_LAYER + r"feed_forward\.w2\.(.*)", r"\1mlp.down_proj.\2"),
+    (_LAYER + r"feed_forward\.w3\.(.*)", r"\1mlp.up_proj.\2"),
     (r"(?:.*\.)?embedding_norm\.(.*)", r"norm.\1"),
     *DECODER_RULES,
 )
