@@ -29,7 +29,7 @@ from deployments.ray_serve.routing import LanguageModelRouter
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket"
 
-#: The README's environment for load.
+#: The README's environment for load; and an ingress that ends does not wait.
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
