@@ -1,4 +1,4 @@
-"""Logs fields of requests that nothing reads, each name once."""
+"""Logs fields of requests that nothing reads, each name once, up to a number of names."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -23,6 +23,9 @@ def log_unknown(body: str, given: Mapping[Any, Any], known: Collection[str], whe
         if each in known or value is None:
             continue
         name = f"{where}{str(each)[:_MAX_NAME]}"
-        if (body, name) not in _logged and len(_logged) < _MAX_LOGGED:
-            _logged.add((body, name))
-            logger.warning("the unknown field %r is ignored", name)
+        if (body, name) in _logged or len(_logged) == _MAX_LOGGED:
+            continue
+        _logged.add((body, name))
+        logger.warning("the unknown field %r is ignored", name)
+        if len(_logged) == _MAX_LOGGED:
+            logger.warning("%d unknown fields were logged; further ones are ignored in silence", _MAX_LOGGED)

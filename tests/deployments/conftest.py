@@ -22,6 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
 
 
+@pytest.fixture(autouse=True)
+def no_field_was_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on which unknown fields the tests before it in its process have sent."""
+    monkeypatch.setattr("deployments.unknown_fields._logged", set())
+
+
 @dataclass(frozen=True)
 class Running:
     """The application in this process.

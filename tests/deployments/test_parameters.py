@@ -254,8 +254,7 @@ def unknown_fields(path: str, given: dict, caplog) -> list[str]:
 PLAIN = ("/v1/chat/completions", "/v1/responses")
 
 
-def test_a_field_within_a_parameter_is_logged_only_if_nobody_knows_it(caplog, monkeypatch):
-    monkeypatch.setattr("deployments.unknown_fields._logged", set())
+def test_a_field_within_a_parameter_is_logged_only_if_nobody_knows_it(caplog):
     fields = [
         (path, field)
         for path, field in nested("works", "no effect")
@@ -344,9 +343,17 @@ LOGGED = ["content[].", "content[].file.", "content[].image_url."]
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_unknown_fields_of_plain_objects_are_logged_once(path, given, objects, caplog, monkeypatch):
+def test_unknown_fields_of_plain_objects_are_logged_once(path, given, objects, caplog):
     """By the way to them. A schema may hold any field, and null is absence."""
-    monkeypatch.setattr("deployments.unknown_fields._logged", set())
     given = {"model": "pocket", **given}
     assert sorted(unknown_fields(path, given, caplog)) == sorted(f"{each}never_heard_of" for each in objects)
     assert unknown_fields(path, given, caplog) == []
+
+
+def test_clients_cannot_fill_the_log_with_names(caplog):
+    given = {"model": "pocket", "prompt": "a"}
+    for _ in range(2):
+        BODIES["/v1/completions"].read({**given, **{f"never_heard_of_{i}": 1 for i in range(1000)}})
+    *named, last = [record.getMessage() for record in caplog.records]
+    assert named == [f"the unknown field 'never_heard_of_{i}' is ignored" for i in range(256)]
+    assert last == "256 unknown fields were logged; further ones are ignored in silence"
