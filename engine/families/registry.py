@@ -42,6 +42,8 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration",),
     "text": (
+        "CohereForCausalLM",
+        "Cohere2ForCausalLM",
         "Ernie4_5ForCausalLM",
         "GemmaForCausalLM",
         "Gemma2ForCausalLM",

@@ -117,6 +117,20 @@ class Attention(nn.Module):
             The output and ``x + residual``, both ``(T, hidden)``, or ``(R, hidden)`` for ``rows``.
         """
         qkv, residual = self.qkv_proj.after_norm(norm, x, residual)
+        if rows is not None:
+            residual = residual.index_select(0, rows)
+        return self.attend(qkv, positions, cache, meta, rows), residual
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        meta: AttentionMetadata,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor | SplitSums:
+        """Compute the output ``(T, hidden)``, or ``(R, hidden)``, from what ``qkv_proj`` gives for ``T``
+        tokens; see :meth:`forward`."""
         parts = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.sizes, dim=-1))
         q, k, v = (*parts, None, None)[:3]
         if self.joint:
@@ -154,9 +168,7 @@ class Attention(nn.Module):
         if self.gated:
             out = sigmoid_gate(out, gate)
         out = out.flatten(1)
-        if rows is not None:
-            out, residual = out.index_select(0, rows), residual.index_select(0, rows)
-        return self.o_proj(out), residual
+        return self.o_proj(out if rows is None else out.index_select(0, rows))
 
     def _norms(self) -> HeadNorms | None:
         if self.q_norm is None:

@@ -21,8 +21,9 @@ from engine.layers.experts import ExpertsMLP
 from engine.layers.layer_inputs import LayerInput, LayerInputs
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
-from engine.layers.norm import RMSNorm
+from engine.layers.norm import LayerNorm, RMSNorm
 from engine.layers.parallel_experts import ParallelExperts
+from engine.layers.parallel_layer import ParallelLayer
 from engine.layers.rotary import Rotary
 from engine.layers.short_conv import ShortConv
 
@@ -142,20 +143,25 @@ class Decoder(nn.Module):
         self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, build)
         inputs = config.layer_inputs
         self.layer_inputs = None if inputs is None else LayerInputs(config, inputs, build.at("layer_inputs"))
+        make = ParallelLayer if config.parallel else DecoderLayer
         self.layers = nn.ModuleList(
-            DecoderLayer(config, index, rotary, build.at(f"layers.{index}"))
-            for index, rotary in enumerate(rotaries)
+            make(config, index, rotary, build.at(f"layers.{index}")) for index, rotary in enumerate(rotaries)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build, offset=config.norm_offset)
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.norm = (
+            LayerNorm(width, eps, build, shift=False)
+            if config.parallel
+            else RMSNorm(width, eps, build, offset=config.norm_offset)
+        )
         tied = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = LMHead(config.vocab_size, config.hidden_size, build, tied=tied)
-        width = config.projected_width
-        self.projection = None if width is None else Linear(config.hidden_size, width, build)
+        projected = config.projected_width
+        self.projection = None if projected is None else Linear(width, projected, build)
 
     def active_layer_parameters(self) -> int:
         """Count the parameters of the first layer on this rank that one token uses."""
         layer = self.layers[0]
-        assert isinstance(layer, DecoderLayer)
+        assert isinstance(layer, DecoderLayer | ParallelLayer)
         count = sum(parameter.numel() for parameter in layer.parameters())
         if isinstance(layer.mlp, ExpertsMLP | ParallelExperts):
             count -= layer.mlp.idle_parameters()
@@ -165,7 +171,7 @@ class Decoder(nn.Module):
         """The factors of each layer's keys and values in fp8; 1 where the checkpoint has no scales."""
         found = []
         for layer in self.layers:
-            assert isinstance(layer, DecoderLayer)
+            assert isinstance(layer, DecoderLayer | ParallelLayer)
             found.append((1.0, 1.0) if layer.self_attn is None else layer.self_attn.kv_scales())
         return found
 

@@ -182,6 +182,8 @@ class DecoderConfig:
             full attention; an empty tuple means full attention everywhere.
         norm_offset: added to the weights of all norms, which checkpoints of Gemma up to 3 store less one;
             None to round before scaling, see :func:`~engine.kernels.rms_norm.rms_norm`.
+        parallel: attention and MLP of a layer have one input, see
+            :class:`~engine.layers.parallel_layer.ParallelLayer`; norms are LayerNorms without shift.
         sandwich: norms after attention and MLP as well, before their results are added to the residual.
         embedding_multiplier: factor of the token embeddings, rounded to the model's dtype.
         multiplies_rows: the factor is that of embedding rows too.
@@ -233,6 +235,7 @@ class DecoderConfig:
     linear_layers: tuple[int, ...] = ()
     windows: tuple[int | None, ...] = ()
     norm_offset: float | None = None
+    parallel: bool = False
     sandwich: bool = False
     embedding_multiplier: float = 1.0
     multiplies_rows: bool = False

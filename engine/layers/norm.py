@@ -59,19 +59,28 @@ class UnitNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation with scale and shift over the last dimension."""
+    """Layer normalisation over the last dimension, with a scale and, unless ``shift`` is False, a shift."""
 
-    def __init__(self, width: int, eps: float, build: BuildContext) -> None:
+    def __init__(self, width: int, eps: float, build: BuildContext, *, shift: bool = True) -> None:
         super().__init__()
         self.eps = eps
         self.weight = build.parameter(width)
-        self.bias = build.parameter(width)
+        self.shift = shift
+        self.bias: torch.Tensor
+        if shift:
+            self.bias = build.parameter(width)
+        else:
+            zeros = torch.zeros(width, dtype=build.dtype, device=build.device)
+            self.register_buffer("bias", zeros, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(
+        self, x: torch.Tensor | SplitSums, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the norm of ``x + residual`` and the sum, both (N, width); see :meth:`RMSNorm.add`."""
+        x = whole(x)
         if residual is None:
             return self(x), x
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
@@ -81,4 +90,5 @@ class LayerNorm(nn.Module):
         return layer_norm_rounded(x, residual, self.weight, self.bias, self.eps)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
-        return [plain_slot(prefix + "weight", self.weight), plain_slot(prefix + "bias", self.bias)]
+        slots = [plain_slot(prefix + "weight", self.weight)]
+        return [*slots, plain_slot(prefix + "bias", self.bias)] if self.shift else slots

@@ -294,6 +294,8 @@ MINISTRAL_ROPE = {
 }
 
 TEXT_ARCHITECTURES = (
+    "cohere",
+    "cohere2",
     "ernie4_5",
     "gemma",
     "gemma2",
@@ -471,6 +473,10 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
             "full_attention": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         }
+    elif kind in ("cohere", "cohere2"):
+        common["logit_scale"] = 0.3
+        if kind == "cohere2":
+            common |= {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
     elif kind in ("ernie4_5", "glm", "glm4", "seed_oss"):
         common["head_dim"] = 32
     elif kind == "smollm3":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.errors import CheckpointError
+from engine.families.parsing.cohere import cohere_fields
 from engine.families.parsing.defaults import DEFAULTS, DecoderKind
 from engine.families.parsing.experts import parse_experts
 from engine.families.parsing.fields import Json, activation, flag, integer, number
@@ -10,7 +11,7 @@ from engine.families.parsing.gemma4 import gemma4_fields
 from engine.families.parsing.lfm2 import lfm2_fields
 from engine.families.parsing.rope import parse_ropes, stretched_context
 from engine.families.parsing.switches import SWITCHES
-from engine.families.parsing.windows import local_layers, parse_windows
+from engine.families.parsing.windows import local_layers, parse_windows, window_rotates
 from engine.layers.decoder_config import DecoderConfig
 
 #: Read by every kind where config.json has them.
@@ -43,6 +44,8 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
     if kind == "gemma" and raw.get("hidden_act") == "gelu":
         # Files of the first releases call the activation so.
         raw = {**raw, "hidden_act": "gelu_pytorch_tanh"}
+    if kind in ("cohere", "cohere2"):
+        raw = cohere_fields(raw)
     if kind == "lfm2":
         raw = lfm2_fields(raw)
     if kind == "gemma4_text":
@@ -58,6 +61,8 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         config["rope_parameters"] = defaults["rope_parameters"]
     heads = integer(config, "num_attention_heads")
     layers, positions = integer(config, "num_hidden_layers"), integer(config, "max_position_embeddings")
+    if kind == "cohere2":
+        config = window_rotates(config, layers)
     head_dim = _head_dim(config, kind, heads)
     local_dim = config["local_heads"][1] if "local_heads" in config else head_dim
     rope, local_rope = parse_ropes(config, kind, head_dim, local_dim)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from engine.families.parsing.cohere import COHERE2_DEFAULTS, COHERE_DEFAULTS
 from engine.families.parsing.experts import LOCAL_EXPERTS, QWEN_EXPERTS, ROUTED_EXPERTS, SPARSE_LAYERS
 from engine.families.parsing.gemma4 import GEMMA4_DEFAULTS
 from engine.families.parsing.lfm2 import LFM2_DEFAULTS
 
 DecoderKind = Literal[
+    "cohere",
+    "cohere2",
     "ernie4_5",
     "gemma",
     "gemma2",
@@ -132,6 +135,8 @@ _GRANITE: dict[str, Any] = {
 #: The value of each field that a config.json leaves out, as in Transformers' class of the kind. A null in the
 #: file is not left out. Fields that a kind lacks here are not read: its model has no use for them.
 DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
+    "cohere": COHERE_DEFAULTS,
+    "cohere2": COHERE2_DEFAULTS,
     "ernie4_5": {**_ERNIE, "tie_word_embeddings": True},
     "seed_oss": {
         **_COMMON,

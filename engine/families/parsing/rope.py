@@ -32,7 +32,7 @@ _TYPES: dict[str, tuple[RopeType, ...]] = {
 _ALL_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 #: Kinds whose neighbouring dimensions rotate against each other.
 _GLM = ("glm", "glm4", "glm4v_text", "glm_ocr_text")
-_ADJACENT = ("ernie4_5", *_GLM)
+_ADJACENT = ("cohere", "cohere2", "ernie4_5", *_GLM)
 #: The share of a head that rotates, by the kinds that rotate a part where the file states none.
 _SHARES = {
     **dict.fromkeys(_QWEN3_5, 0.25),
@@ -60,7 +60,7 @@ def parse_ropes(
 ) -> tuple[RopeConfig, RopeConfig | None]:
     """Read the rotary embeddings of a decoder: that of all layers, or of those with full attention; and that
     of the layers with a window, if they have one of their own (Gemma 3 and 4), or of those that don't rotate
-    (SmolLM3).
+    (Cohere 2, SmolLM3).
 
     Args:
         config: see :func:`parse_rope`.

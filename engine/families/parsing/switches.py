@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.errors import CheckpointError
+from engine.families.parsing.cohere import cohere_switches
 from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, activation, integer, number
 from engine.families.parsing.gemma4 import gemma4_switches
@@ -82,6 +83,8 @@ def _qwen3_5(config: Json) -> dict[str, Any]:
 #: By kind, the fields of :class:`~engine.layers.decoder_config.DecoderConfig` that other kinds leave at their
 #: defaults.
 SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
+    "cohere": cohere_switches,
+    "cohere2": cohere_switches,
     "gemma": _gemma,
     "gemma2": _gemma2,
     "glm4": lambda config: {"sandwich": True},

@@ -56,15 +56,15 @@ def sliding_layers(config: Json, layers: int) -> list[bool]:
 
 
 def local_layers(config: Json, layers: int) -> tuple[int, ...]:
-    """Return the layers with a rotary embedding of their own: those with a window, or (SmolLM3) those that
-    don't rotate.
+    """Return the layers with a rotary embedding of their own: those with a window, or those that
+    ``no_rope_layers`` says don't rotate.
 
     Raises:
         CheckpointError: naming the field that can't be used.
     """
     if "no_rope_layers" not in config:
         return tuple(layer for layer, slides in enumerate(sliding_layers(config, layers)) if slides)
-    if config["use_sliding_window"]:
+    if config.get("use_sliding_window"):
         raise CheckpointError(
             "config.json: use_sliding_window is not supported for this architecture",
             param="use_sliding_window",
@@ -79,6 +79,18 @@ def local_layers(config: Json, layers: int) -> tuple[int, ...]:
             param="no_rope_layers",
         )
     return tuple(layer for layer, each in enumerate(rotates) if not each)
+
+
+def window_rotates(config: Json, layers: int) -> dict[str, Any]:
+    """Return ``config`` with the field by which SmolLM3 names the layers that rotate: those with a window.
+
+    Raises:
+        CheckpointError: naming the field that can't be used.
+    """
+    slides = sliding_layers(config, layers)
+    if any(slides):
+        integer(config, "sliding_window")
+    return {**config, "no_rope_layers": [int(each) for each in slides]}
 
 
 def _window(config: Json, context: int) -> int | None:

@@ -1,6 +1,6 @@
-"""Language models without images: Ernie 4.5, Gemma 1 to 4, GLM-4, Granite, LFM2, Llama, Mistral,
-Ministral-3, Phi3, Qwen2, Qwen3, Qwen3.5, Seed-OSS, SmolLM3; with experts Gemma 4, GLM-4.5, Granite-MoE,
-Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
+"""Language models without images: Cohere 1 and 2, Ernie 4.5, Gemma 1 to 4, GLM-4, Granite, LFM2, Llama,
+Mistral, Ministral-3, Phi3, Qwen2, Qwen3, Qwen3.5, Seed-OSS, SmolLM3; with experts Gemma 4, GLM-4.5,
+Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from engine.families.parsing.model import ConfigReader
 from engine.families.retrieval import QWEN3_PAIRS, RetrievalFormat, qwen3_query
 
 _KINDS: dict[str, DecoderKind] = {
+    "CohereForCausalLM": "cohere",
+    "Cohere2ForCausalLM": "cohere2",
     "Ernie4_5ForCausalLM": "ernie4_5",
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",

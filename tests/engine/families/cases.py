@@ -368,11 +368,13 @@ CASES = [
             partial(make_text_model, kind=kind),
             TextReference,
             texts=TEXTS,
-            windows=kind in ("gemma2", "gemma3", "gemma4", "mistral", "mixtral"),
+            windows=kind in ("cohere2", "gemma2", "gemma3", "gemma4", "mistral", "mixtral"),
             # Recurrent states of all slots come out of it.
             options={"kv_cache_bytes": 32 << 20} if kind in HYBRIDS else {},
         )
         for kind in (
+            "cohere",
+            "cohere2",
             "ernie4_5",
             "gemma",
             "gemma2",
@@ -427,6 +429,7 @@ LIKE = {
     "MiniCPM-V 4.7": "MiniCPM-V 4.6",
     "PaliGemma": "PaliGemma 2",
     "SmolVLM": "Idefics3",
+    "cohere": "cohere2",
     "glm": "qwen3",
     "glm4": "qwen3",
     "glm4_moe": "qwen2_moe",

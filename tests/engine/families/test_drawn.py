@@ -29,6 +29,8 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "mistral3": (9,),
     "lighton_ocr": (8,),
     "gemma3": (1,),
+    "cohere": (1,),
+    "cohere2": (1,),
     "ernie4_5": (1,),
     "seed_oss": (1,),
     "smollm3": (1,),

@@ -12,6 +12,8 @@ from tests.engine.tiny import DELTA_NETS, TRANSFORMERS
 
 #: KV heads where a config.json does not say; None: as many as there are attention heads.
 _DEFAULT_KV = {
+    "cohere": None,
+    "cohere2": None,
     "lfm2": 8,
     "llama": None,
     "phi3": None,
@@ -69,7 +71,7 @@ _COUNTED_KV = (
 )
 _BIASED = (
     *("llama", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", *DELTA_NETS),
-    *("gemma", "granite", "granitemoe", "glm4_moe"),
+    *("cohere", "cohere2", "gemma", "granite", "granitemoe", "glm4_moe"),
 )
 #: Scalings whose functions in Transformers take no null for the size of a head.
 _SIZED = ("dynamic", "yarn", "longrope")
@@ -109,6 +111,10 @@ def draw_decoder(
     _windows(draw, kind, fields)
     if kind in EXPERTS:
         draw_experts(draw, kind, fields)
+    if kind in ("cohere", "cohere2"):
+        fields["layer_norm_eps"] = fields.pop("rms_norm_eps")
+        fields["logit_scale"] = draw.choice("logit scale", (0.0625, 0.25, 5 / 6))
+        draw.spelled(fields, "layer_norm_eps", "logit_scale")
     if kind in ("granite", "granitemoe"):
         _multipliers(draw, fields)
     if kind == "lfm2":
@@ -255,6 +261,16 @@ def _windows(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
         how = draw.variant("window spelled", ("null", "stated", "absent"), 0.6)
         if how != "absent":
             fields["sliding_window"] = window if how == "stated" else None
+        return
+    if kind == "cohere2":
+        fields["sliding_window"] = window
+        how = draw.choice("layers spelled", ("pattern", "types", "neither"))
+        if how == "pattern":
+            fields["sliding_window_pattern"] = draw.choice("pattern", (1, 2, 3))
+        elif how == "types":
+            rng = draw.stream("layer types")
+            kinds = ("sliding_attention", "full_attention")
+            fields["layer_types"] = [rng.choice(kinds) for _ in range(layers)]
         return
     if kind not in ("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl"):
         return

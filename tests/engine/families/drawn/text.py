@@ -21,6 +21,8 @@ from tests.engine.tiny import tokenizer
 _TOKENS = 224
 #: The architecture of each ``model_type``.
 ARCHITECTURES = {
+    "cohere": "CohereForCausalLM",
+    "cohere2": "Cohere2ForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",

@@ -1,0 +1,50 @@
+"""A layer whose attention and MLP have one input (Cohere)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from engine.kernels.paged import AttentionMetadata, KVCache
+from engine.kernels.split_sums import SplitSums, whole
+from engine.layers.attention import Attention
+from engine.layers.build import BuildContext
+from engine.layers.decoder_config import DecoderConfig
+from engine.layers.mlp import GatedMLP
+from engine.layers.norm import LayerNorm
+from engine.layers.rotary import Rotary
+
+
+class ParallelLayer(nn.Module):
+    """Adds attention and a gated MLP of one input, which a LayerNorm without shift makes, to the residual."""
+
+    def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary, build: BuildContext) -> None:
+        super().__init__()
+        self.input_layernorm = LayerNorm(config.hidden_size, config.rms_norm_eps, build, shift=False)
+        self.self_attn = Attention(config, layer, rotary, build.at("self_attn"))
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.activation,
+            build.at("mlp"),
+            bias=config.mlp_bias,
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor | SplitSums,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        cache: KVCache,
+        meta: AttentionMetadata,
+        rows: torch.Tensor | None,
+        given: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | SplitSums, torch.Tensor]:
+        """See :meth:`engine.layers.decoder.DecoderLayer.forward`; there are no inputs of a layer's own."""
+        normed, total = self.input_layernorm.add(x, residual)
+        qkv = self.self_attn.qkv_proj(normed)
+        if rows is not None:
+            normed, total = normed.index_select(0, rows), total.index_select(0, rows)
+        # Attention first, as Transformers rounds the sum.
+        total = total + whole(self.self_attn.attend(qkv, positions, cache, meta, rows))
+        return self.mlp(normed), total
