@@ -28,8 +28,8 @@ from engine.lru import LruCache
 from engine.metrics import COUNT_BUCKETS, Histogram
 from engine.placement import open_device, resolve_device, resolve_dtype
 from engine.prompt import EmbeddedMedia, PreparedMedia
-from engine.runner.staging import download, record_event
 from engine.startup import StartTimes
+from engine.transfers import download, record_event
 from engine.turns import Turns
 from engine.vision.graphs import CROWD_TOKENS
 from engine.vision.transformer import VisionTransformer

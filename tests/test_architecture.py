@@ -19,7 +19,7 @@ FLOORS = [
     ["errors"],
     [
         *("graphs", "logprobs", "outputs", "param_checks", "parsers", "prompt", "kernels", "watchdog"),
-        *("startup", "helpers", "lru", "goal_queue", "turns"),
+        *("startup", "helpers", "lru", "goal_queue", "transfers", "turns"),
     ],
     ["distributed"],
     [

@@ -10,9 +10,9 @@ import torch
 
 from engine.prompt import EmbeddedMedia
 from engine.request import Request
-from engine.runner.staging import upload_shared
 from engine.runner.step_arrays import span_rows
 from engine.scheduling.batch import ScheduledBatch
+from engine.transfers import upload_shared
 
 
 @dataclass(frozen=True, slots=True)

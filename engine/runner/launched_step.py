@@ -8,8 +8,8 @@ import torch
 
 from engine.logprobs import LogprobTensors
 from engine.request import Request
-from engine.runner.staging import download, download_logprobs, record_event
 from engine.scheduling.batch import StepResult
+from engine.transfers import download, record_event
 
 
 @dataclass(slots=True)
@@ -33,10 +33,8 @@ class LaunchedStep:
         idle_wait: bool,
     ) -> None:
         self._tokens = download(tokens)
-        self._logprobs = None if logprobs is None else download_logprobs(logprobs)
-        self._scores = [
-            (request, start, download_logprobs(found)) for request, start, found in prompts.scores
-        ]
+        self._logprobs = None if logprobs is None else _download(logprobs)
+        self._scores = [(request, start, _download(found)) for request, start, found in prompts.scores]
         self._pooled = [(request, download(vector)) for request, vector in prompts.pooled]
         self._failed = prompts.failed
         # One event after all copies: they are on one stream.
@@ -51,3 +49,13 @@ class LaunchedStep:
             self._event.synchronize()
         pooled = [(request, vector.numpy().copy()) for request, vector in self._pooled]
         return StepResult(self._tokens.numpy().copy(), self._logprobs, self._scores, pooled, self._failed)
+
+
+def _download(found: LogprobTensors) -> LogprobTensors:
+    """Start copying each tensor of ``found`` to the host; see :func:`~engine.transfers.download`."""
+    return LogprobTensors(
+        download(found.token_logprobs),
+        download(found.ranks),
+        download(found.top_ids),
+        download(found.top_logprobs),
+    )

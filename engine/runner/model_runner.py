@@ -29,11 +29,12 @@ from engine.runner.launched_step import LaunchedStep, PromptResults
 from engine.runner.pooler import Pooler
 from engine.runner.prompt_scorer import PromptScorer
 from engine.runner.sampler import Sampler, SamplingPlan
-from engine.runner.staging import StepBuffer, staging, upload, upload_together
 from engine.runner.step_arrays import StepArrays, chunk_rows, forced_tokens
+from engine.runner.step_buffer import StepBuffer
 from engine.scheduling.batch import PrefillChunk, ScheduledBatch
 from engine.startup import StartTimes
 from engine.structured.run_odds import ANY
+from engine.transfers import staging, upload, upload_together
 
 #: Plans whose sampling is captured with the decode step. Others sample eagerly after a captured forward pass.
 _CAPTURED_PLANS = (SamplingPlan(), SamplingPlan(random=True), SamplingPlan(random=True, truncates=True))

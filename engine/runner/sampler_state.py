@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.runner.staging import upload_together
 from engine.runner.token_history import TokenHistory
 from engine.sampling_params import (
     MAX_BAD_SEQUENCES,
@@ -18,6 +17,7 @@ from engine.sampling_params import (
     MAX_STOP_TOKEN_IDS,
     SamplingParams,
 )
+from engine.transfers import upload_together
 
 TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
 SEED, OUTPUT_LEN, TOP_K = range(3)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.runner.staging import upload
+from engine.transfers import upload
 
 
 class TokenHistory:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from engine.graphs import Capture, Replay
+from engine.transfers import staging
 from engine.vision.segments import VisionSegments
 
 #: Sizes that are captured, for one segment and for several: all multiples of the step, in tokens. Larger
@@ -144,7 +145,7 @@ class TowerGraphs:
         assert self._image is not None
         replays = self._get(-(-tokens // TOKEN_STEP) * TOKEN_STEP, 1)
         size, memory = self._image.size(pixels), self._image.memory
-        staged = torch.empty(size, dtype=torch.uint8, pin_memory=memory.is_cuda)
+        staged = staging((size,), torch.uint8, memory.device)
         self._image.write(staged.numpy(), pixels)
         memory[:size].copy_(staged, non_blocking=True)
         return self._run(replays, tokens, segments, None, pause)

@@ -11,6 +11,7 @@ from torch import nn
 from engine.errors import InvalidRequest
 from engine.layers.build import BuildContext
 from engine.prompt import MediaItem, PreparedMedia
+from engine.transfers import upload_shared
 from engine.vision.normalisation import Normalisation
 
 
@@ -29,11 +30,8 @@ class PixelInput(nn.Module):
         self.register_buffer("offset", offset.to(build.device), persistent=False)
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
-        """Copy ``array`` to the device. It may be read-only and shared; it isn't read after the return."""
-        # From pinned memory the copy to a GPU overlaps with computation.
-        staged = torch.empty(array.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        staged.numpy()[...] = array
-        return staged.to(self.device, non_blocking=True)
+        """Copy uint8 ``array`` to the device; see :func:`~engine.transfers.upload_shared`."""
+        return upload_shared(array, self.device)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Normalise uint8 ``(N, channels, n)`` to ``(N, channels * n)`` in the model's dtype."""

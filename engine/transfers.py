@@ -8,8 +8,6 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from engine.logprobs import LogprobTensors
-
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """Copy ``array`` to ``device``, with its dtype."""
@@ -23,7 +21,8 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
 def upload_shared(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """As :func:`upload`, of a large array that may be read-only and shared with other processes.
 
-    A copy to a GPU from memory that isn't pinned would first wait for all work that is enqueued.
+    It isn't read after the return. A copy to a GPU from memory that isn't pinned would first wait for all
+    work that is enqueued.
     """
     staged = staging(array.shape, _torch_dtype(array), device)
     staged.numpy()[...] = array
@@ -57,60 +56,6 @@ def _torch_dtype(array: np.ndarray) -> torch.dtype:
     return torch.from_numpy(np.empty(0, array.dtype)).dtype
 
 
-class StepBuffer:
-    """Device memory for the arrays of one step after the other, which stays where it is. Captured graphs read
-    it, and each copy comes after the work that reads the last one.
-
-    Args:
-        size: most numbers of a step's inputs. Other arrays share the memory while there is room.
-
-    Attributes:
-        numbers: int64 ``(size + room,)``; a step's inputs come first.
-    """
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._inputs = size
-        self.numbers = torch.zeros(size + _ROOM, dtype=torch.int64, device=device)
-
-    def send(self, inputs: Sequence[np.ndarray], others: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        """Bring int64 arrays to the device, all in one copy if they fit.
-
-        Args:
-            inputs: come to the front, one after the other; without any, the present ones stay.
-            others: arrays of any shape.
-
-        Returns:
-            ``others``, valid until the next call.
-        """
-        front = sum(array.size for array in inputs)
-        start = front if inputs else self._inputs
-        assert start <= self._inputs
-        parts = [array.reshape(-1) for array in (*inputs, *others.values())]
-        count = sum(part.size for part in parts)
-        if not count:
-            return {}
-        staged = staging((count,), torch.int64, self.numbers.device)
-        np.concatenate(parts, out=staged.numpy())
-        first = 0 if inputs else start
-        if first + count <= len(self.numbers):
-            held = self.numbers
-            held[first : first + count].copy_(staged, non_blocking=True)
-        else:
-            held, start = staged.to(self.numbers.device, non_blocking=True), front
-            self.numbers[:front].copy_(staged[:front], non_blocking=True)
-        found = {}
-        for name, array in others.items():
-            # One call for each view: slices and views would take several.
-            strides = np.array([1, *array.shape[:0:-1]]).cumprod()[::-1].tolist()
-            found[name] = held.as_strided(array.shape, strides, start)
-            start += array.size
-        return found
-
-
-#: Numbers beside a step's inputs: the blocks of many admissions, for example.
-_ROOM = 1 << 16
-
-
 def download(tensor: torch.Tensor) -> torch.Tensor:
     """Start copying ``tensor`` to the host.
 
@@ -121,16 +66,6 @@ def download(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
-
-
-def download_logprobs(found: LogprobTensors) -> LogprobTensors:
-    """Start copying each tensor of ``found`` to the host; see :func:`download`."""
-    return LogprobTensors(
-        download(found.token_logprobs),
-        download(found.ranks),
-        download(found.top_ids),
-        download(found.top_logprobs),
-    )
 
 
 def record_event(device: torch.device, *, idle_wait: bool = False) -> torch.cuda.Event | None:
