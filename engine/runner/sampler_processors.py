@@ -58,7 +58,8 @@ def forbid_repeated_ngrams(
     sizes, lengths = sizes[:, None], lengths[:, None]
     # Of a sequence that ends at ``index``; the row's last ``size - 1`` tokens must be those before its end.
     repeats = (sizes > 0) & (index >= sizes - 1) & (index < lengths)
-    for back in range(1, widest):
+    # A sequence that is longer than the rows can't be in them.
+    for back in range(1, min(widest, longest)):
         wanted = tokens.gather(1, (lengths - back).clamp(min=0))
         repeats[:, back:] &= (tokens[:, : longest - back] == wanted) | (back >= sizes)
     # Placeholders of images may lie outside of the vocabulary.

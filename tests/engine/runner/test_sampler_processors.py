@@ -74,15 +74,18 @@ def test_early_ids_are_masked_until_their_length():
 
 
 def test_repeated_ngrams_are_those_of_transformers():
-    """Rows of other sizes and lengths than their neighbours, with ids beyond the vocabulary among them."""
+    """Rows of other sizes and lengths than their neighbours, with ids beyond the vocabulary among them.
+
+    A size may be more than all tokens of a row.
+    """
     generator = torch.Generator().manual_seed(1)
     rows, banned = 60, 0
     tokens = torch.randint(0, 4, (rows, 23), generator=generator).int()
     tokens[::7, 3] = VOCAB + 5
     lengths = torch.randint(0, 24, (rows,), generator=generator)
-    sizes = torch.tensor([0, 1, 2, 3, 5, 7]).repeat(10)
+    sizes = torch.tensor([0, 1, 2, 3, 7, 40]).repeat(10)
     logits = random_logits(rows)
-    ours = forbid_repeated_ngrams(logits.clone(), tokens, lengths, sizes, 8)
+    ours = forbid_repeated_ngrams(logits.clone(), tokens, lengths, sizes, 64)
     for row in range(rows):
         expected, ids = logits[row : row + 1], tokens[row : row + 1, : lengths[row]].long()
         if sizes[row] and lengths[row]:
