@@ -352,7 +352,6 @@ class ModelRunner:
                 output,
                 seed=request.seed,
                 stop_ids=request.stop_ids,
-                max_total=request.max_total,
             )
 
     def _write(self, step: PreparedStep) -> None:

@@ -105,7 +105,6 @@ class Sampler:
         *,
         seed: int,
         stop_ids: frozenset[int],
-        max_total: int,
     ) -> None:
         """Takes a slot for a sequence; uploaded by the next :meth:`flush`.
 
@@ -113,10 +112,9 @@ class Sampler:
             output_ids: what it has already generated, after a preemption.
             seed: int64; equal seeds give equal tokens.
             stop_ids: EOS and stop token ids, which ``min_tokens`` holds back.
-            max_total: most tokens of prompt and output.
         """
         assert 0 <= slot < self.max_slots
-        self._states.write(slot, params, prompt_ids, output_ids, seed, stop_ids, max_total)
+        self._states.write(slot, params, prompt_ids, output_ids, seed, stop_ids)
         self._slot_plans[slot] = self._intern(_plan_of(params, stop_ids, self.vocab_size))
 
     def release(self, slot: int) -> None:
@@ -229,10 +227,7 @@ class Sampler:
             until = states.early_until.tensor[:, : plan.early_width][slots]
             forbid_early(logits, early_ids, until, ints[:, state.OUTPUT_LEN])
         if plan.ngram_width:
-            history = states.history
-            assert history.tokens is not None
-            tokens, lengths, sizes = history.tokens[slots], history.lengths[slots], history.sizes[slots]
-            forbid_repeated_ngrams(logits, tokens, lengths, sizes, plan.ngram_width)
+            forbid_repeated_ngrams(logits, *states.history.of(slots), plan.ngram_width)
         if grammar_mask is not None and plan.truncates:
             mask_tokens(logits, grammar_mask)
         if plan.penalties:

@@ -173,7 +173,6 @@ class SlotStates:
         output_ids: Sequence[int],
         seed: int,
         stop_ids: frozenset[int],
-        max_total: int,
     ) -> None:
         """Buffers everything of one admission."""
         early = early_tokens(params, stop_ids, self.vocab_size)
@@ -196,7 +195,7 @@ class SlotStates:
         self._write_bias(slot, params)
         self._write_allowed(slot, params)
         tokens = [*prompt_ids, *output_ids] if params.no_repeat_ngram_size else ()
-        self.history.write(slot, params.no_repeat_ngram_size, tokens, max_total)
+        self.history.write(slot, params.no_repeat_ngram_size, tokens)
         self._write_bad_words(slot, params, [*prompt_ids[-BAD_PREFIX:], *output_ids[-BAD_PREFIX:]])
         if penalizes(params):
             self.penalties.write(slot, prompt_ids, output_ids)

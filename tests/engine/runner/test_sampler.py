@@ -31,7 +31,6 @@ def make_sampler(params, *, slots=None, vocab=VOCAB, prompts=None, outputs=None,
             outputs[i] if outputs else [],
             seed=seeds[i] if seeds else i,
             stop_ids=frozenset(stop_ids),
-            max_total=64,
         )
     sampler.flush()
     return sampler, torch.tensor(slots)
@@ -184,12 +183,12 @@ def test_reused_slots_carry_nothing_over():
     sampler, slots = make_sampler([heavy, heavy], prompts=[[best]] * 2, stop_ids=[best])
     assert draw(sampler, logits.expand(2, -1), slots, 2).tolist() == [[1, 1], [1, 1]]
     sampler.release(0)
-    sampler.admit(0, SamplingParams(temperature=0), [best], [], seed=0, stop_ids=frozenset(), max_total=64)
+    sampler.admit(0, SamplingParams(temperature=0), [best], [], seed=0, stop_ids=frozenset())
     sampler.flush()
     assert draw(sampler, logits.expand(2, -1), slots).tolist() == [[best, 1]]
     # Counts of the first tenant, who took token 1 twice, would keep the second from it.
     params = SamplingParams(temperature=0, presence_penalty=0.5, allowed_token_ids=[1, 2])
-    sampler.admit(0, params, [], [], seed=0, stop_ids=frozenset(), max_total=64)
+    sampler.admit(0, params, [], [], seed=0, stop_ids=frozenset())
     sampler.flush()
     logits[0, 1], logits[0, 2] = 1.0, 0.75
     assert draw(sampler, logits.expand(2, -1), slots)[0, 0] == 1
@@ -202,9 +201,7 @@ def test_a_greedy_request_after_a_random_one_is_greedy():
     assert len(set(draw(sampler, logits, slots, 8)[:, 0].tolist())) > 1
     sampler.release(0)
     # The other row still asks for noise.
-    sampler.admit(
-        0, SamplingParams(temperature=0, top_k=5), [], [], seed=0, stop_ids=frozenset(), max_total=64
-    )
+    sampler.admit(0, SamplingParams(temperature=0, top_k=5), [], [], seed=0, stop_ids=frozenset())
     sampler.flush()
     tokens = draw(sampler, logits, slots, 8)
     assert set(tokens[:, 0].tolist()) == {int(logits[0].argmax())}
@@ -218,17 +215,17 @@ def test_an_admission_that_cannot_be_written_is_forgotten_with_its_slot():
     sampler.release(0)
     # No such token: the counts of its output can't be written.
     bad = SamplingParams(temperature=0, presence_penalty=1.0)
-    sampler.admit(0, bad, [], [VOCAB * 5], seed=0, stop_ids=frozenset(), max_total=64)
+    sampler.admit(0, bad, [], [VOCAB * 5], seed=0, stop_ids=frozenset())
     with pytest.raises(IndexError):
         sampler.flush()
     sampler.release(0)
     sampler.release(1)
-    sampler.admit(1, SamplingParams(temperature=0), [], [], seed=0, stop_ids=frozenset(), max_total=64)
+    sampler.admit(1, SamplingParams(temperature=0), [], [], seed=0, stop_ids=frozenset())
     sampler.flush()
     # Nor does the slot keep what its first request had, if a second one was never written.
     for _ in range(2):
         sampler.release(0)
-        sampler.admit(0, SamplingParams(temperature=0), [], [], seed=0, stop_ids=frozenset(), max_total=64)
+        sampler.admit(0, SamplingParams(temperature=0), [], [], seed=0, stop_ids=frozenset())
     sampler.flush()
     tokens = draw(sampler, logits, slots, 8)
     assert set(tokens[:, :2].flatten().tolist()) == {int(logits[0].argmax())}

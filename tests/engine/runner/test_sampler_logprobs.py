@@ -35,7 +35,7 @@ def test_prompt_logprobs_are_the_same_in_pieces():
 def test_plan_says_how_many():
     sampler = Sampler(4, 30, "cpu")
     for slot, k in enumerate([None, 0, 3, 20]):
-        sampler.admit(slot, SamplingParams(logprobs=k), [], [], seed=0, stop_ids=frozenset(), max_total=64)
+        sampler.admit(slot, SamplingParams(logprobs=k), [], [], seed=0, stop_ids=frozenset())
     assert [sampler.plan([slot]).num_logprobs for slot in range(4)] == [-1, 0, 5, 20]
     logits, tokens = torch.randn(2, 30), torch.tensor([3, 4])
     assert sampler.logprobs(logits, tokens, sampler.plan([0])) is None
