@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from engine.errors import CheckpointError
+from engine.text.token_bytes import BYTE_OF_CHARACTER
 
 FILE = "tekken.json"
 #: Roles of the tokens that every version has; a folder without tokenizer_config.json names none.
@@ -149,7 +150,7 @@ def _special_tokens(listed: list[dict[str, Any]] | None, count: int) -> list[str
 
 
 def _converted(specials: list[str], ranks: dict[bytes, int], pattern: Regex) -> tokenizers.Tokenizer:
-    letters = _byte_letters()
+    letters = {byte: letter for letter, byte in BYTE_OF_CHARACTER.items()}
     spelled = {token: "".join(map(letters.__getitem__, token)) for token in ranks}
     vocabulary = {text: token for token, text in enumerate(specials)}
     vocabulary |= {spelled[token]: len(specials) + rank for token, rank in ranks.items()}
@@ -182,13 +183,3 @@ def _splits(token: bytes, ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     cuts = ((token[:place], token[place:]) for place in range(1, len(token)))
     pairs = [(left, right) for left, right in cuts if left in ranks and right in ranks]
     return sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-
-
-def _byte_letters() -> list[str]:
-    """Return the letter of each byte in byte-level vocabularies.
-
-    Printable Latin-1 characters stand for themselves, other bytes for the characters from 256 on.
-    """
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

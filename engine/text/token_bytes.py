@@ -65,7 +65,7 @@ class TokenBytes:
             return b""
         if self._byte_level:
             try:
-                return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+                return bytes(BYTE_OF_CHARACTER[character] for character in token)
             except KeyError:
                 return token.encode()
         if self._byte_fallback:
@@ -104,7 +104,7 @@ def _byte_level_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-_BYTE_OF_CHARACTER = _byte_level_alphabet()
+BYTE_OF_CHARACTER = _byte_level_alphabet()
 
 
 def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
