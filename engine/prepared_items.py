@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from engine.families.base import MediaProcessor
 from engine.lru import LruCache
+from engine.media.keys import files_digest
 from engine.media.ledger import Account
 from engine.media.source import MediaSource
 from engine.preparation import MediaPreparation, for_item
@@ -57,7 +57,7 @@ class PreparedItems:
         """
         if source.rows is not None or not self._cache.budget:
             return self._preparation.prepare(processor, source, files, account)
-        key = _key(processor, source, _digest(files), salt)
+        key = _key(processor, source, files_digest(files), salt)
         found = self._find(key)
         if found is None:
             made = self._preparation.prepare(processor, source, files, account)
@@ -124,14 +124,6 @@ class PreparedItems:
             media = replace(media, pixels=media.pixels.copy())
         with self._lock:
             self._cache.put(key, media, media.pixels.nbytes)
-
-
-def _digest(files: Sequence[bytes]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(len(file).to_bytes(8))
-        digest.update(file)
-    return digest.hexdigest()
 
 
 def _key(processor: MediaProcessor, source: MediaSource, digest: str, salt: str) -> Hashable:

@@ -75,13 +75,18 @@ def embeddings_hash(rows: np.ndarray, dtype: str, item: MediaItem) -> str:
     return _hash(["embeddings", *item_parts], dtype, rows)
 
 
-def kept_files(files: Sequence[bytes]) -> KeptFiles:
-    """An item's encoded files with their digest, for later requests that name the item."""
+def files_digest(files: Sequence[bytes]) -> str:
+    """Hex hash of an item's encoded files, each with its length."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(len(file).to_bytes(8))
         digest.update(file)
-    return KeptFiles(list(files), digest.hexdigest(), sum(map(len, files)))
+    return digest.hexdigest()
+
+
+def kept_files(files: Sequence[bytes]) -> KeptFiles:
+    """An item's encoded files with their digest, for later requests that name the item."""
+    return KeptFiles(list(files), files_digest(files), sum(map(len, files)))
 
 
 def _hash(described: list[Any], dtype: str, content: np.ndarray) -> str:
