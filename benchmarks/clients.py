@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import aiohttp
 
+from benchmarks.orphans import end_with_this_process
 from benchmarks.pictures import unique_picture
 
 #: Seconds between the last process that has made its requests and the first request.
@@ -112,6 +113,7 @@ class Clients:
     """
 
     def __init__(self, count: int) -> None:
+        end_with_this_process()
         # Each with a pool of its own, so that it sends the requests that it has made.
         self._pools = [ProcessPoolExecutor(1, get_context("spawn")) for _ in range(count)]
         self._stack = ExitStack()

@@ -39,6 +39,7 @@ import torch
 
 from benchmarks import multi_gpu_all_reduce, multi_gpu_layouts, multi_gpu_ranks
 from benchmarks.multi_gpu_processes import ROW, Settings
+from benchmarks.orphans import end_with_this_process
 
 #: What each part runs, and its share of the seconds.
 PARTS = {
@@ -117,6 +118,7 @@ def run_part(name: str, settings: Settings, limit: float) -> list[dict[str, Any]
     command += ["--batched-tokens", str(settings.batched_tokens)]
     if settings.of is not None:
         command += ["--of", str(settings.of)]
+    end_with_this_process()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

@@ -35,6 +35,7 @@ import aiohttp
 import psutil
 import yaml
 
+from benchmarks.orphans import end_with_this_process
 from benchmarks.pictures import unique_picture
 from benchmarks.processes import process_name
 from benchmarks.serve import running
@@ -64,6 +65,7 @@ def serve(listener: socket.socket, limit: int) -> None:
 @contextmanager
 def local(limit: int) -> Iterator[str]:
     """The address of the application in a process of its own."""
+    end_with_this_process()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         root = f"http://127.0.0.1:{listener.getsockname()[1]}"
         process = multiprocessing.get_context("spawn").Process(target=serve, args=(listener, limit))

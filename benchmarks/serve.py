@@ -40,6 +40,7 @@ import numpy as np
 
 from benchmarks.breakdown import Breakdown
 from benchmarks.clients import Clients, Trace, arrivals
+from benchmarks.orphans import end_with_this_process
 from benchmarks.shapes import SHAPES, write_checkpoint
 
 
@@ -97,13 +98,12 @@ def running(config: dict[str, Any], start_timeout: float, log_file: Path | None 
         command += ["--address", "local", str(file)]
         log = (log_file or Path(folder) / "serve.log").open("w+")
         began = time.perf_counter()
+        end_with_this_process()
         # As docs/failures.md advises for HAProxy; without it this changes nothing.
         environment = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": DOORSTEP, **os.environ}
         server = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
         )
-        # The server must not outlive a benchmark that is ended by ``timeout``.
-        former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             if not asyncio.run(healthy(f"http://127.0.0.1:{port}/health", server, start_timeout)):
                 log.seek(0)
@@ -111,7 +111,6 @@ def running(config: dict[str, Any], start_timeout: float, log_file: Path | None 
             print(f"application up after {time.perf_counter() - began:.1f} s", flush=True)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            signal.signal(signal.SIGTERM, former)
             server.send_signal(signal.SIGINT)
             try:
                 server.wait(60)

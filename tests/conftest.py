@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tests
+from benchmarks.orphans import end_with_this_process
 from tests.serving import UNDER_LOAD, Served, SharedApplication
 from tests.wide import leave_out, run_whole
 from tests.workers import APPLICATIONS, application_of, assign_groups, give_way, starts_processes
@@ -57,6 +58,8 @@ def thawed() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     tests.ends_at_once = hasattr(config, "workerinput")
+    # The workers too: if one of them dies, pytest goes on with another.
+    end_with_this_process()
 
 
 # First, because xdist's own hook reads the groups, and is called before those of conftest files otherwise.

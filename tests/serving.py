@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 import yaml
 
+from benchmarks.orphans import end_with_this_process
 from benchmarks.processes import cluster_of
 from deployments.config import AppConfig
 
@@ -282,6 +283,8 @@ def serve_run(
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + 100),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy_program(config.parent)),
     }
+    # Programs other than pytest start applications too.
+    end_with_this_process()
     with log.open("w") as output:
         server = subprocess.Popen(
             # A cluster of its own, whatever else runs here.
