@@ -131,7 +131,7 @@ def compare(path: str, files: list[bytes], kind: str) -> float:
 def copies(path: str, files: list[bytes]) -> float:
     """Most memory of bytes and arrays that preparing an opened image takes, in units of its pixels."""
     from engine.config import EngineConfig
-    from engine.frontend import load_media_processor
+    from engine.model_parts import load_media_processor
 
     processor = load_media_processor(EngineConfig(model=path))
     assert processor is not None

@@ -20,7 +20,7 @@ from deployments.ray_serve.routing import EncoderRouter, LanguageModelRouter
 from deployments.response_store import KeptResponses
 from deployments.stage_config import Routing, StageConfig
 from engine.errors import ConfigError
-from engine.frontend import load_media_processor, load_prompt_builder, load_retrieval
+from engine.model_parts import load_media_processor, load_prompt_builder, load_retrieval
 
 #: Calls that the store of responses has open at a time: one for each response that runs in the background.
 _OPEN_CALLS = 1 << 16

@@ -12,7 +12,7 @@ from deployments.pipeline import make_pipelines
 from deployments.preprocessor import Preprocessor
 from deployments.stages import Stages
 from deployments.tracing import Tracer, make_tracer
-from engine.frontend import load_media_processor
+from engine.model_parts import load_media_processor
 from engine.turns import Turns
 
 

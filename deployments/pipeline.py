@@ -25,10 +25,10 @@ from deployments.stages import Generation, Pixels, Pooling, Rows, RowsLost, Stag
 from deployments.tasks import all_or_none
 from deployments.threads import on_thread
 from engine.errors import ContextLengthExceeded, InvalidRequest, Unavailable
-from engine.frontend import load_end_tokens, load_prompt_builder, load_retrieval, load_sampling_defaults
 from engine.inputs.builder import PromptBuilder
 from engine.mailbox import Taker
 from engine.media.source import MediaSource, check_media_limits
+from engine.model_parts import load_end_tokens, load_prompt_builder, load_retrieval, load_sampling_defaults
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.parsers.grammar import SpecialTokens
 from engine.pooling_params import PoolingParams

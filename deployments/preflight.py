@@ -25,7 +25,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.config import AppConfig
 from engine.errors import ConfigError, SightlineError
-from engine.frontend import load_media_processor, load_prompt_builder, load_retrieval
+from engine.model_parts import load_media_processor, load_prompt_builder, load_retrieval
 
 #: Ray Serve's defaults for ``http_options``.
 _HOST, _PORT = "0.0.0.0", 8000

@@ -17,7 +17,6 @@ from deployments.tasks import all_or_none
 from deployments.tracing import Tracer
 from engine.config import EngineConfig
 from engine.families.given_rows import GivenRows
-from engine.frontend import fetch_policy, load_embedding_width, load_media_processor
 from engine.media.decode import ImageLimits
 from engine.media.documents.limits import DocumentLimits
 from engine.media.fetch import MediaFetcher
@@ -28,6 +27,7 @@ from engine.media.safetensors import base64_size
 from engine.media.source import MediaSource
 from engine.media.video.limits import VideoLimits
 from engine.metrics import COUNT_BUCKETS, Histogram
+from engine.model_parts import fetch_policy, load_embedding_width, load_media_processor
 from engine.preparation import MediaPreparation
 from engine.prepared_items import PreparedItems
 from engine.prompt import KeptFiles, PreparedMedia

@@ -13,10 +13,11 @@ from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.errors import ConfigError, InvalidRequest
 from engine.executor.launch import Launcher
-from engine.frontend import Frontend, load_sampling_defaults
+from engine.frontend import Frontend
 from engine.inputs.retrieval import compare, pair_score
 from engine.loading import check_checkpoint, load_engine
 from engine.media.guard import FetchPolicy
+from engine.model_parts import load_sampling_defaults
 from engine.offline import Job, OfflineRunner, Params, Prepare
 from engine.outputs import CompletionOutput, EmbeddingOutput, RequestOutput
 from engine.pooling_params import Pooling, PoolingParams

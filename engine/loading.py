@@ -15,9 +15,9 @@ from engine.executor.launch import Launcher, LocalLauncher
 from engine.families.base import ModelConfig
 from engine.families.load import check_tensors
 from engine.families.registry import resolve
-from engine.frontend import tokenizer_folder
 from engine.layers.layer_groups import LayerGroups
 from engine.metrics import EngineMetrics
+from engine.model_parts import tokenizer_folder
 from engine.output_processor import OutputProcessor
 from engine.placement import resolve_dtype
 from engine.request_factory import RequestFactory

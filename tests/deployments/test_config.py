@@ -4,8 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from deployments.config import AppConfig
-from engine.frontend import fetch_policy
 from engine.media.guard import FetchPolicy
+from engine.model_parts import fetch_policy
 from tests.serving import app_args, changed_config
 
 

@@ -8,8 +8,8 @@ from transformers import GenerationConfig
 
 from engine.config import EngineConfig
 from engine.errors import CheckpointError
-from engine.frontend import load_sampling_defaults
 from engine.generation_config import HONOURED, IGNORED, REFUSED, from_model_config, sampling_defaults
+from engine.model_parts import load_sampling_defaults
 from engine.sampling_params import SamplingParams, StructuredSpec
 from tests.engine.tiny import make_text
 

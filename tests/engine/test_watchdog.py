@@ -141,7 +141,7 @@ async def test_an_encoder_that_hangs_dies(tmp_path, monkeypatch):
     config = EngineConfig(model=str(tiny.make_qwen2_vl(tmp_path)), step_timeout_s=0.2)
     engine, deaths, release = EncoderEngine.load(config), Deaths(), threading.Event()
     engine.when_dead(deaths)
-    from engine.frontend import load_media_processor
+    from engine.model_parts import load_media_processor
 
     processor = load_media_processor(config)
     assert processor is not None

@@ -13,7 +13,7 @@ from benchmarks.shapes import write_checkpoint
 from deployments.config import AppConfig
 from deployments.stage_config import EncoderConfig, LanguageModelConfig
 from engine.config import EngineConfig
-from engine.frontend import load_media_processor
+from engine.model_parts import load_media_processor
 from tests.k8s import checks
 from tests.k8s.shapes import measure
 from tests.k8s.tools import K8S, OVERLAYS, documents, rayservice

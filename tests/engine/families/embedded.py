@@ -10,8 +10,8 @@ import torch
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.families.base import PromptAwareProcessor
-from engine.frontend import load_media_processor
 from engine.media.decode import upright_rgb
+from engine.model_parts import load_media_processor
 from tests.engine.families.case import CasePrompt
 
 

@@ -8,8 +8,8 @@ import transformers
 from engine import LLM
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, InvalidRequest
-from engine.frontend import load_prompt_builder
 from engine.inputs.messages import parse_messages
+from engine.model_parts import load_prompt_builder
 from tests.engine.families.opened import media_processor
 from tests.engine.families.paligemma import ROWS, SIDE, make_paligemma, paligemma_tokenizer
 from tests.engine.tiny import picture, rewrite_json

@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.load import load_vision_encoder
 from engine.families.phi3_v.family import FAMILY
-from engine.frontend import load_media_processor
+from engine.model_parts import load_media_processor
 from tests.engine.families.case import TOKENS, CasePrompt
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made

@@ -27,7 +27,6 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn, r
 
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
-from engine.frontend import load_prompt_builder
 from engine.media.source import MediaSource
 from engine.media.video.sampling import (
     FrameRules,
@@ -41,6 +40,7 @@ from engine.media.video.sampling import (
     uniform_indices,
 )
 from engine.media.video.video import VideoInfo, VideoOptions
+from engine.model_parts import load_prompt_builder
 from engine.preparation import MediaPreparation
 from tests.engine.families import glm, qwen
 from tests.engine.families.case import CasePrompt
