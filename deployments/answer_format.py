@@ -52,7 +52,7 @@ class AnswerFormat:
 
     def begins_inside(self, prompt: str | None) -> bool:
         """Return whether the prompt has opened a thought."""
-        return self.reasoning is not None and (prompt or "").rstrip().endswith(self.reasoning.start)
+        return self.reasoning is not None and self.reasoning.open_in(prompt or "")
 
     def check(self, use: ToolUse) -> None:
         """Refuse tools that the model wouldn't see.

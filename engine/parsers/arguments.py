@@ -80,27 +80,31 @@ class Argument:
     required: bool
 
 
-def arguments_of(root: Mapping[str, Any]) -> dict[str, Argument]:
+def arguments_of(root: Mapping[str, Any], schema: Mapping[str, Any] | None = None) -> dict[str, Argument]:
     """The arguments of a function by their names, in the order of its schema.
 
     They are those of the schema that ``root`` refers to, and of the parts of its ``allOf``. One that is
     required and not described has the schema of all others.
+
+    Args:
+        schema: an object's, which is a part of ``root``; ``root`` itself if None.
     """
     properties: dict[str, Any] = {}
     required: dict[str, None] = {}
     others: Any = True
-    for part in _conjuncts(root, root):
+    for part in _conjuncts(root, root if schema is None else schema):
         properties |= part.get("properties") or {}
         required |= dict.fromkeys(part.get("required") or ())
         others = part.get("additionalProperties") or others
     properties |= {name: others for name in required if name not in properties}
-    return {name: Argument(schema, name in required) for name, schema in properties.items()}
+    return {name: Argument(each, name in required) for name, each in properties.items()}
 
 
-def others_of(root: Mapping[str, Any]) -> Any:
-    """The schema of a function's arguments without a name in its schema; None if there may be none."""
+def others_of(root: Mapping[str, Any], schema: Mapping[str, Any] | None = None) -> Any:
+    """The schema of arguments without a name in the function's schema; None if there may be none. Arguments
+    as :func:`arguments_of`."""
     others: Any = True
-    for part in _conjuncts(root, root):
+    for part in _conjuncts(root, root if schema is None else schema):
         given = part.get("additionalProperties", True)
         if given is False:
             return None
@@ -109,13 +113,38 @@ def others_of(root: Mapping[str, Any]) -> Any:
     return others
 
 
+#: Keywords of which the narrower counts.
+_NARROWER: dict[str, Callable[[Any, Any], Any]] = {
+    **dict.fromkeys(("minimum", "exclusiveMinimum", "minLength", "minItems"), max),
+    **dict.fromkeys(("maximum", "exclusiveMaximum", "maxLength", "maxItems"), min),
+    "properties": lambda one, other: {**one, **other},
+    "required": lambda one, other: [*one, *other],
+}
+
+
+def flattened(root: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """``schema``, a part of ``root``, without references and ``allOf`` at its top: their parts are joined.
+
+    Of a keyword that several parts have, the last counts, but for bounds, properties and those required.
+    """
+    found: dict[str, Any] = {}
+    for part in _conjuncts(root, schema):
+        for key, value in part.items():
+            if key in _NARROWER and found.get(key) is not None and value is not None:
+                value = _NARROWER[key](found[key], value)
+            found[key] = value
+    return {key: value for key, value in found.items() if key not in ("$ref", "allOf")}
+
+
 def _conjuncts(root: Mapping[str, Any], schema: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
-    """``schema`` resolved, and the parts of its ``allOf``."""
+    """What ``schema`` refers to beside other keywords, itself resolved, and the parts of its ``allOf``."""
     found = resolved(root, schema)
+    within = depth < _MOST_NESTED
+    if within and isinstance(found.get("$ref"), str):
+        yield from _conjuncts(root, _target(root, found["$ref"]), depth + 1)
     yield found
-    if depth < _MOST_NESTED:
-        for part in found.get("allOf") or ():
-            yield from _conjuncts(root, part, depth + 1)
+    for part in (found.get("allOf") or ()) if within else ():
+        yield from _conjuncts(root, part, depth + 1)
 
 
 def text_choices(schema: Mapping[str, Any]) -> list[str] | None:
@@ -197,13 +226,18 @@ def argument_as_json(root: Mapping[str, Any], argument: Argument, value: str) ->
     Args:
         root: schema of the function's parameters.
     """
-    if not is_text(resolved(root, argument.schema)):
-        try:
-            json.loads(value, parse_constant=_refuse)
-            return value.strip()
-        except (ValueError, RecursionError):
-            pass
+    if not is_text(resolved(root, argument.schema)) and is_json(value):
+        return value.strip()
     return json.dumps(value, ensure_ascii=False)
+
+
+def is_json(text: str) -> bool:
+    """Return whether ``text`` is a JSON value."""
+    try:
+        json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def part_as_json(root: Mapping[str, Any], argument: Argument, part: str) -> str:

@@ -63,7 +63,7 @@ def _xml_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
         part = f"{tag} {_xml_value(rules, tool.parameters, each.schema, f'value_{number}_{place}')}"
         parts.append(part if each.required else f"({part})?")
     if (others := others_of(tool.parameters)) is not None:
-        key = rules.add(f"KEY_{number}", _other_key(r"[^<>\n ]{1,64}", arguments_of(tool.parameters)))
+        key = rules.add(f"KEY_{number}", other_key(r"[^<>\n ]{1,64}", arguments_of(tool.parameters)))
         value = _other_value(
             rules, tool.parameters, others, f"value_{number}_other", _XML_END, "</parameter>"
         )
@@ -74,10 +74,10 @@ def _xml_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
 
 def _xml_value(rules: Rules, root: Mapping[str, Any], schema: Any, name: str) -> str:
     """The value of a parameter, whose schema is a part of ``root``, and the tag that closes it."""
-    return _tagged_value(rules, root, schema, name, _XML_END, "</parameter>")
+    return tagged_value(rules, root, schema, name, _XML_END, "</parameter>")
 
 
-def _tagged_value(
+def tagged_value(
     rules: Rules, root: Mapping[str, Any], schema: Any, name: str, end: str, closing: str
 ) -> str:
     """A value as bare text or as JSON, and the text ``end`` behind it.
@@ -93,7 +93,7 @@ def _tagged_value(
         return f"({' | '.join(literal(choice + end) for choice in choices)})"
     if not is_text(found):
         return f"{embedded(standalone(root, schema))} {literal(end)}"
-    tag = closing.replace("/", r"\/")
+    tag = _lark_quoted(closing)
     text = rules.add(name.upper(), rf"/{_text(found)}/ & ~/(.|\n)*{tag}(.|\n)*/")
     if closing in rules.special.ids:
         return f"{text} {literal(end)}"
@@ -104,17 +104,17 @@ def _tagged_value(
 def _other_value(
     rules: Rules, root: Mapping[str, Any], schema: Any, name: str, end: str, closing: str
 ) -> str:
-    """The value of an argument that the function's schema doesn't name; arguments as :func:`_tagged_value`.
+    """The value of an argument that the function's schema doesn't name; arguments as :func:`tagged_value`.
 
     A value of any kind is written as text, without quotes. The parser takes text that is no JSON as a string.
     """
     any_kind = not resolved(root, schema)
-    return _tagged_value(rules, root, {"type": "string"} if any_kind else schema, name, end, closing)
+    return tagged_value(rules, root, {"type": "string"} if any_kind else schema, name, end, closing)
 
 
 def _text(schema: Mapping[str, Any]) -> str:
     """The regex of the texts that a schema allows, by its pattern or else by its length."""
-    pattern = _whole_text(schema["pattern"]) if isinstance(schema.get("pattern"), str) else None
+    pattern = whole_text(schema["pattern"]) if isinstance(schema.get("pattern"), str) else None
     if pattern is not None:
         return pattern
     low, high = schema.get("minLength"), schema.get("maxLength")
@@ -123,13 +123,18 @@ def _text(schema: Mapping[str, Any]) -> str:
     return rf"(.|\n){{{low or 0},{'' if high is None else high}}}"
 
 
-def _other_key(pattern: str, known: Collection[str]) -> str:
+def other_key(pattern: str, known: Collection[str]) -> str:
     """A terminal for the names of arguments that match ``pattern`` and are none of ``known``."""
-    barred = "|".join(re.escape(name).replace("/", r"\/").replace("\n", r"\n") for name in known)
+    barred = "|".join(map(_lark_quoted, known))
     return f"/{pattern}/ & ~/({barred})/" if known else f"/{pattern}/"
 
 
-def _whole_text(pattern: str) -> str | None:
+def _lark_quoted(text: str) -> str:
+    """The regex of one text, as it stands between the slashes of a Lark grammar."""
+    return re.escape(text).replace("/", r"\/").replace("\n", r"\n")
+
+
+def whole_text(pattern: str) -> str | None:
     """A JSON schema's ``pattern`` as a Lark regex of whole texts; None where it has anchors within it."""
     inner = pattern.removeprefix("^").removesuffix("$")
     bare = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]])*\]", "", inner)
@@ -164,11 +169,11 @@ def _glm_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
     for place, (key, each) in enumerate(arguments_of(tool.parameters).items()):
         head = f"{literal(f'<arg_key>{key}</arg_key>')} {line_feed} {literal('<arg_value>')}"
         end = "</arg_value>"
-        value = _tagged_value(rules, tool.parameters, each.schema, f"value_{number}_{place}", end, end)
+        value = tagged_value(rules, tool.parameters, each.schema, f"value_{number}_{place}", end, end)
         part = f"{line_feed} {head} {value}"
         parts.append(part if each.required else f"({part})?")
     if (others := others_of(tool.parameters)) is not None:
-        key = rules.add(f"KEY_{number}", _other_key(r"[^<>\n]{1,64}", arguments_of(tool.parameters)))
+        key = rules.add(f"KEY_{number}", other_key(r"[^<>\n]{1,64}", arguments_of(tool.parameters)))
         head = f"{literal('<arg_key>')} {key} {literal('</arg_key>')} {line_feed} {literal('<arg_value>')}"
         end = "</arg_value>"
         value = _other_value(rules, tool.parameters, others, f"value_{number}_other", end, end)
@@ -197,9 +202,9 @@ def _python_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
     other = ""
     if (others := others_of(tool.parameters)) is not None:
         known = [*arguments_of(tool.parameters), *keyword.kwlist]
-        key = rules.add(f"KEY_{number}", _other_key("[a-zA-Z_][a-zA-Z0-9_]{0,63}", known))
+        key = rules.add(f"KEY_{number}", other_key("[a-zA-Z_][a-zA-Z0-9_]{0,63}", known))
         other = f'{key} "=" ({_python_value(tool.parameters, others)})'
-    return f"{_in_order(rules, f'arguments_{number}', entries, other)} {literal(')')}".strip()
+    return f"{entries_in_order(rules, f'arguments_{number}', entries, other)} {literal(')')}".strip()
 
 
 def _python_value(root: Mapping[str, Any], schema: Any) -> str:
@@ -211,13 +216,15 @@ def _python_value(root: Mapping[str, Any], schema: Any) -> str:
 PYTHON_CALL = CallForm(lambda name: f"{name}(", _python_arguments)
 
 
-def _in_order(rules: Rules, name: str, entries: Sequence[tuple[str, bool]], other: str = "") -> str:
-    """Entries, each with whether it is required, with commas between those that are there.
+def entries_in_order(
+    rules: Rules, name: str, entries: Sequence[tuple[str, bool]], other: str = "", separator: str = ", "
+) -> str:
+    """Entries, each with whether it is required, with a separator between those that are there.
 
     Args:
         other: further entries, as many as there are, behind the others; none if empty.
     """
-    comma, nothing = json.dumps(", "), json.dumps("")
+    comma, nothing = json.dumps(separator), json.dumps("")
     # Rules for the entries from ``place`` on: behind another entry, and at the list's beginning.
     following, leading = "", ""
     if other:

@@ -8,6 +8,9 @@ from typing import Any
 
 from engine.parsers.call_forms import GLM_CALL, PYTHON_CALL, XML_CALL, json_call
 from engine.parsers.events import Parser
+from engine.parsers.gemma4 import CALL as GEMMA4_TAG
+from engine.parsers.gemma4 import Gemma4Calls
+from engine.parsers.gemma4_form import GEMMA4_CALL
 from engine.parsers.glm import GlmCalls
 from engine.parsers.grammar import CallLayout
 from engine.parsers.leading_json import LeadingJsonCalls
@@ -85,6 +88,12 @@ TOOL_FORMATS = {
             CallLayout("<|tool_call|>", _LISTED_CALL, "[", ", ", "]"),
         ),
         ToolFormat(
+            "gemma4",
+            ((GEMMA4_TAG,),),
+            lambda schemas: Gemma4Calls(),
+            CallLayout(GEMMA4_TAG, GEMMA4_CALL),
+        ),
+        ToolFormat(
             "internlm",
             (("<|action_start|>",), ("<|plugin|>",)),
             lambda schemas: TaggedCalls(
@@ -129,6 +138,7 @@ REASONING_TAGS = {
     "mistral": ReasoningTags("[THINK]", "[/THINK]"),
     "seed": ReasoningTags("<seed:think>", "</seed:think>"),
     "kimi": ReasoningTags("◁think▷", "◁/think▷"),
+    "gemma4": ReasoningTags("<|channel>", "<channel|>", "thought\n"),
 }
 
 

@@ -6,15 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from engine.parsers.events import (
-    CallArguments,
-    CallStart,
-    Event,
-    SteppedParser,
-    Text,
-    first_marker,
-    held_back,
-)
+from engine.parsers.calls_in_text import CallsInText
+from engine.parsers.events import CallArguments, Event, first_marker, held_back
 from engine.parsers.tagged_arguments import TaggedArguments
 
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
@@ -23,7 +16,7 @@ _VALUE, _VALUE_END = "<arg_value>", "</arg_value>"
 _NAME = re.compile(r"\s*([^\s<]+)\s*")
 
 
-class GlmCalls(SteppedParser):
+class GlmCalls(CallsInText):
     """Parses ``<tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>...</tool_call>``.
 
     White space may stand between the tags. A value is text for parameters that the schema calls strings, JSON
@@ -34,74 +27,29 @@ class GlmCalls(SteppedParser):
     """
 
     def __init__(self, schemas: Mapping[str, Mapping[str, Any]]) -> None:
-        super().__init__()
+        super().__init__(_CALL)
         self._schemas = schemas
-        self._inside = False
-        self._calls = 0
-        self._between = self._visible = False
         self._arguments = TaggedArguments({})
 
-    def finish(self) -> list[Event]:
-        rest, self._buffer = self._buffer, ""
-        if self._inside:
-            return self._cut_off(rest)
-        return [Text(rest)] if rest and not (self._between and rest.isspace()) else []
-
-    def _cut_off(self, rest: str) -> list[Event]:
-        """The part of an argument in a call that was cut off, whose arguments stay an open object."""
+    def _cut_off(self, rest: str) -> str:
         key, _, behind = rest.partition(_KEY)[2].partition(_KEY_END)
         value = behind.partition(_VALUE)[2]
         value = value[: len(value) - held_back(value, (_VALUE_END,))]
-        key = self._arguments.key(key)
-        part = self._arguments.part(key, value)
-        return [CallArguments(self._calls, part)] if part else []
+        return self._arguments.part(self._arguments.key(key), value)
 
-    def _step(self, events: list[Event]) -> bool:
-        return self._read_argument(events) if self._inside else self._read_text(events)
-
-    def _read_text(self, events: list[Event]) -> bool:
-        if self._between:
-            text = self._buffer.lstrip()
-            if not text:
-                return False
-            # White space behind a call separates two texts; it is dropped before a call, and without a text.
-            if _CALL.startswith(text):
-                return False
-            dropped = text.startswith(_CALL) or not self._visible
-            self._buffer, self._between = text if dropped else self._buffer, False
-        found = first_marker(self._buffer, (_CALL,))
-        if found is None:
-            kept = len(self._buffer) - held_back(self._buffer, (_CALL,))
-            self._pass_text(len(self._buffer[:kept].rstrip()), events)
-            return False
-        start = found[0] + len(_CALL)
+    def _head(self, start: int) -> tuple[str, int] | None:
         name = _NAME.match(self._buffer, start)
         end = name.end() if name else len(self._buffer)
         rest = self._buffer[end:]
         if name and rest.startswith((_KEY, _CALL_END)):
-            self._pass_text(len(self._buffer[: found[0]].rstrip()), events)
-            self._buffer = rest
-            self._begin(name[1], events)
-            return True
-        if any(tag.startswith(rest) for tag in (_KEY, _CALL_END)) and (
-            name or not self._buffer[start:].strip()
-        ):
-            return False
-        # A tag without a call is text.
-        self._pass_text(start, events)
-        return True
+            return name[1], end
+        unsure = any(tag.startswith(rest) for tag in (_KEY, _CALL_END))
+        return ("", -1) if unsure and (name or not self._buffer[start:].strip()) else None
 
-    def _pass_text(self, end: int, events: list[Event]) -> None:
-        if end:
-            events.append(Text(self._buffer[:end]))
-            self._visible = True
-            self._buffer = self._buffer[end:]
+    def _open(self, name: str) -> None:
+        self._arguments = TaggedArguments(self._schemas.get(name, {}))
 
-    def _begin(self, name: str, events: list[Event]) -> None:
-        self._inside, self._arguments = True, TaggedArguments(self._schemas.get(name, {}))
-        events += [CallStart(self._calls, name), CallArguments(self._calls, "{")]
-
-    def _read_argument(self, events: list[Event]) -> bool:
+    def _read_call(self, events: list[Event]) -> bool:
         found = first_marker(self._buffer, (_KEY, _CALL_END))
         if found is None:
             return False
@@ -109,8 +57,7 @@ class GlmCalls(SteppedParser):
         if marker == _CALL_END:
             self._buffer = self._buffer[position + len(marker) :]
             events.append(CallArguments(self._calls, "}"))
-            self._calls += 1
-            self._inside, self._between = False, True
+            self._end_call()
             return True
         key_start = position + len(_KEY)
         key_end = self._buffer.find(_KEY_END, key_start)

@@ -294,7 +294,7 @@ def _thought(rules: Rules, thought: Thought, trigger: str = "") -> str:
         body = f"({inner}? {tokens})* {ended}" if tokens else ended
     if thought.begins_inside:
         return rules.add("thought", body)
-    return rules.add("thought", f"{special.literal(thought.tags.start)} {body}")
+    return rules.add("thought", f"{special.literal(thought.tags.start + thought.tags.label)} {body}")
 
 
 def _bounded(rules: Rules, budget: int, trigger: str) -> str:

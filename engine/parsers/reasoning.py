@@ -17,10 +17,16 @@ class ReasoningTags:
     Attributes:
         start: opens a thought.
         end: closes it.
+        label: text that the model writes behind ``start``; it is no part of the thought.
     """
 
     start: str
     end: str
+    label: str = ""
+
+    def open_in(self, prompt: str) -> bool:
+        """Return whether ``prompt`` ends within a thought that has just begun."""
+        return prompt.rstrip().endswith((self.start, (self.start + self.label).rstrip()))
 
 
 class ReasoningParser(SteppedParser):
@@ -49,6 +55,8 @@ class ReasoningParser(SteppedParser):
         rest, self._buffer = self._buffer, ""
         if self._state == "inside":
             rest = rest.strip() if self._trim else rest.rstrip()
+            if self._trim and self._tags.label.startswith(rest):
+                return []
             return [Reasoning(rest)] if rest else []
         return [Text(rest)] if rest else []
 
@@ -88,9 +96,10 @@ class ReasoningParser(SteppedParser):
         if self._trim:
             self._buffer = self._buffer.lstrip()
             # The template has opened the thought already, and the model repeats the tag.
-            if self._buffer.startswith(self._tags.start):
-                self._buffer = self._buffer[len(self._tags.start) :].lstrip()
-            elif self._tags.start.startswith(self._buffer):
+            leading = tuple(filter(None, (self._tags.start, self._tags.label)))
+            while found := next(filter(self._buffer.startswith, leading), None):
+                self._buffer = self._buffer[len(found) :].lstrip()
+            if any(text.startswith(self._buffer) for text in leading):
                 return False
         position = self._buffer.find(self._tags.end)
         if position >= 0:

@@ -122,6 +122,7 @@ CALLS = {
     "glm": "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n"
     "<arg_key>b</arg_key>\n<arg_value>2</arg_value>\n</tool_call>",
     "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": 1, "b": 2}}\n</tool_call>',
+    "gemma4": "<|tool_call>call:f{a:1,b:2}<tool_call|>",
     "pythonic": "[f(a=1, b=2)]",
 }
 

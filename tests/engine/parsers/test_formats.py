@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from engine.parsers.gemma4 import Gemma4Calls
 from engine.parsers.glm import GlmCalls
 from engine.parsers.leading_json import LeadingJsonCalls
 from engine.parsers.mistral import MistralCalls
@@ -242,7 +243,55 @@ def test_pythonic_between_tags(text, visible, calls):
     check(lambda: PythonicCalls("<|tool_call_start|>", "<|tool_call_end|>"), text, visible, calls)
 
 
+@pytest.mark.parametrize(
+    ("text", "visible", "calls"),
+    [
+        (
+            'I look.\n<|tool_call>call:f{a:1,b:<|"|>say "hi", {you}:\n[1]<|"|>,'
+            'c:{d:[1,2.5e3,<|"|>q<|"|>,[],{}],e-f g:None},h:true}<tool_call|>',
+            "I look.",
+            [
+                (
+                    "f",
+                    '{"a": 1, "b": "say \\"hi\\", {you}:\\n[1]", '
+                    '"c": {"d": [1, 2.5e3, "q", [], {}], "e-f g": null}, "h": true}',
+                )
+            ],
+        ),
+        (
+            '<|tool_call>call:f{}<tool_call|><|tool_call>call:g-1.x{a:<|"|><|"|>}<tool_call|>\nso',
+            "so",
+            [("f", "{}"), ("g-1.x", '{"a": ""}')],
+        ),
+        # Tags within a text, words that are no JSON, JSON's own strings, and white space.
+        (
+            '<|tool_call>call:f{a:<|"|><tool_call|>}<|"|>,b:New York,c:NaN,d:01}<tool_call|>',
+            "",
+            [("f", '{"a": "<tool_call|>}", "b": "New York", "c": "NaN", "d": "01"}')],
+        ),
+        (
+            '<|tool_call> call: f { "a" : "b\\"c" , <|"|>k:1<|"|> : [ 1 , 2 , ] , } <tool_call|>',
+            "",
+            [("f", '{"a": "b\\"c", "k:1": [1, 2]}')],
+        ),
+        # Cut off, and broken.
+        ("<|tool_call>call:f{a:12", "", [("f", '{"a": 12')]),
+        ('<|tool_call>call:f{a:1,b:<|"|>dark "red<|"', "", [("f", '{"a": 1, "b": "dark \\"red')]),
+        ("<|tool_call>call:f{a:1,b", "", [("f", '{"a": 1')]),
+        ("<|tool_call>call:f{a:[1}<tool_call|>so", "so", [("f", '{"a": [1')]),
+        ("<|tool_call>call:f{a:}<tool_call|>so", "so", [("f", "{")]),
+        ("<|tool_call>call:f{a:1} so", "so", [("f", '{"a": 1}')]),
+        ("<|tool_call>f{a:1}", "<|tool_call>f{a:1}", []),
+        ("<|tool_call>call:f", "<|tool_call>call:f", []),
+        ("a <|tool", "a <|tool", []),
+    ],
+)
+def test_gemma4(text, visible, calls):
+    check(Gemma4Calls, text, visible, calls)
+
+
 FORMATS = {
+    "gemma4": Gemma4Calls,
     "tagged": lambda: TaggedCalls(("<tool_call>",), "</tool_call>"),
     "llama": LeadingJsonCalls,
     "mistral": MistralCalls,
@@ -259,6 +308,7 @@ PIECES = [
     "</parameter>", "<arg_key>color</arg_key>", "<arg_value>", "</arg_value>", "report", "<|tool_call|>",
     "[TOOL_CALLS]", "[ARGS]", "<|tool_call_start|>", "<|tool_call_end|>", "<|python_tag|>",
     "```", "```python\n", '{"name": "f", "arguments": ', '{"a": 1}', '{"name": "g"', "}", "{", "[", "]",
+    "<|tool_call>", "call:f{", "a:", '<|"|>', "<tool_call|>",
     "f(a=1)", "f(", ")", "'", '"', "\\", "\n", " ", ",", "text", "1", ":", "=", "<", "ü😀",
 ]  # fmt: skip
 

@@ -63,6 +63,7 @@ TAGS = (
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|action_start|>", "<|plugin|>",
     "<|action_end|>", "<|tool_call_start|>", "<|tool_call_end|>", "<|python_tag|>", "<think>",
     "</think>", "<|other|>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<|tool_call|>",
+    "<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>",
 )  # fmt: skip
 
 #: Vocabularies in which the tags are added tokens, and in which they are plain text.
@@ -70,7 +71,7 @@ VOCABULARIES = {"tokens": (byte_level, "<|im_end|>"), "text": (byte_fallback, "<
 
 
 #: Texts that end a free text in one of the formats.
-CLOSINGS = ("\n</parameter>\n", "</arg_value>", "</think>", '"')
+CLOSINGS = ("\n</parameter>\n", "</arg_value>", "</think>", '"', '<|"|>')
 
 
 class Walk(NamedTuple):
@@ -221,6 +222,7 @@ def call_of(found: ToolFormat, name: str) -> str:
         "mistral": '[TOOL_CALLS][{"name": "NAME", "arguments": {}}]',
         "mistral_names": "[TOOL_CALLS]NAME[ARGS]{}",
         "internlm": '<|action_start|><|plugin|>\n{"name": "NAME", "parameters": {}}\n<|action_end|>',
+        "gemma4": "<|tool_call>call:NAME{}<tool_call|>",
         "minicpm": "<|tool_call_start|>\n```python\nNAME()\n```\n<|tool_call_end|>",
         "llama_json": '{"name": "NAME", "parameters": {}}',
         "pythonic": "[NAME()]",
@@ -283,6 +285,11 @@ def test_an_answer_is_calls_or_what_else_it_must_be(found, words, form, fits, fa
             "<tool_call>report\n<arg_key>color</arg_key>\n<arg_value>red</arg_value>\n<arg_key>count</arg_key>"
             "<arg_value>3</arg_value><arg_key>note</arg_key>\n<arg_value>",
             "</arg_value>\n</tool_call>",
+        ),
+        (
+            "gemma4",
+            '<|tool_call>call:report{color:<|"|>red<|"|>,count:3,note:<|"|>',
+            '<|"|>}<tool_call|>',
         ),
     ],
 )
@@ -395,6 +402,7 @@ def test_a_bounded_thought_holds_no_call():
         ("[TOOL_CALLS]{{ name }}[ARGS]", "mistral_names"),
         ("<|python_tag|> {\"name\": function name, \"parameters\": dictionary}", "llama_json"),
         ("<|action_start|><|plugin|>", "internlm"),
+        ("{{- '<|tool_call>call:' + function['name'] + '{' -}} <tool_call|>", "gemma4"),
         ("<|tool_call_start|>", "minicpm"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
     ],
@@ -406,4 +414,5 @@ def test_the_template_tells_the_format(template, name):
 
 def test_the_template_tells_the_tags_of_thoughts():
     assert reasoning_tags_of("{{ '<think>\\n' }} </think>") is THINK
+    assert reasoning_tags_of("'<|channel>thought\\n<channel|>'") is REASONING_TAGS["gemma4"]
     assert reasoning_tags_of("nothing") is None

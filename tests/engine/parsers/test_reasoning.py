@@ -3,12 +3,14 @@
 import pytest
 
 from engine.parsers.answer import AnswerParser
+from engine.parsers.formats import REASONING_TAGS
 from engine.parsers.leading_json import LeadingJsonCalls
 from engine.parsers.reasoning import ReasoningParser, ReasoningTags
 from engine.parsers.tagged import TaggedCalls
 from tests.engine.parsers.cuts import parse
 
 THINK = ReasoningTags("<think>", "</think>")
+GEMMA4 = REASONING_TAGS["gemma4"]
 
 
 @pytest.mark.parametrize(
@@ -18,6 +20,7 @@ THINK = ReasoningTags("<think>", "</think>")
         ("hm\n\nhm\n</think>\n\nYes.", True, "hm\n\nhm", "Yes."),
         # The prompt has opened the thought, and the model opens it again.
         ("<think>\nhm</think>Yes.", True, "hm", "Yes."),
+        ("<think><think>\n<think>hm</think>Yes.", False, "hm", "Yes."),
         ("<think></think>Yes.", False, "", "Yes."),
         ("\n\n</think>\n\nYes.", True, "", "Yes."),
         # Never closed.
@@ -35,6 +38,30 @@ THINK = ReasoningTags("<think>", "</think>")
 def test_thoughts_for_every_cut(text, inside, reasoning, visible):
     found = parse(lambda: ReasoningParser(THINK, begins_inside=inside), text)
     assert (found["reasoning"], found["text"]) == (reasoning, visible)
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "reasoning", "visible"),
+    [
+        ("<|channel>thought\nhm\n<channel|>Yes.", False, "hm", "Yes."),
+        ("<|channel>thought\n<channel|>Yes.", False, "", "Yes."),
+        ("hm<channel|>Yes.", True, "hm", "Yes."),
+        ("<|channel>hm, a thought\n<channel|>Yes.", False, "hm, a thought", "Yes."),
+        ("<|channel>thoughtful<channel|>Yes.", False, "thoughtful", "Yes."),
+        # Cut off within the label.
+        ("<|channel>thou", False, "", ""),
+    ],
+)
+def test_the_label_of_a_thought_is_no_part_of_it(text, inside, reasoning, visible):
+    found = parse(lambda: ReasoningParser(GEMMA4, begins_inside=inside), text)
+    assert (found["reasoning"], found["text"]) == (reasoning, visible)
+
+
+def test_a_prompt_may_have_opened_a_thought_with_or_without_its_label():
+    for prompt in ("<|turn>model\n<|channel>thought\n", "<|channel>"):
+        assert GEMMA4.open_in(prompt)
+    for prompt in ("<|turn>model\n", "<|channel>thought\n<channel|>", "thought\n", ""):
+        assert not GEMMA4.open_in(prompt)
 
 
 def answer() -> AnswerParser:
