@@ -119,7 +119,11 @@ class Pipeline:
             Unavailable: no replica answers.
         """
         if self._max_model_len is None:
-            self._max_model_len = await self._stages.language_model.max_model_len()
+            return await self._ask_max_model_len()
+        return self._max_model_len
+
+    async def _ask_max_model_len(self) -> int:
+        self._max_model_len = await self._stages.language_model.max_model_len()
         return self._max_model_len
 
     def measured(self) -> Measured:
@@ -137,7 +141,7 @@ class Pipeline:
         if self._sleeps and self._max_model_len is not None:
             # Asking would start a replica of a model that nobody uses.
             return
-        await self._stages.language_model.max_model_len()
+        await self._ask_max_model_len()
 
     async def prepare(
         self,
@@ -161,9 +165,9 @@ class Pipeline:
             InvalidRequest: before any expensive work.
             Unavailable: a stage is down, or was lost too often.
         """
-        media = await self._media(sources, salt)
-        charged = False
-        salt = caller_salt(salt)
+        patience = self._patience("prepare")
+        media = await self._media(sources, salt, patience)
+        charged, salt_of_caller = False, caller_salt(salt)
 
         async def prepare() -> EncodedPrompt:
             nonlocal charged
@@ -171,6 +175,9 @@ class Pipeline:
             inputs = replace(inputs, cache_salt=caller_salt(inputs.cache_salt))
             count, limit = len(inputs.token_ids), await self.max_model_len()
             least = 0 if params is None else params.max_tokens or 1
+            if count + least > limit and not self._sleeps:
+                # An update may have brought replicas that hold more than the one that was asked first.
+                limit = await self._ask_max_model_len()
             if count + least > limit:
                 raise ContextLengthExceeded.by(limit, count, least)
             if not charged:
@@ -178,29 +185,31 @@ class Pipeline:
                 charged = True
 
             async def encode_again() -> tuple[Rows, ...]:
-                rows, _ = await self._encode(await self._same_pixels(media, inputs), salt)
+                rows, _ = await self._encode(await self._same_pixels(media, inputs), salt_of_caller)
                 return rows
 
-            rows, items = await self._encode(pixels, salt)
+            rows, items = await self._encode(pixels, salt_of_caller)
             current_report().prepared(items)
             return EncodedPrompt(inputs, rows, encode_again)
 
-        return await self._patience("prepare").call(prepare)
+        return await patience.call(prepare)
 
     async def tokenize(
         self, build: Build, sources: Sequence[MediaSource] = (), *, salt: str = ""
     ) -> EngineInput:
         """Build a prompt without encoding its media; arguments and errors as :meth:`prepare`."""
-        media = await self._media(sources, salt)
-        inputs, _ = await self._patience("prepare").call(lambda: self._build(build, media))
+        patience = self._patience("prepare")
+        media = await self._media(sources, salt, patience)
+        inputs, _ = await patience.call(lambda: self._build(build, media))
         return inputs
 
-    async def _media(self, sources: Sequence[MediaSource], salt: str) -> _Media:
+    async def _media(self, sources: Sequence[MediaSource], salt: str, patience: Patience) -> _Media:
         """The media of a request, with the files that its references name.
 
         Raises:
             InvalidRequest: the model or the configuration doesn't take them.
             UnknownReference: nothing is kept under a ``uuid``.
+            Unavailable: the place where media are kept is down, or was lost too often.
         """
         owner, charges = Owner(caller_name(), salt, self.name), MediaCharges(media_account())
         if not sources:
@@ -208,7 +217,7 @@ class Pipeline:
         if self._stages.preprocessor is None:
             raise InvalidRequest(f"The model {self.name} takes no images.", param=sources[0].where)
         check_media_limits(sources, self._limits)
-        resolved, files = await self.references.resolve(owner, sources)
+        resolved, files = await patience.call(lambda: self.references.resolve(owner, sources))
         charges.sources(resolved, files)
         rows = next((source for source in resolved if source.rows is not None), None)
         if rows is not None and not self._takes_rows:

@@ -89,9 +89,10 @@ class LanguageModel:
 
     def __init__(self) -> None:
         self.asked: list[float] = []
+        self.length = 16
 
     async def max_model_len(self):
-        return 16
+        return self.length
 
     async def generate(self, request, media, relay):
         self.asked.append(request.asked)
@@ -257,6 +258,39 @@ async def test_a_prompt_that_is_too_long_is_not_encoded(spec):
     with pytest.raises(InvalidRequest) as caught:
         await pipeline(spec, encoder=encoder).prepare(build, SOURCES, params=SamplingParams(max_tokens=13))
     assert caught.value.param == "max_tokens" and not encoder.seen
+
+
+async def test_a_prompt_that_fits_replicas_of_an_update_is_taken(spec):
+    served = pipeline(spec)
+    model = served._stages.language_model
+    with pytest.raises(InvalidRequest, match="maximum context length is 16"):
+        await served.prepare(build, params=SamplingParams(max_tokens=13))
+    model.length = 17
+    assert (await served.prepare(build, params=SamplingParams(max_tokens=13))).inputs.token_ids == [1] * 4
+    with pytest.raises(InvalidRequest, match="maximum context length is 17"):
+        await served.prepare(build, params=SamplingParams(max_tokens=14))
+    # Health checks, too, learn of it.
+    model.length = 18
+    await served.ping()
+    assert await served.max_model_len() == 18
+
+
+async def test_a_lost_place_of_kept_media_is_asked_again(spec):
+    class Lost(References):
+        losses = 2
+
+        async def resolve(self, owner, sources):
+            if self.losses:
+                self.losses -= 1
+                raise StageLost("gone")
+            return await super().resolve(owner, sources)
+
+    served = pipeline(spec)
+    served.references = Lost(ReferenceConfig())
+    assert len((await served.prepare(build, SOURCES)).media) == 3
+    served.references.losses = 3
+    with pytest.raises(StageLost):
+        await served.prepare(build, SOURCES)
 
 
 async def test_too_many_items_are_not_prepared(spec):

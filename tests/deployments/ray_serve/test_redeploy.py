@@ -193,7 +193,14 @@ def test_a_model_with_an_application_of_its_own_is_replaced_alone(served, ray_cl
     others = {name: ids for name, ids in before.items() if not name.endswith("tests--vectors")}
     assert 0 < len(others) < len(before)
     (model,) = controller.config["applications"][1]["args"]["models"]
-    model["engine"]["max_num_seqs"] = 200
+    model["engine"] |= {"max_num_seqs": 200, "max_model_len": 640}
+
+    def pool(tokens: int) -> int:
+        found = ray_client.embeddings.create(model="tests/vectors", input=[[5] * tokens])
+        return found.usage.prompt_tokens
+
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 512"):
+        pool(600)
 
     def replaced() -> bool:
         found = controller.replicas()
@@ -203,4 +210,8 @@ def test_a_model_with_an_application_of_its_own_is_replaced_alone(served, ray_cl
     assert len(answers) == 2
     after = controller.replicas()
     assert {name: after[name] for name in others} == others, "another model's replica was replaced"
+    # The ingress that goes on learns what the new replicas hold.
+    assert pool(600) == 600
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 640"):
+        pool(641)
     controller.keep()
