@@ -149,7 +149,7 @@ class IngressConfig(StageConfig):
         references: media that are kept for later requests which name them by ``uuid``, for all ingress
             replicas together.
         stored_responses: the most responses of ``/v1/responses`` that are kept, for all ingress replicas
-            together.
+            together; with 0 none are made in the background.
         stored_responses_s: seconds for which they are kept.
         stored_responses_bytes: the most bytes of all of them; conversations hold their images.
         keys: who may use the server; everybody if there are none. See :class:`deployments.access.KeyConfig`.

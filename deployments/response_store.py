@@ -75,8 +75,9 @@ class Keeper(Protocol):
     async def cancel(self, name: str, owner: str) -> None:
         """Mark a response as cancelled, and stop it."""
 
-    async def stopped(self, name: str) -> None:
-        """Wait until a response is cancelled or deleted."""
+    async def stopped(self, name: str) -> bool:
+        """Wait until a response is cancelled or deleted; False at once if it is not kept."""
+        ...
 
 
 @dataclass(slots=True)
@@ -142,10 +143,9 @@ class KeptResponses:
             kept.cancelled = True
             kept.stop.set()
 
-    async def stopped(self, name: str) -> None:
+    async def stopped(self, name: str) -> bool:
         kept = self._kept.get(name)
-        if kept is not None:
-            await kept.stop.wait()
+        return kept is not None and await kept.stop.wait()
 
     def _of(self, name: str, owner: str) -> _Kept | None:
         self._tidy()
@@ -220,8 +220,8 @@ class ResponseStore:
         stop = asyncio.ensure_future(self._keeper.stopped(name))
         try:
             await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if stop.done() and stop.exception() is not None:
-                # The keeper is lost, and with it whoever could stop the work.
+            if stop.done() and (stop.exception() is not None or not stop.result()):
+                # Nobody can stop the work: the keeper is lost, or has dropped the response.
                 await asyncio.wait({work})
         finally:
             stop.cancel()

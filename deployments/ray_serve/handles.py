@@ -46,7 +46,7 @@ from deployments.stages import (
 )
 from deployments.tracing import current
 from deployments.turns import Turns
-from engine.errors import Overloaded, SightlineError
+from engine.errors import Overloaded, SightlineError, Unavailable
 from engine.mailbox import Taker
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput, StreamUpdate
@@ -57,6 +57,10 @@ _ROUTING_ATTEMPTS = 4
 
 #: Seconds that a replica may take to answer with its metrics.
 MEASURE_S = 2.0
+
+#: Seconds for which an answer waits until a store that several ingresses share has taken what is kept of it.
+#: One that hangs, or is being restarted, would hold the answer up for as long.
+KEEP_S = 5.0
 
 
 class _Remote:
@@ -433,16 +437,40 @@ def _note(encoded: Sequence[Encoded]) -> None:
         report.encoded(each.hash, each.cached, each.seconds)
 
 
-class RemoteKeeper(_Remote):
+class _RemoteStore(_Remote):
+    """What the replicas of the ingress share.
+
+    Args:
+        keep_s: seconds that the store may take to keep something.
+    """
+
+    def __init__(self, handle: DeploymentHandle, keep_s: float = KEEP_S) -> None:
+        super().__init__(handle)
+        self._keep_s = keep_s
+
+    async def _kept(self, response: Any) -> None:
+        """Wait until the store has kept what a call of it brings.
+
+        Raises:
+            Unavailable: it has not answered in time, or is lost.
+        """
+        try:
+            async with asyncio.timeout(self._keep_s):
+                await self._result(response)
+        except TimeoutError:
+            raise Unavailable(f"The {self.name} has not answered in {self._keep_s:g} s.") from None
+
+
+class RemoteKeeper(_RemoteStore):
     """A :class:`deployments.response_store.Keeper` behind ``handle``. Errors are those of a lost stage."""
 
     name = "store of responses"
 
     async def put(self, name: str, owner: str, data: bytes) -> None:
-        await self._result(self._handle.put.remote(name, owner, data))
+        await self._kept(self._handle.put.remote(name, owner, data))
 
     async def update(self, name: str, data: bytes) -> None:
-        await self._result(self._handle.update.remote(name, data))
+        await self._kept(self._handle.update.remote(name, data))
 
     async def get(self, name: str, owner: str) -> tuple[bytes, bool] | None:
         return await self._result(self._handle.get.remote(name, owner))
@@ -453,11 +481,11 @@ class RemoteKeeper(_Remote):
     async def cancel(self, name: str, owner: str) -> None:
         await self._result(self._handle.cancel.remote(name, owner))
 
-    async def stopped(self, name: str) -> None:
-        await self._result(self._handle.stopped.remote(name))
+    async def stopped(self, name: str) -> bool:
+        return await self._result(self._handle.stopped.remote(name))
 
 
-class RemoteReferences(_Remote):
+class RemoteReferences(_RemoteStore):
     """A :class:`deployments.references.MediaKeeper` behind ``handle``, at which no media's bytes arrive."""
 
     name = "store of references"
@@ -474,8 +502,8 @@ class RemoteReferences(_Remote):
 
     async def keep(self, owner: Owner, source: MediaSource, kept: KeptFiles) -> None:
         try:
-            await self._result(self._handle.keep.remote(owner, without_payload(source), kept))
-        except StageLost as error:
+            await self._kept(self._handle.keep.remote(owner, without_payload(source), kept))
+        except Unavailable as error:
             # The request itself goes on without it.
             logger.warning("media of the uuid %r are not kept: %s", source.uuid[:64], error)
 

@@ -119,12 +119,16 @@ async def to_the_end(
         builder.response["status"] = "cancelled"
     except Exception as error:
         ends = [builder.fail(as_sightline(error))]
-    # Before the last event is sent: the client may go on from there at once, by way of another replica.
-    await store.update(stored)
-    if log is not None:
-        for event in ends:
-            log.add(event)
-        log.close()
+    try:
+        # Before the last event is sent: the client may go on from there at once, by way of another replica.
+        await store.update(stored)
+        if log is not None:
+            for event in ends:
+                log.add(event)
+    finally:
+        # It may be cancelled here as well, and its readers wait.
+        if log is not None:
+            log.close()
 
 
 def events_again(response: Json) -> Iterator[Json]:

@@ -35,6 +35,11 @@ async def create_response(request: Request) -> Response:
     """Answer an input, as one JSON object, as a stream of typed events, or in the background."""
     body, pipeline = await read_request(request, wire.ResponsesRequest)
     body.check()
+    if body.background and not request.app.state.config.stored_responses:
+        raise InvalidRequest(
+            "This server keeps no responses (stored_responses is 0), so it makes none in the background.",
+            param="background",
+        )
     store: ResponseStore = request.app.state.responses
     earlier = await _earlier(request, body.previous_response_id)
     given, fields = wire.input_messages(body.input, len(earlier) + bool(body.instructions))
@@ -184,6 +189,10 @@ async def _make_again(request: Request, stored: StoredResponse) -> EventLog:
     given = replace(given, params=replace(given.params, seed=asked.seed))
     # The engine may still work on it under its own name.
     running = await start(pipeline, f"resp_{uuid.uuid4().hex}", given)
+    if (log := request.app.state.logs.get(stored.id)) is not None:
+        # Another client has asked for the same meanwhile.
+        await running.updates.aclose()
+        return log
     log = _run(request, ResponseBuilder(stored.response), running, stored)
     assert log is not None
     return log

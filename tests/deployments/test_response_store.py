@@ -27,9 +27,9 @@ class LostKeeper:
         return lost
 
 
-def ingress(running, keeper) -> openai.AsyncOpenAI:
+def ingress(running, keeper, config: IngressConfig = IngressConfig()) -> openai.AsyncOpenAI:
     """A client of a further ingress of the application."""
-    api = create_api(IngressConfig(), running.app.api.state.pipelines, keeper=keeper)
+    api = create_api(config, running.app.api.state.pipelines, keeper=keeper)
     http = httpx.AsyncClient(transport=AppTransport(api), base_url="http://test", timeout=60)
     return openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", max_retries=0, http_client=http)
 
@@ -135,9 +135,78 @@ async def test_a_lost_store_costs_no_answer(running, caplog):
     kinds = [event.type async for event in await ask(client, stream=True)]
     assert kinds[-1] == "response.completed"
     await ask(client, background=True)
+    kinds = [event.type async for event in await ask(client, background=True, stream=True)]
+    assert kinds[-1] == "response.completed"
     with pytest.raises(openai.InternalServerError) as refused:
         await client.responses.retrieve(made.id)
     assert refused.value.status_code == 503
+
+
+async def test_a_response_that_is_dropped_while_it_is_made_goes_on(running):
+    """Because it is too large here. It is streamed to its end all the same."""
+    client = ingress(running, KeptResponses(16, 100, 60.0))
+    kinds = [event.type async for event in await ask(client, background=True, stream=True)]
+    assert kinds[-1] == "response.completed"
+
+
+async def test_a_server_that_keeps_nothing_makes_nothing_in_the_background(running):
+    client = ingress(running, KeptResponses(0, 100, 60.0), IngressConfig(stored_responses=0))
+    with pytest.raises(openai.BadRequestError, match="keeps no responses") as refused:
+        await ask(client, background=True)
+    assert refused.value.param == "background"
+    assert (await ask(client)).status == "completed"
+
+
+class SlowKeeper(KeptResponses):
+    """A keeper that takes nothing new of a response once it is to ``hang``."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 1 << 20, 60.0)
+        self.hangs = asyncio.Event()
+
+    async def update(self, name, data):
+        self.hangs.set()
+        await asyncio.Future()
+
+
+async def test_readers_of_a_response_that_is_cancelled_as_it_ends_are_not_left_waiting(running):
+    keeper = SlowKeeper()
+    one, other = ingress(running, keeper), ingress(running, keeper)
+    stream = await ask(one, background=True, stream=True)
+    name = (await anext(aiter(stream))).response.id
+    await asyncio.wait_for(keeper.hangs.wait(), 60)
+    await other.responses.cancel(name)
+    kinds = await asyncio.wait_for(_kinds(stream), 60)
+    assert kinds and not {"response.completed", "response.incomplete"} & {*kinds}
+    assert (await other.responses.retrieve(name)).status == "cancelled"
+
+
+async def _kinds(stream) -> list[str]:
+    return [event.type async for event in stream]
+
+
+async def test_clients_that_read_a_response_elsewhere_share_one_run(two, running):
+    one, other = two
+
+    def answers() -> float:
+        families = running.app.api.state.pipelines["pocket"].meter.families()
+        (found,) = (each for each in families if each.name == "sightline_answers_total")
+        return sum(count for _, count in found.samples)
+
+    await running.wait_until_idle()
+    before = answers()
+    # Too long to become a prompt on the event loop, so that the readers come between each other.
+    asked = {"input": "Hello! " * 100, "max_output_tokens": 60}
+    stream = await ask(one, background=True, stream=True, **asked)
+    name = (await anext(aiter(stream))).response.id
+    readers = await asyncio.gather(*(other.responses.retrieve(name, stream=True) for _ in range(3)))
+    texts = await asyncio.gather(*map(_text, [stream, *readers]))
+    assert len({*texts}) == 1 and texts[0]
+    assert answers() == before + 2
+
+
+async def _text(stream) -> str:
+    return "".join([event.delta async for event in stream if event.type == "response.output_text.delta"])
 
 
 async def test_what_is_too_much_or_too_old_is_dropped():

@@ -1,5 +1,6 @@
 """Replicas of the ingress share the media that requests name by ``uuid``."""
 
+import asyncio
 import pickle
 from types import SimpleNamespace
 
@@ -7,8 +8,9 @@ import pytest
 import ray.exceptions
 
 from deployments.ray_serve import references as replica
-from deployments.ray_serve.handles import RemoteReferences
+from deployments.ray_serve.handles import RemoteKeeper, RemoteReferences
 from deployments.references import Owner, ReferenceConfig, ReferenceConflict, UnknownReference
+from deployments.response_store import ResponseStore, StoredResponse
 from deployments.stages import StageLost
 from engine.media.keys import kept_files
 from engine.media.source import MediaSource
@@ -23,7 +25,7 @@ class Handle:
     def __init__(self, config: ReferenceConfig) -> None:
         self._replica = replica.ReferencesReplica(config)
         self.sent: list[bytes] = []
-        self.dead = False
+        self.dead = self.hangs = False
 
     def options(self, **_):
         return self
@@ -32,12 +34,14 @@ class Handle:
         async def call(*args):
             if self.dead:
                 raise ray.exceptions.ActorDiedError()
+            if self.hangs:
+                await asyncio.Future()
             self.sent.append(pickle.dumps(args))
             return pickle.loads(
                 pickle.dumps(await getattr(self._replica, name)(*pickle.loads(self.sent[-1])))
             )
 
-        return SimpleNamespace(remote=call)
+        return SimpleNamespace(remote=lambda *args: asyncio.ensure_future(call(*args)))
 
 
 @pytest.fixture
@@ -84,3 +88,15 @@ async def test_a_lost_store_fails_the_requests_alone_that_name_media(handle):
     handle.dead = False
     with pytest.raises(UnknownReference):
         await references.resolve(ALICE, [image("a")])
+
+
+async def test_no_answer_waits_for_a_store_that_hangs(handle, caplog):
+    handle.hangs = True
+    kept = RemoteReferences(handle, keep_s=0.01).keep(ALICE, image("a", url=PAYLOAD), kept_files([b"pixels"]))
+    await asyncio.wait_for(kept, 60)
+    assert "media of the uuid 'a' are not kept: The store of references has not answered" in caplog.text
+    store = ResponseStore(RemoteKeeper(handle, keep_s=0.01))
+    for keep in (store.put, store.update):
+        caplog.clear()
+        await asyncio.wait_for(keep(StoredResponse({"id": "resp_1"}, [], [])), 60)
+        assert "the response resp_1 is not kept: The store of responses has not answered" in caplog.text
