@@ -51,6 +51,7 @@ class Patience:
         self._deadline = deadline
         self._on_loss = on_loss
         self._losses = 0
+        self._pause_s = config.pause_s
         self._until: float | None = None
 
     async def call(self, work: Callable[[], Awaitable[T]]) -> T:
@@ -130,7 +131,9 @@ class Patience:
             raise self._given_up(now) from error
         # The next try may take long, and must not keep what this one was given.
         release(error)
-        await asyncio.sleep(min(self._config.pause_s * 2 ** (self._losses - 1), _LONGEST_PAUSE_S))
+        pause_s = min(self._pause_s, _LONGEST_PAUSE_S)
+        self._pause_s = 2 * pause_s
+        await asyncio.sleep(pause_s)
         # Not before: where a client leaves, Ray Serve cancels the calls of its request first, and the request
         # itself a moment later. Then nothing is lost.
         if isinstance(error, StageLost):

@@ -67,12 +67,19 @@ class Elsewhere:
 
     Without any item a call may seem to have failed. Ray Serve tells by a stream's metadata that a replica has
     accepted the call, and gRPC doesn't promise to bring that of a stream without messages.
+
+    Attributes:
+        replica: id of the replica that answers.
     """
+
+    replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """Result of a call that has put all updates of its answer into the channel."""
+    """Result of a call that has put all updates of its answer into the channel of ``replica``."""
+
+    replica: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,15 +250,13 @@ class Answer(Mailbox):
     """The updates of one answer at its ingress, whichever way they come.
 
     Attributes:
-        channel: the replica whose channel brought some; empty if none did.
-        sent: whether the replica has put all of them into its channel.
+        channel: the replica by whose channel they come; empty as long as that isn't known.
         encoded: what the replica has encoded for the answer.
     """
 
     def __init__(self, relay: Taker | None = None) -> None:
         super().__init__(relay)
         self.channel = ""
-        self.sent = False
         self.encoded: Sequence[Encoded] = ()
         self._assembly = Assembly()
 
@@ -343,15 +348,14 @@ class Inbox:
             context = contextvars.Context()
             self._channels[replica] = context.run(asyncio.ensure_future, self._read(replica, line))
 
-    def all_sent(self, answer: Answer) -> None:
-        """Note that the rest of an answer is in its replica's channel."""
-        answer.sent = True
-        if not self._channels:
+    def comes_by(self, answer: Answer, replica: str) -> None:
+        """Note that an answer comes, or has come, by a replica's channel. What of it has not come yet is lost
+        with the channel."""
+        answer.channel = replica
+        if replica not in self._channels:
             answer.fail(abandoned())
 
     async def _read(self, replica: str, line: str) -> None:
-        whole = False
-
         def take(message: Message) -> None:
             for item in message:
                 if (answer := deliver(self._answers, item)) is not None:
@@ -364,7 +368,6 @@ class Inbox:
             async with self._open_stream(self.name, replica) as messages:
                 async for message in messages:
                     take(checked(message))
-            whole = True
         except asyncio.CancelledError:
             # Serve raises this, too, where the replica has cancelled the call.
             if was_cancelled():
@@ -377,6 +380,5 @@ class Inbox:
             del self._channels[replica]
             self.lines.pop(replica, None)
             for answer in list(self._answers.values()):
-                # Which channel an answer was to come by isn't known before its first update.
-                if answer.channel == replica or (answer.sent and not answer.channel and not whole):
+                if answer.channel == replica:
                     answer.fail(abandoned())

@@ -22,6 +22,7 @@ from deployments.logs import Rendered
 from deployments.ray_serve.channel import IDLE_S, Outbox, Outboxes
 from deployments.ray_serve.engine_link import Call, Cancel, Close, Line, Link, Ready, Reply, Setup
 from deployments.ray_serve.process import prepare_process
+from deployments.ray_serve.refusals import abandoned, was_cancelled
 from deployments.ray_serve.served_model import ServedModel
 from deployments.threads import ENGINE_TURN_S
 from deployments.tracing import current
@@ -91,6 +92,11 @@ class _Calls:
         current.set(call.span)
         try:
             reply = Reply(call.number, await getattr(self._model, call.method)(*call.args))
+        except asyncio.CancelledError:
+            if was_cancelled():
+                raise
+            # Something else was: the replica must not wait.
+            reply = Reply(call.number, error=abandoned())
         except AssertionError as error:
             reply = Reply(call.number, error=error)
         except Exception as error:

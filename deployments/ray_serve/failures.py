@@ -5,8 +5,11 @@ import asyncio
 import grpc
 from ray.exceptions import (
     GetTimeoutError,
+    LocalRayletDiedError,
     NodeDiedError,
     ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
     OutOfMemoryError,
     RayActorError,
     RayTaskError,
@@ -18,6 +21,9 @@ from deployments.errors import as_sightline, logger, release
 from deployments.ray_serve.refusals import LOST
 from deployments.stages import RowsLost, StageLost
 from engine.errors import Overloaded, SightlineError, Unavailable
+
+#: Of a process, of what runs it, or of its host.
+_DEATHS = RayActorError | WorkerCrashedError | OutOfMemoryError | NodeDiedError | LocalRayletDiedError
 
 #: How a stream ends whose connection broke, apart from ``UNAVAILABLE``, which Serve translates.
 _CUT = {
@@ -53,8 +59,11 @@ def _translated(error: Exception, stage: str) -> SightlineError:
         return Overloaded(f"Too many requests wait for the {stage} at the moment; try again shortly.")
     if isinstance(error, ObjectLostError):
         return RowsLost(LOST)
-    if isinstance(error, RayActorError | WorkerCrashedError | OutOfMemoryError | NodeDiedError):
+    if isinstance(error, _DEATHS):
         return StageLost(LOST)
+    if isinstance(error, ObjectStoreFullError | OutOfDiskError):
+        logger.error("the %s has no room for images in Ray's object store: %r", stage, error)
+        return Unavailable("The server has no room for more images at the moment; try again shortly.")
     if isinstance(error, grpc.aio.AioRpcError) and error.code() in _CUT:
         return StageLost(LOST)
     if type(error) is RuntimeError and str(error).startswith(_UNACCEPTED):

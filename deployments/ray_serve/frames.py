@@ -144,7 +144,11 @@ class LineServer:
 
 async def connected(address: str, make: Callable[[], P]) -> P | None:
     """A protocol that is connected to the server at ``address``; None if there is no such server here."""
-    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection = socket.socket(socket.AF_UNIX)
+    except OSError:
+        # This process has as many files open as it may.
+        return None
     try:
         # uvloop doesn't connect to abstract addresses.
         connection.setblocking(False)
@@ -162,9 +166,13 @@ async def connected(address: str, make: Callable[[], P]) -> P | None:
 
 def is_own_user(transport: asyncio.BaseTransport) -> bool:
     """Return whether the process at the other end runs as this one's user."""
-    # uvloop's sockets have no options of their own.
-    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as peer:
+    # uvloop's sockets have no options of their own. The same descriptor: there may be no other left, and a
+    # line that this end doesn't listen to would leave the other end waiting.
+    peer = socket.socket(fileno=transport.get_extra_info("socket").fileno())
+    try:
         return _is_own(peer)
+    finally:
+        peer.detach()
 
 
 def _is_own(peer: socket.socket) -> bool:

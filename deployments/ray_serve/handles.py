@@ -371,33 +371,35 @@ class RemoteLanguageModel(_RemoteStage):
             result = await call
             if isinstance(result, Sent):
                 self._ended()
-                self._inbox.all_sent(answer)
+                self._inbox.comes_by(answer, result.replica)
             else:
                 replica, encoded = result
                 _note(encoded)
                 answer.fail(_HandedOver(replica))
         except SightlineError as error:
             answer.fail(error)
+        except Exception as error:
+            # The call could not even be made.
+            answer.fail(self._reported(error))
 
     async def _follow(self, given: Generation | str, replica: str, answer: Answer) -> None:
         """Call the replica, and pass on what the call brings."""
-        here = False
+        by_channel = False
         args = given, current.get(), self._inbox.name
         try:
             async with stream(self._handle, "generate", *args, replica=replica) as items:
                 async for item in items:
                     if isinstance(item, Here):
-                        here = True
                         self._inbox.read(item.replica, item.line)
                     elif isinstance(item, Elsewhere):
-                        here = False
+                        by_channel = True
+                        self._inbox.comes_by(answer, item.replica)
                     else:
                         answer.take(item)
             self._ended()
-            if here:
+            if not by_channel:
+                # Nothing more comes: if the reader still waits, the answer has broken off.
                 answer.fail(abandoned())
-            else:
-                self._inbox.all_sent(answer)
         except asyncio.CancelledError:
             if was_cancelled():
                 raise

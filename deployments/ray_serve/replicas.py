@@ -295,14 +295,14 @@ class LanguageModelReplica:
     ) -> Sent | tuple[str, list[Encoded]]:
         if self._stage.has_line(reader):
             await self._stage.answer(request, infos, arrays, reader)
-            return Sent()
+            return Sent(self._name())
         media, encoded = await self._stage.embedded(infos, arrays)
         outbox = self._outboxes.find(reader)
         if outbox is None:
             self._held.keep(Held(request, media))
             return self._name(), encoded
         await give(self._stage, outbox, request, media, encoded)
-        return Sent()
+        return Sent(self._name())
 
     async def updates(self, reader: str, replica: str) -> AsyncIterator[Message | Refusal]:
         """Open the channel to ``reader``, and stream the updates of its answers; see
@@ -337,7 +337,7 @@ class LanguageModelReplica:
         try:
             held = self._held.take(given) if isinstance(given, str) else Held(given, [])
             if self._stage.has_line(reader):
-                yield Elsewhere()
+                yield Elsewhere(self._name())
                 infos = [RowsInfo.of(each) for each in held.media]
                 await self._stage.answer(held.request, infos, [each.rows for each in held.media], reader)
                 return
@@ -357,7 +357,7 @@ class LanguageModelReplica:
                         update = await anext(updates, None)
                 else:
                     with outbox.answer():
-                        yield Elsewhere()
+                        yield Elsewhere(self._name())
                         if update is not None:
                             outbox.put(update)
                         await send(updates, outbox, relay)

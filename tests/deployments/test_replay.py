@@ -324,6 +324,21 @@ async def test_a_carried_on_request_is_charged_once(running, config):
     assert found and not deaths.planted
 
 
+async def test_pauses_grow_up_to_their_limit_however_many_losses_there_are(monkeypatch):
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr("deployments.replay.asyncio.sleep", sleep)
+    patience = Patience(ReplayConfig(max_losses=2000, pause_s=0.3))
+    for _ in range(1100):
+        await patience.bear(StageLost("gone"))
+    # A full queue is not asked more often for that.
+    await patience.bear(Overloaded("full"))
+    assert pauses[:4] == [0.3, 0.6, 1.2, 2.0] and {*pauses[3:]} == {2.0}
+
+
 async def test_a_request_that_is_cancelled_in_its_pause_has_lost_nothing(caplog):
     """Ray Serve cancels a request's calls before the request itself, when its client leaves."""
     losses: list[int] = []

@@ -1,6 +1,7 @@
 """Calls of replicas by lines: results, refusals, losses, and which replica is called."""
 
 import asyncio
+import resource
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from deployments.ray_serve.call_line import CallLine, CallLines, ReplicaLines
-from deployments.ray_serve.frames import MOST_BYTES, connected
+from deployments.ray_serve.frames import MOST_BYTES, connected, is_own_user
 from deployments.ray_serve.handles import RemotePreprocessor
 from deployments.ray_serve.handoff import PixelsRef
 from deployments.ray_serve.line import _Reader
@@ -175,6 +176,22 @@ async def test_other_users_have_no_line(monkeypatch):
     # Nor do those who listen at a replica's address.
     monkeypatch.setattr("deployments.ray_serve.frames.os.getuid", lambda: -1)
     assert await connected(await replica.lines.address(), asyncio.Protocol) is None
+
+
+async def test_lines_take_no_descriptor_but_their_own():
+    """Else a replica that has none left would hold a line to which it doesn't listen."""
+    replica = Replica()
+    line = await replica.connect()
+    address, (soft, hard) = await replica.lines.address(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        own, made = is_own_user(line._transport), await connected(address, asyncio.Protocol)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert own and made is None
+    task = await replica.begin(line, 1)
+    replica.calls[1].set_result("done")
+    assert await task == "done"
 
 
 async def test_a_call_whose_work_was_cancelled_is_lost():

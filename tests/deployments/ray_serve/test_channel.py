@@ -433,6 +433,53 @@ async def test_an_answer_whose_end_was_in_a_broken_channel_is_lost(world):
     assert not found and type(error) is StageLost
 
 
+async def test_an_answer_whose_channel_broke_before_its_call_has_ended_is_lost(world):
+    """Another replica's channel is open: it says nothing of this one's."""
+    world.model._inbox.read("b")
+    await world.open()
+    channel, held = world.handle.calls["updates"][-1], asyncio.Event()
+    assert len(world.model._inbox._channels) == 2
+    hold = world.replica.hold
+
+    async def late(*args):
+        result = await hold(*args)
+        await held.wait()
+        return result
+
+    world.replica.hold = late
+    task = await world.begin("one", ROWS)
+    # The network keeps what the replica sends.
+    channel.items.put_nowait = lambda item: None
+    world.answers["one"].put(update("one", 0, last=True))
+    await wait_until(lambda: not world.answers, 60)
+    del channel.items.put_nowait
+    channel.task.cancel()
+    await wait_until(lambda: len(world.model._inbox._channels) == 1, 60)
+    held.set()
+    found, error = await asyncio.wait_for(task, 60)
+    assert not found and type(error) is StageLost
+
+
+async def test_an_answer_is_not_lost_with_another_replica_s_channel(world):
+    world.model._inbox.read("b")
+    await world.open()
+    (other,) = (
+        call for call in world.handle.calls["updates"] if call is not world.handle.calls["updates"][-1]
+    )
+    task = await world.begin("one")
+    channel = world.handle.calls["updates"][-1]
+    later: list = []
+    channel.items.put_nowait = later.append
+    world.answers["one"].put(update("one", 0, last=True))
+    await wait_until(lambda: later and world.handle.calls["generate"][-1].task.done(), 60)
+    other.task.cancel()
+    await wait_until(lambda: len(world.model._inbox._channels) == 1, 60)
+    del channel.items.put_nowait
+    for item in later:
+        channel.items.put_nowait(item)
+    assert await asyncio.wait_for(task, 60) == ([update("one", 0, last=True)], None)
+
+
 ROWS = RowsRef(RowsInfo("h", "float32"), Stored(np.arange(2.0, dtype=np.float32)[None]))
 
 

@@ -151,6 +151,17 @@ async def test_any_error_there_ends_an_answer(pair):
         await asyncio.wait_for(anext(process.generate(generation(), [])), 60)
 
 
+async def test_a_call_whose_work_was_cancelled_there_is_lost(pair):
+    process = await pair.connect()
+
+    async def cancelled(*_):
+        raise asyncio.CancelledError
+
+    pair.stage.embed = cancelled
+    with pytest.raises(StageLost):
+        await asyncio.wait_for(process.embed(Pooling("one", EngineInput([1]), PoolingParams()), [], []), 60)
+
+
 async def test_what_can_t_be_pickled_fails_one_call_alone(pair):
     process = await pair.connect()
     # No function of a function can be pickled.

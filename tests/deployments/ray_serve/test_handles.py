@@ -17,7 +17,8 @@ import grpc
 import numpy as np
 import pytest
 import ray.exceptions
-from ray.serve.exceptions import BackPressureError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.config import ReplayConfig
 from deployments.errors import error_headers
@@ -36,7 +37,7 @@ from deployments.replay import Patience, carried_on
 from deployments.report import ItemReport, begin_report
 from deployments.stages import Generation, OpenFile, Pooling, RowsLost, StageLost
 from deployments.tasks import all_or_none
-from engine.errors import InvalidRequest, Overloaded, SightlineError
+from engine.errors import InvalidRequest, Overloaded, SightlineError, Unavailable
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
 from engine.pooling_params import PoolingParams
 from engine.preparation import PagedFile
@@ -171,6 +172,9 @@ async def test_an_item_of_any_size_comes_whole_in_messages_of_bounded_size(rows)
         (grpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED), SightlineError),
         (asyncio.CancelledError(), StageLost),
         (ZeroDivisionError(), SightlineError),
+        (ray.exceptions.LocalRayletDiedError(), StageLost),
+        (ray.exceptions.ObjectStoreFullError("/dev/shm"), Unavailable),
+        (ray.exceptions.OutOfDiskError("/tmp"), Unavailable),
     ],
 )
 async def test_a_stream_s_failure_is_reported_and_not_repeated(item, kind):
@@ -180,6 +184,16 @@ async def test_a_stream_s_failure_is_reported_and_not_repeated(item, kind):
     with pytest.raises(SightlineError) as caught:
         await anext(stream)
     assert type(caught.value) is kind and len(handle.starts) == 1
+
+
+async def test_a_call_that_can_t_be_made_is_reported():
+    def hold(*args):
+        raise DeploymentUnavailableError(DeploymentID("model"))
+
+    handle = Handle(lambda start: [])
+    handle.hold = SimpleNamespace(remote=hold)
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(run(handle), 60)
 
 
 async def test_a_call_that_ends_without_its_acceptance_is_lost():
