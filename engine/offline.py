@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -329,26 +330,32 @@ class _LoneMedia:
 
 
 class _Collector:
-    """The process's garbage collector."""
+    """The process's garbage collector. Threads may use it at the same time, as each may have a model."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._uses = 0
         self._frozen = False
 
     @contextmanager
     def young_garbage_only(self) -> Iterator[None]:
         """Keep the collector from traversing objects that exist already. After a model is loaded each
         traversal takes tens of milliseconds, while the device waits."""
-        # The caller may have frozen objects, and may not want them unfrozen. To count them takes as long as a
-        # traversal: they are counted until some are found.
-        self._frozen = self._frozen or gc.get_freeze_count() > 0
-        if self._frozen:
-            yield
-            return
-        gc.freeze()
+        with self._lock:
+            self._uses += 1
+            if self._uses == 1 and not self._frozen:
+                # The caller may have frozen objects, and may not want them unfrozen. To count them takes as
+                # long as a traversal: they are counted until some are found.
+                self._frozen = gc.get_freeze_count() > 0
+                if not self._frozen:
+                    gc.freeze()
         try:
             yield
         finally:
-            gc.unfreeze()
+            with self._lock:
+                self._uses -= 1
+                if not self._uses and not self._frozen:
+                    gc.unfreeze()
 
 
 _COLLECTOR = _Collector()

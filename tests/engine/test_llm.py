@@ -418,6 +418,14 @@ def test_the_collector_looks_at_what_a_call_makes_only(thawed, llm, monkeypatch)
     monkeypatch.setattr(llm._engine.core, "step", lambda: frozen.append(gc.get_freeze_count()) or step())
     generated(llm, "what?")
     assert min(frozen) > 1000 and gc.get_freeze_count() == 0
+    # A call in another thread, of another model, may begin in the midst of one and end after it.
+    for _ in range(2):
+        other = offline._COLLECTOR.young_garbage_only()
+        with offline._COLLECTOR.young_garbage_only():
+            other.__enter__()
+        assert gc.get_freeze_count() > 1000
+        other.__exit__(None, None, None)
+        assert gc.get_freeze_count() == 0
     # What was frozen before stays so, and is counted once: that takes as long as a traversal.
     gc.freeze()
     counted = []
