@@ -37,7 +37,8 @@ class Request:
         deadline: ``time.monotonic()`` by which it must get one to have its first token within the goal; None
             without a goal.
         seed: seed of its random numbers.
-        positions: rotary positions ``(3, num_prompt)`` int32 of the prompt; None if they are plain indices.
+        positions: rotary positions ``(axes, num_prompt)`` int32 of the prompt; None if they are plain
+            indices.
         position_delta: rotary position minus index of every token after the prompt.
         both_ways: sorted disjoint ranges ``[start, end)`` of the prompt in which every token attends to all
             tokens of the range, also to later ones. Each is computed in one step.

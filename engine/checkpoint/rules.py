@@ -103,6 +103,13 @@ LFM2_RULES: tuple[tuple[str, str], ...] = (
 )
 """Rules of a decoder by LFM2's names."""
 
+HUNYUAN_RULES: tuple[tuple[str, str], ...] = (
+    (r"(?:.*\.)?(layers\.\d+\.self_attn\.)query_layernorm\.(.*)", r"\1q_norm.\2"),
+    (r"(?:.*\.)?(layers\.\d+\.self_attn\.)key_layernorm\.(.*)", r"\1k_norm.\2"),
+    *DECODER_RULES,
+)
+"""Rules of a decoder by Hunyuan's names."""
+
 _WITH_HEAD = "model."
 ROTARY_BUFFERS = r".*rotary_emb\.inv_freq"
 TIED_HEAD = r".*lm_head\.weight"

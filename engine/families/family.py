@@ -73,9 +73,9 @@ class Family:
             kind in a prompt; ``encode`` tokenises text without adding special tokens.
         around: texts that a prompt gets before and behind an item's placeholder string. They are tokenised
             with the text beside them.
-        positions: rotary positions ``(3, len(ids))`` int64 of a prompt's ``ids``, and the number to add to
-            the index of every later token to get its position on all three axes; None if positions are
-            token indices.
+        positions: rotary positions ``(axes, len(ids))`` int64 of a prompt's ``ids``, and the number to add to
+            the index of every later token to get its position on all axes; None if positions are token
+            indices.
         processor: makes the media processor of a checkpoint with the user's options; None if the family is
             text-only.
         options: names of the ``mm_processor_kwargs`` that ``processor`` takes.

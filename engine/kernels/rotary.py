@@ -1,4 +1,4 @@
-"""Rotary position embedding in place, with positions along one axis or three (M-RoPE)."""
+"""Rotary position embedding in place, with positions along one axis or several (M-RoPE)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class RotaryTable:
     Attributes:
         cos, sin: ``(P, R / 2)`` float32 by position, last dimension contiguous. The first ``R`` dimensions of
             a head are rotated.
-        section: M-RoPE: how many angles take their position from each axis t, h, w; they sum to ``R / 2``.
-            None: positions have one axis.
+        section: M-RoPE: how many angles take their position from each axis; they sum to ``R / 2``. There are
+            three axes, t, h and w, or four (Hunyuan). None: positions have one axis.
         interleaved: angle ``i`` takes axis ``i % 3`` up to the sections' lengths and axis t beyond
             (Qwen3-VL), instead of consecutive pieces (Qwen2-VL).
         adjacent: neighbouring dimensions of a head rotate against each other (GPT-J convention, GLM), instead
@@ -41,10 +41,10 @@ class RotaryTable:
         assert self.cos.stride(-1) == self.sin.stride(-1) == 1 and self.cos.stride(0) == self.sin.stride(0)
 
     def section_of(self, positions: torch.Tensor) -> tuple[int, ...] | None:
-        """Return the section for positions ``(3, T)``, None for positions ``(T,)``."""
+        """Return the section for positions ``(axes, T)``, None for positions ``(T,)``."""
         if positions.dim() == 1:
             return None
-        assert self.section is not None, "positions along three axes need sections"
+        assert self.section is not None, "positions along several axes need sections"
         return self.section
 
     def arguments(self, positions: torch.Tensor) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def rotary(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: Rot
     Args:
         q, k: ``(T, Hq, D)`` and ``(T, Hkv, D)``; may be strided views with a contiguous last dimension, e.g.
             parts of a fused projection.
-        positions: ``(T,)``, or ``(3, T)`` for axes t, h, w if the table has sections; int64.
+        positions: ``(T,)``, or ``(axes, T)`` if the table has sections; int64.
     """
     run = rotary_triton if use_triton(q) else rotary_reference
     run(q, k, positions, table)
@@ -98,7 +98,7 @@ def rotary_reference(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, 
 def angle_axes(section: tuple[int, ...], interleaved: bool) -> torch.Tensor:
     """Return the axis that each angle takes its position from, int64 ``(R / 2,)``; not to be changed."""
     if not interleaved:
-        return torch.repeat_interleave(torch.arange(3), torch.tensor(section))
+        return torch.repeat_interleave(torch.arange(len(section)), torch.tensor(section))
     axes = torch.zeros(sum(section), dtype=torch.int64)
     for axis in (1, 2):
         axes[axis : 3 * section[axis] : 3] = axis
@@ -132,6 +132,8 @@ def load_angles(
             height = (angle >= SECTION[0]) & (angle < SECTION[0] + SECTION[1])
             width = angle >= SECTION[0] + SECTION[1]
         axis = tl.where(height, 1, tl.where(width, 2, 0)).to(tl.int64)
+        if len(SECTION) == 4:
+            axis += angle >= SECTION[0] + SECTION[1] + SECTION[2]
     position = tl.load(positions_ptr + axis * axis_stride + token * position_stride)
     cos = tl.load(cos_ptr + position * angle_stride + angle, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + position * angle_stride + angle, mask=mask, other=0.0)

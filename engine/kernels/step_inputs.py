@@ -45,7 +45,7 @@ class StepLayout:
     Attributes:
         num_slots: request slots.
         groups: groups of layers.
-        axes: of positions: 3 with M-RoPE, else 1.
+        axes: of positions: 3 or 4 with M-RoPE, else 1.
         both_ways: see :attr:`engine.kernels.paged.AttentionMetadata.key_ends`.
     """
 

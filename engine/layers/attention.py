@@ -11,8 +11,10 @@ from torch import nn
 from engine.errors import ConfigError
 from engine.kernels.dispatch import decode_attention, paged_attention
 from engine.kernels.fp8 import FP8
+from engine.kernels.kv_write import rotary_kv_write
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.rms_norm import HeadNorms, head_norms
+from engine.kernels.rotary import RotaryTable, rotary
 from engine.kernels.sigmoid_gate import sigmoid_gate
 from engine.kernels.split_sums import SplitSums
 from engine.layers.build import BuildContext, WeightSlot
@@ -26,8 +28,9 @@ class Attention(nn.Module):
     """One attention block.
 
     In order: norm, fused qkv projection, optional norms of queries, keys and values, rotation, write to the
-    KV cache, attention over the cache, optional gate, output projection. A layer that borrows keys and values
-    has queries alone, and writes nothing.
+    KV cache, attention over the cache, optional gate, output projection. Some models have the norms of
+    queries and keys behind the rotation. A layer that borrows keys and values has queries alone, and writes
+    nothing.
     """
 
     def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary, build: BuildContext) -> None:
@@ -52,6 +55,7 @@ class Attention(nn.Module):
         norm = partial(RMSNorm, self.head_dim, config.rms_norm_eps, build, offset=config.norm_offset)
         self.q_norm = norm() if config.qk_norm else None
         self.k_norm = norm() if config.qk_norm and not borrows else None
+        self.norms_last = config.qk_norm_last
         self.v_norm = None
         if config.value_norm and not borrows:
             self.v_norm = UnitNorm(self.head_dim, config.rms_norm_eps, build)
@@ -141,7 +145,14 @@ class Attention(nn.Module):
             q, gate = q[:, ::2], q[:, 1::2]
         scales = self.head_scales if cache.keys.dtype == FP8 else None
         decode = meta.max_query_len == 1
-        norms = self._norms()
+        norms, table = self._norms(), self.rotary.table
+        if norms is not None and self.norms_last:
+            assert k is not None, "queries alone are normed before they rotate"
+            rotary(q, k, positions, table)
+            q, k = head_norms(q, k, norms)
+            # What writes keys and values to the cache turns them once more, by nothing.
+            norms, table = None, self.rotary.still
+            positions = positions if positions.dim() == 1 else positions[0]
         # The kernel that rotates does the norms as well, where nothing comes between.
         if (
             norms is not None
@@ -159,9 +170,9 @@ class Attention(nn.Module):
             q = _times(q, scales[0])
             k, v = _times(k, 1 / scales[0]), _times(v, 1 / scales[1])
         if decode:
-            out = self._decode(q, k, v, positions, cache, meta, norms)
+            out = self._decode(q, k, v, positions, table, cache, meta, norms)
         else:
-            self.rotary(q, k, v, positions, cache, meta.slot_mapping, norms)
+            rotary_kv_write(q, k, v, positions, table, cache, meta.slot_mapping, norms)
             out = paged_attention(q, cache, meta, scale=self.scale, window=self.window, cap=self.cap)
         if scales is not None:
             out = _times(out, scales[1])
@@ -177,14 +188,22 @@ class Attention(nn.Module):
         return HeadNorms(self.q_norm.weight, keys.weight, self.q_norm.eps, self.q_norm.offset)
 
     def _decode(
-        self, q, k, v, positions, cache: KVCache, meta: AttentionMetadata, norms: HeadNorms | None
+        self,
+        q,
+        k,
+        v,
+        positions,
+        table: RotaryTable,
+        cache: KVCache,
+        meta: AttentionMetadata,
+        norms: HeadNorms | None,
     ) -> torch.Tensor:
         return decode_attention(
             q,
             k,
             v,
             positions,
-            self.rotary.table,
+            table,
             cache,
             meta,
             scale=self.scale,

@@ -31,7 +31,8 @@ class RopeConfig:
         attention_factor: multiplies cos and sin.
         rotary_dim: rotated leading dimensions of a head; None rotates all.
         turning: angles of a head, from the first on, that are not 0 (proportional).
-        mrope_section: angles per axis (t, h, w) of M-RoPE; None is one-dimensional.
+        mrope_section: angles per axis (t, h, w) of M-RoPE, or per axis of four (Hunyuan); None is
+            one-dimensional.
         query_growth: ``(b, n)``: queries at position ``p`` are multiplied by ``1 + b log(1 + floor(p / n))``
             (Ministral-3); None leaves them as they are.
         mrope_interleaved: axes alternate (Qwen3-VL) instead of lying in three pieces (Qwen2-VL).
@@ -59,6 +60,11 @@ class RopeConfig:
     mrope_interleaved: bool = False
     adjacent: bool = False
     first_position: int = 0
+
+    @property
+    def num_axes(self) -> int:
+        """Axes of positions."""
+        return 1 if self.mrope_section is None else len(self.mrope_section)
 
     @property
     def depends_on_length(self) -> bool:
@@ -174,6 +180,7 @@ class DecoderConfig:
         max_position: longest context the checkpoint was made for, in tokens, after rotary scaling.
         qkv_bias, o_bias, mlp_bias: whether the projections have biases.
         qk_norm: RMSNorm over each head of q and k, before rotation.
+        qk_norm_last: it is behind the rotation instead.
         output_gate: each head's attention is multiplied by the sigmoid of a gate; ``q_proj`` makes each
             head's query and behind it its gate.
         recurrence: what the layers ``linear_layers`` have in place of attention; None if all layers have
@@ -230,6 +237,7 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_last: bool = False
     output_gate: bool = False
     recurrence: DeltaNetConfig | ShortConvConfig | None = None
     linear_layers: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""Tables of rotary embeddings, and the layer that applies them."""
+"""Tables of rotary embeddings."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from engine.kernels.kv_write import rotary_kv_write
-from engine.kernels.paged import KVCache
-from engine.kernels.rms_norm import HeadNorms
 from engine.kernels.rotary import RotaryTable
 from engine.layers.build import BuildContext
 from engine.layers.decoder_config import RopeConfig
@@ -93,7 +90,7 @@ def _yarn(powers: torch.Tensor, rope: RopeConfig, rotary_dim: int) -> torch.Tens
 
 
 class Rotary(nn.Module):
-    """Rotates queries and keys by their positions, and writes keys and values to the cache.
+    """What rotates queries and keys by their positions.
 
     Holds float32 tables of cosines and sines, ``(rows, angles)``. Kernels look up a token's row; they call it
     its position. Row ``p`` belongs to position ``p`` of a short sequence, of any sequence if frequencies
@@ -128,13 +125,20 @@ class Rotary(nn.Module):
             rope.mrope_interleaved,
             rope.adjacent,
         )
-
+        row = self.table.cos[:1]
+        self._still = torch.ones_like(row), torch.zeros_like(row)
         self.query_scale = None
         if rope.query_growth is not None:
             growth, step = rope.query_growth
             steps = torch.floor(torch.arange(length) / step)
             scale = 1 + growth * torch.log(1 + steps)
             self.query_scale = scale.to(build.device, build.dtype)[:, None, None]
+
+    @property
+    def still(self) -> RotaryTable:
+        """Tables of as many rows, along one axis, that leave heads as they are."""
+        cos, sin = (row.expand(len(self.table.cos), -1) for row in self._still)
+        return RotaryTable(cos, sin, adjacent=self.rope.adjacent)
 
     def _angles(self, positions: torch.Tensor, length: int | torch.Tensor) -> torch.Tensor:
         # Frequencies that change within a sequence show where its positions begin.
@@ -168,24 +172,3 @@ class Rotary(nn.Module):
         angles = self._angles(positions, lengths[:, None])
         self.table.cos[rows] = angles.cos() * self.rope.attention_factor
         self.table.sin[rows] = angles.sin() * self.rope.attention_factor
-
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        positions: torch.Tensor,
-        cache: KVCache,
-        slot_mapping: torch.Tensor,
-        norms: HeadNorms | None = None,
-    ) -> None:
-        """Rotate ``q`` in place, after ``norms``; write the rotated ``k``, and ``v``, to their KV slots if
-        there are such.
-
-        Args:
-            q: ``(T, heads, head_dim)``.
-            k, v: ``(T, kv_heads, head_dim)``; ``k`` is undefined afterwards.
-            positions: int64 ``(T,)`` or ``(3, T)``, see the class.
-            slot_mapping: ``(T,)`` int64, KV slot of each token; nothing is written for negative entries.
-        """
-        rotary_kv_write(q, k, v, positions, self.table, cache, slot_mapping, norms)

@@ -100,7 +100,8 @@ class ModelRunner:
         self._max_model_len = max_model_len
         self._pooling = pooling
         self.vocab_size = model.config.vocab_size
-        self._mrope = model.config.rope.mrope_section is not None
+        rope = model.config.rope
+        self._mrope, self._axes = rope.mrope_section is not None, rope.num_axes
         self._both_ways = model.config.both_ways is not None
         model.rotary.reserve_prompt_rows(max_num_tokens)
         self._state = DeviceState(
@@ -116,7 +117,7 @@ class ModelRunner:
         self._pooler = Pooler(model)
         self._scorer = PromptScorer(model)
         self._rows = PendingRows(self.dtype, self.device)
-        self._layout = StepLayout(num_slots, caches.num_groups, 3 if self._mrope else 1, self._both_ways)
+        self._layout = StepLayout(num_slots, caches.num_groups, self._axes, self._both_ways)
         self._buffer = StepBuffer(self._layout.size(max_num_tokens), self.device)
         # Of the latest step: the scheduler's array of sampling slots, and the device's, padded.
         self._slots_sent: np.ndarray | None = None
@@ -302,7 +303,7 @@ class ModelRunner:
             max_seq_len=longest,
             state_rows=torch.full((len(starts) - 1,), self._state.padding_slot, device=device),
         )
-        positions = zeros.expand(3, -1) if self._mrope else zeros
+        positions = zeros.expand(self._axes, -1) if self._mrope else zeros
         hidden = self.model(self.model.embed(zeros), positions, self._caches.layers, meta, ids=zeros)
         rows = hidden[: self._state.padding_slot]
         self.model.logits(rows).float().softmax(-1)
@@ -390,7 +391,7 @@ class ModelRunner:
             split_counters=self._split_counters,
             state_rows=slots,
         )
-        positions = inputs.positions.expand(3, -1) if self._mrope else inputs.positions
+        positions = inputs.positions.expand(self._axes, -1) if self._mrope else inputs.positions
         embeds = self.model.embed(inputs.ids)
         hidden = self.model(embeds, positions, self._caches.layers, meta, ids=inputs.ids)
         return self.model.logits(hidden)

@@ -180,7 +180,7 @@ def _answer_arrays(
     index = np.arange(counts.sum()) + np.repeat(starts - counts.cumsum() + counts, counts)
     positions = index + np.repeat(deltas, counts)
     if rotary.rope.mrope_section:
-        positions = np.broadcast_to(positions, (3, len(positions)))
+        positions = np.broadcast_to(positions, (rotary.rope.num_axes, len(positions)))
     ids = np.array([token for chunk in chunks for token in chunk.token_ids], np.int64)
     columns, blocks = (index // block_size).tolist(), []
     for group in range(len(chunks[0].request.blocks)):
@@ -190,16 +190,16 @@ def _answer_arrays(
 
 
 def _positions(chunk: PrefillChunk, rotary: Rotary) -> np.ndarray:
-    """Rows of the rotary tables ``(count,)``, or ``(3, count)`` with M-RoPE, of a chunk's tokens."""
-    request, delta = chunk.request, _delta(chunk.request, rotary)
+    """Rows of the rotary tables ``(count,)``, or ``(axes, count)`` with M-RoPE, of a chunk's tokens."""
+    request, delta, axes = chunk.request, _delta(chunk.request, rotary), rotary.rope.num_axes
     plain = np.arange(chunk.start, chunk.start + chunk.count, dtype=np.int64)
     if not rotary.rope.mrope_section:
         return plain + delta
     if request.positions is None:
-        return np.broadcast_to(plain, (3, chunk.count))
+        return np.broadcast_to(plain, (axes, chunk.count))
     inside = request.positions[:, chunk.start : chunk.start + chunk.count]
     beyond = plain[inside.shape[1] :] + delta
-    return np.concatenate([inside, np.broadcast_to(beyond, (3, len(beyond)))], axis=1)
+    return np.concatenate([inside, np.broadcast_to(beyond, (axes, len(beyond)))], axis=1)
 
 
 def _key_ends(chunk: PrefillChunk) -> np.ndarray:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.layers.build import BuildContext
+from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import LayerNorm, RMSNorm
 from engine.vision.mlp_config import MLPConfig
-from engine.vision.native_config import GatedMergerConfig, SquaresConfig
+from engine.vision.native_config import FramedMergerConfig, GatedMergerConfig, SquaresConfig
 
 _MERGER_NORM_EPS = 1e-5
 
@@ -133,3 +133,50 @@ class GatedMerger(nn.Module):
         # The convolution's kernel lies behind its channels.
         squares = x.view(-1, self.group, x.shape[-1]).transpose(1, 2).flatten(1)
         return self.mlp(F.gelu(self.norm(self.proj(self.reduction(squares)))))
+
+
+class FramedMerger(nn.Module):
+    """Projects each square of features to one, and that to a row; a learned feature ends each line of
+    squares, and learned rows begin and end each image (HunyuanOCR).
+
+    Args:
+        width: of a feature.
+        side: of a square, in patches.
+    """
+
+    def __init__(
+        self, width: int, side: int, config: FramedMergerConfig, out_features: int, build: BuildContext
+    ) -> None:
+        super().__init__()
+        self.side = side
+        self.norm = RMSNorm(width, config.norm_eps, build)
+        self.squares = MLPConnector(
+            width * side**2, MLPConfig(config.activation), 4 * width, build, hidden=2 * width
+        )
+        self.newline = build.parameter(4 * width)
+        self.proj = Linear(4 * width, out_features, build)
+        self.begin, self.end = build.parameter(out_features), build.parameter(out_features)
+        self.out_norm = RMSNorm(out_features, config.norm_eps, build)
+
+    def forward(self, x: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Rows ``(sum of (h / side) * (w / side + 1) + 2, out_features)``.
+
+        Args:
+            x: ``(sum of h * w, width)``, the features of images one after the other, square by square.
+            grids: ``(h, w)`` of each image, in patches.
+        """
+        # The convolution's kernel lies behind its channels.
+        squares = self.norm(x).view(-1, self.side**2, x.shape[-1]).transpose(1, 2).flatten(1)
+        sizes = [(h // self.side, w // self.side) for h, w in grids]
+        parts = self.squares(squares).split([h * w for h, w in sizes])
+        ends = [self.newline.expand(h, 1, -1) for h, _ in sizes]
+        lines = [
+            torch.cat([part.unflatten(0, size), end], dim=1).flatten(0, 1)
+            for part, size, end in zip(parts, sizes, ends, strict=True)
+        ]
+        rows = self.proj(torch.cat(lines)).split([len(part) for part in lines])
+        framed = [each for part in rows for each in (self.begin[None], part, self.end[None])]
+        return self.out_norm(torch.cat(framed))
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        return [plain_slot(prefix + name, getattr(self, name)) for name in ("newline", "begin", "end")]

@@ -14,7 +14,7 @@ from engine.graphs import Capture
 from engine.kernels.patchify import HEADER, describe_image, patchify, patchify_described
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.prompt import MediaItem, PreparedMedia
-from engine.vision.connector import GatedMerger, MLPConnector, PatchMerger, SquareMerger
+from engine.vision.connector import FramedMerger, GatedMerger, MLPConnector, PatchMerger, SquareMerger
 from engine.vision.graphs import MAX_TOKENS, ImageSource
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.native_grid import FramePlan, plan_frame
@@ -46,6 +46,8 @@ class NativeVisionEncoder(nn.Module):
         if config.squares is not None:
             assert config.mlp is not None and config.merge_size == 1
             self.merger = SquareMerger(width, config.squares, config.mlp, config.out_features, build)
+        elif config.framed is not None:
+            self.merger = FramedMerger(width, config.merge_size, config.framed, config.out_features, build)
         elif config.gated is not None:
             self.merger = GatedMerger(width, group, config.gated, config.out_features, build)
         elif config.mlp is not None:
@@ -66,7 +68,8 @@ class NativeVisionEncoder(nn.Module):
         window, merge = self.config.window, self.config.merge_size
         least = merge if self.config.squares is None else self.config.squares.side
         side = self.config.patch_size * least
-        image = blank((side, side, 3), (1, least, least), 1)
+        grid = 1, least, least
+        image = blank((side, side, 3), grid, self.config.rows(grid))
         self.tower.capture_graphs(
             capture,
             window_len=window and (window * merge) ** 2,
@@ -159,8 +162,8 @@ class NativeVisionEncoder(nn.Module):
     ) -> torch.Tensor:
         """Rows of all frames. Patches attend within their frame, and within windows if there are any."""
         if self.config.tower.features:
-            return self.merger(self.tower(patches, _segments(frames)[0]))
-        segments, windows = frames[0].alone if len(frames) == 1 else _segments(frames)
+            return self.merger(self.tower(patches, _segments(frames, self.device)[0]))
+        segments, windows = frames[0].alone if len(frames) == 1 else _segments(frames, self.device)
         states = self.tower.states(patches, segments, windows=windows, positions=self._positions(frames))
         return self._merged(states, grids)
 
@@ -168,7 +171,7 @@ class NativeVisionEncoder(nn.Module):
         """Rows of the tower's outputs."""
         *kept, last = states
         # Kept outputs are in the order of the blocks, mergers in the order of the configuration.
-        if self.config.squares is not None:
+        if self.config.squares is not None or self.config.framed is not None:
             return self.merger(last, grids)
         if self.tower.post_norm is not None:
             last = self.tower.post_norm(last)
@@ -190,17 +193,27 @@ class NativeVisionEncoder(nn.Module):
         return weighed.to(self.position_embedding.dtype)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
-        if self.position_embedding is None:
+        table = self.position_embedding
+        if table is None:
             return []
-        return [plain_slot(prefix + "position_embedding", self.position_embedding)]
+        if not self.config.position_class:
+            return [plain_slot(prefix + "position_embedding", table)]
+        rows, width = table.shape
+        patches = slice(1, rows + 1), slice(0, width)
+        return [WeightSlot(prefix + "position_embedding", (rows + 1, width), [(patches, table)])]
 
 
-def _segments(frames: Sequence[FramePlan]) -> tuple[VisionSegments, VisionSegments | None]:
+def _segments(
+    frames: Sequence[FramePlan], device: torch.device
+) -> tuple[VisionSegments, VisionSegments | None]:
     """The segments of a batch of frames, and its windows if there are any."""
-    cos, sin = torch.cat([f.cos for f in frames]), torch.cat([f.sin for f in frames])
+    cos, sin = (
+        None if frames[0].angles is None else torch.cat([f.angles[part] for f in frames if f.angles])
+        for part in (0, 1)
+    )
     windows = [size for f in frames for size in f.windows]
-    segments = segments_of([len(f.cos) for f in frames], cos.device, cos=cos, sin=sin)
-    return segments, segments_of(windows, cos.device, cos=cos, sin=sin) if windows else None
+    segments = segments_of([f.patches for f in frames], device, cos=cos, sin=sin)
+    return segments, segments_of(windows, device, cos=cos, sin=sin) if windows else None
 
 
 def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:

@@ -36,6 +36,19 @@ class GatedMergerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class FramedMergerConfig:
+    """The merger in :class:`engine.vision.connector.FramedMerger`.
+
+    Attributes:
+        activation: between its projections of squares, by its Hugging Face name.
+        norm_eps: of its RMSNorms.
+    """
+
+    activation: str
+    norm_eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class NativeVisionConfig:
     """A tower of native resolution, and the part that turns its features into rows.
 
@@ -52,6 +65,8 @@ class NativeVisionConfig:
             grid; None if there is none.
         position_corners: whether the table's corners lie on the corners of the grid, or its outer edges on
             the grid's edges (``align_corners`` of ``F.interpolate``).
+        position_class: whether the checkpoint's table begins with the position of a class token, which no
+            patch has.
         position_cubic: whether the table is interpolated bicubically, by its edges; else bilinearly.
         merger_norm_eps: of the norm in the merger; the tower's if None.
         deepstack_layers: blocks whose merged output is appended to the rows, in order.
@@ -59,6 +74,8 @@ class NativeVisionConfig:
             :class:`engine.vision.connector.PatchMerger`.
         squares: a reduction of squares of patches to one feature each, before ``mlp``; None if there is none.
         gated: the merger of GLM, instead of the other ones.
+        framed: the merger of HunyuanOCR, instead of the other ones: an image has rows of its own before its
+            first and behind its last row, and one behind each line.
     """
 
     tower: VisionConfig
@@ -70,15 +87,19 @@ class NativeVisionConfig:
     window: int | None = None
     position_side: int | None = None
     position_corners: bool = True
+    position_class: bool = False
     position_cubic: bool = False
     merger_norm_eps: float | None = None
     deepstack_layers: tuple[int, ...] = ()
     mlp: MLPConfig | None = None
     squares: SquaresConfig | None = None
     gated: GatedMergerConfig | None = None
+    framed: FramedMergerConfig | None = None
 
     def rows(self, grid: tuple[int, ...]) -> int:
         """Embedding rows of an item with ``grid`` ``(t, h, w)`` in patches."""
         t, h, w = grid
         side = self.merge_size if self.squares is None else self.squares.side
+        if self.framed is not None:
+            return t * (h // side * (w // side + 1) + 2)
         return t * (h // side) * (w // side)

@@ -17,7 +17,9 @@ class FramePlan:
     """The tower's inputs for a frame of ``h * w`` patches besides its pixels. Tensors on the tower's device.
 
     Attributes:
-        cos, sin: ``(h * w, head_dim / 2)`` float32 of the angles of a patch's row, then of its column.
+        patches: their number, ``h * w``.
+        angles: cosines and sines ``(h * w, head_dim / 2)`` float32 of the angles of a patch's row, then of
+            its column; None if the tower rotates nothing.
         order: ``(h * w / merge²,)`` int64, the merged squares window by window; None if there are no windows.
         inverse: the permutation back to reading order.
         windows: patches in each window.
@@ -28,8 +30,8 @@ class FramePlan:
         weights: ``(h * w, 4 or 16)`` float32, their weights.
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    patches: int
+    angles: tuple[torch.Tensor, torch.Tensor] | None
     order: torch.Tensor | None
     inverse: torch.Tensor | None
     windows: tuple[int, ...]
@@ -53,15 +55,17 @@ def plan_frame(config: NativeVisionConfig, h: int, w: int, device: torch.device)
         windows = tuple(int(size) * merge**2 for size in sizes)
     patches = torch.from_numpy(squares.reshape(-1))
     rows, columns = patches // w, patches % w
-    angles = _angles(config, rows, columns)
     taps, weights = None, None
     if config.position_side is not None:
         taps, weights = _taps(config, (rows, h), (columns, w))
         taps, weights = taps.to(device), weights.to(device)
-    cos, sin = angles.cos().to(device), angles.sin().to(device)
+    angles, cos, sin = None, None, None
+    if config.tower.rope_theta is not None:
+        turns = _angles(config, rows, columns)
+        angles = cos, sin = turns.cos().to(device), turns.sin().to(device)
     whole = segments_of([h * w], device, cos=cos, sin=sin)
     alone = whole, segments_of(windows, device, cos=cos, sin=sin) if windows else None
-    return FramePlan(cos, sin, order, inverse, windows, alone, taps, weights)
+    return FramePlan(h * w, angles, order, inverse, windows, alone, taps, weights)
 
 
 def _windows(height: int, width: int, side: int) -> tuple[np.ndarray, np.ndarray]:

@@ -306,6 +306,7 @@ TEXT_ARCHITECTURES = (
     "glm4_moe",
     "granite",
     "granitemoe",
+    "hunyuan_v1_dense",
     "llama",
     "llama3",
     "ministral3",
@@ -479,6 +480,10 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
             common |= {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
     elif kind in ("ernie4_5", "glm", "glm4", "seed_oss"):
         common["head_dim"] = 32
+    elif kind == "hunyuan_v1_dense":
+        common |= {"head_dim": 32, "attention_bias": True}
+        # As public files spell a base that is raised once for all.
+        rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 50.0}
     elif kind == "smollm3":
         common["no_rope_layers"] = [0, 1]
     elif kind in ("granite", "granitemoe"):
@@ -512,6 +517,7 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
     names["glm4_moe"] = "Glm4Moe"
     names |= {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
     names |= {"ernie4_5": "Ernie4_5", "seed_oss": "SeedOss", "smollm3": "SmolLM3"}
+    names["hunyuan_v1_dense"] = "HunYuanDenseV1"
     family = names.get(kind, kind.capitalize().replace("_moe", "Moe"))
     text = "Text" if kind in ("gemma3", "gemma4", *DELTA_NETS) else ""
     config_class = getattr(transformers, f"{family}{text}Config")

@@ -22,6 +22,8 @@ _UNBIASED_OUTPUT = ("glm", "glm4", "glm4_moe", "glm4v_moe_text")
 _NORMED_QK = (
     "gemma3_text",
     "gemma4_text",
+    "hunyuan_v1_dense",
+    "hunyuan_vl_text",
     "lfm2",
     "qwen3",
     "qwen3_5_moe_text",

@@ -25,6 +25,8 @@ DecoderKind = Literal[
     "glm_ocr_text",
     "granite",
     "granitemoe",
+    "hunyuan_v1_dense",
+    "hunyuan_vl_text",
     "lfm2",
     "llama",
     "ministral3",
@@ -131,6 +133,14 @@ _GRANITE: dict[str, Any] = {
     "logits_scaling": 1.0,
     "residual_multiplier": 1.0,
     "attention_multiplier": 1.0,
+}
+_HUNYUAN: dict[str, Any] = {
+    **_COMMON,
+    "vocab_size": 290943,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
 }
 #: The value of each field that a config.json leaves out, as in Transformers' class of the kind. A null in the
 #: file is not left out. Fields that a kind lacks here are not read: its model has no use for them.
@@ -259,6 +269,8 @@ DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
     },
     "granite": {**_GRANITE, "mlp_bias": False},
     "granitemoe": {**_GRANITE, **LOCAL_EXPERTS},
+    "hunyuan_v1_dense": _HUNYUAN,
+    "hunyuan_vl_text": {**_HUNYUAN, "tie_word_embeddings": True},
     "lfm2": LFM2_DEFAULTS,
     "llama": {
         **_COMMON,

@@ -14,6 +14,7 @@ from engine.families.parsing.fields import Json, integer, number, numbers
 from engine.layers.decoder_config import RopeConfig, RopeType
 
 _PARAM = "rope_scaling"
+_HUNYUAN = ("hunyuan_v1_dense", "hunyuan_vl_text")
 _QWEN3_5 = ("qwen3_5_moe_text", "qwen3_5_text")
 #: Names that older files use for another type, by the kind of decoder that knows them.
 _ALIASES: dict[str, dict[Any, str]] = {
@@ -24,6 +25,7 @@ _ALIASES: dict[str, dict[Any, str]] = {
     "qwen3_vl": {"mrope": "default"},
     "qwen3_vl_moe": {"mrope": "default"},
     "phi3": {"su": "longrope", "yarn": "longrope"},
+    "hunyuan_vl_text": {"xdrope": "dynamic"},
 }
 _TYPES: dict[str, tuple[RopeType, ...]] = {
     "gemma4_text": ("default", "linear", "proportional"),
@@ -42,8 +44,8 @@ _SHARES = {
 _PARTIAL = ("phi3", *_GLM, *_SHARES)
 #: In models whose layers differ, parameters may be given for each of these.
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-#: Angles per axis of M-RoPE where the file has none.
-_SECTIONS = {
+#: Angles per axis of M-RoPE where the file has none; None where it has to state them.
+_SECTIONS: dict[str, tuple[int, ...] | None] = {
     "paddleocr_vl": (16, 24, 24),
     "qwen2_vl": (16, 24, 24),
     "glm4v_moe_text": (8, 12, 12),
@@ -52,6 +54,7 @@ _SECTIONS = {
     **dict.fromkeys(_QWEN3_5, (11, 11, 10)),
     "qwen3_vl": (24, 20, 20),
     "qwen3_vl_moe": (24, 20, 20),
+    "hunyuan_vl_text": None,
 }
 
 
@@ -107,6 +110,15 @@ def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
     parameters = _parameters(config)
     name = parameters.get("rope_type", parameters.get("type", "default"))
     name = _ALIASES.get(kind, {}).get(name, name) if isinstance(name, str) else name
+    theta = number(parameters if "rope_theta" in parameters else config, "rope_theta")
+    if kind in _HUNYUAN and name == "dynamic" and parameters.get("alpha"):
+        # The base that NTK-aware scaling by a fixed factor has, for sequences of every length.
+        if head_dim < 4:
+            raise CheckpointError(
+                "config.json: rope type 'dynamic' needs heads of 4 or more", param="head_dim"
+            )
+        name = "default"
+        theta *= number(parameters, "alpha", param=_PARAM) ** (head_dim / (head_dim - 2))
     types = _TYPES.get(kind, _ALL_TYPES)
     if name not in types:
         raise CheckpointError(
@@ -117,7 +129,7 @@ def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
     rotary_dim = _rotary_dim(config, parameters, kind, rope_type, head_dim)
     angles = -(-(rotary_dim or head_dim) // 2)
     rope = RopeConfig(
-        theta=number(parameters if "rope_theta" in parameters else config, "rope_theta"),
+        theta=theta,
         type=rope_type,
         rotary_dim=rotary_dim,
         mrope_section=_section(parameters, kind, angles) if kind in _SECTIONS else None,
@@ -190,11 +202,17 @@ def _rotary_dim(config: Json, parameters: Json, kind: str, rope_type: RopeType, 
 
 
 def _section(parameters: Json, kind: str, angles: int) -> tuple[int, ...]:
-    section = parameters.get("mrope_section", _SECTIONS[kind])
+    counts, section = "three", parameters.get("mrope_section", _SECTIONS[kind])
+    if kind in _HUNYUAN:
+        # Files of the first releases have another name, and perhaps whole numbers with a point.
+        counts, section = "three or four", parameters.get("mrope_section", parameters.get("xdrope_section"))
+        if isinstance(section, list) and all(isinstance(size, float) and size % 1 == 0 for size in section):
+            section = [int(size) for size in section]
     whole = isinstance(section, list | tuple) and all(isinstance(size, int) for size in section)
-    if not whole or len(section) != 3 or min(section) < 0 or sum(section) != angles:
+    known = (3, 4) if kind in _HUNYUAN else (3,)
+    if not whole or len(section) not in known or min(section) < 0 or sum(section) != angles:
         raise CheckpointError(
-            f"config.json: mrope_section should be three numbers with sum {angles}, not {section!r}",
+            f"config.json: mrope_section should be {counts} numbers with sum {angles}, not {section!r}",
             param=_PARAM,
         )
     return tuple(section)

@@ -93,6 +93,8 @@ SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "gemma3_text": _gemma3,
     "gemma4_text": gemma4_switches,
     "granite": _granite,
+    "hunyuan_v1_dense": lambda config: {"qk_norm_last": True},
+    "hunyuan_vl_text": lambda config: {"qk_norm_last": True},
     "lfm2": lfm2_switches,
     "qwen3_5_moe_text": _qwen3_5,
     "qwen3_5_text": _qwen3_5,

@@ -163,7 +163,7 @@ class QwenProcessor:
     Attributes:
         family: the family's name.
         vision: the tower's configuration.
-        image_token_id, video_token_id: the tokens that rows replace.
+        image_token_id, video_token_id: the tokens that rows replace; None for videos if the family has none.
         pixels: least and greatest area of a resized image.
         video_pixels: the same for videos, as ``video.size`` interprets it.
         video: the family's treatment of videos.
@@ -178,7 +178,7 @@ class QwenProcessor:
     family: str
     vision: NativeVisionConfig
     image_token_id: int
-    video_token_id: int
+    video_token_id: int | None
     pixels: tuple[int, int]
     video_pixels: tuple[int, int]
     video: VideoRules
@@ -212,7 +212,7 @@ class QwenProcessor:
         """
         raw, vision = checkpoint.preprocessor_config, config.vision
         assert isinstance(vision, NativeVisionConfig)
-        assert config.image_token_id is not None and config.video_token_id is not None
+        assert config.image_token_id is not None
         limit = config.max_position * (vision.patch_size * vision.merge_size) ** 2
         of_video = checkpoint.video_preprocessor_config
         for source in (raw, of_video):
@@ -241,7 +241,7 @@ class QwenProcessor:
 
     def check(self, size: tuple[int, int]) -> int:
         width, height = self._image_size(size)
-        return width // self.factor * (height // self.factor)
+        return self._rows(1, height, width)
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
         shown = resized(image, self._image_size(image.size), self.resample[0])
@@ -254,8 +254,7 @@ class QwenProcessor:
 
     def check_video(self, size: tuple[int, int], count: int) -> int:
         width, height = self._frame_size(size, count)
-        steps = -(-count // self.vision.temporal_patch_size)
-        return steps * (width // self.factor) * (height // self.factor)
+        return self._rows(-(-count // self.vision.temporal_patch_size), height, width)
 
     def prepare_video(self, video: Video) -> PreparedMedia:
         temporal, target = self.vision.temporal_patch_size, self._frame_size(video.size, video.count)
@@ -312,8 +311,13 @@ class QwenProcessor:
                 f"image_grid_thw must hold (t, h, w) with h and w multiples of {merge}; got {description}.",
                 param="multi_modal_data.image",
             )
-        rows, size = t * h * w // merge**2, (w * patch, h * patch)
+        rows, size = self.vision.rows((t, h, w)), (w * patch, h * patch)
         return MediaItem.of_rows("image", key, self.image_token_id, rows, grid=(t, h, w), size=size)
+
+    def _rows(self, t: int, height: int, width: int) -> int:
+        """Embedding rows of ``t`` steps in time of frames with these sides in pixels."""
+        patch = self.vision.patch_size
+        return self.vision.rows((t, height // patch, width // patch))
 
     @property
     def _frames_of_image(self) -> int:
@@ -336,8 +340,9 @@ class QwenProcessor:
     ) -> PreparedMedia:
         vision = self.vision
         h, w = (side // vision.patch_size for side in pixels.shape[-3:-1])
-        rows = t * h * w // vision.merge_size**2
+        rows = vision.rows((t, h, w))
         token = self.image_token_id if kind == "image" else self.video_token_id
+        assert token is not None, "a family without a token for videos takes none"
         item = MediaItem.of_rows(kind, "", token, rows, grid=(t, h, w), size=size, times=times)
         media = PreparedMedia(item, pixels)
         return self.named(media) if self.names else media

@@ -1,5 +1,5 @@
-"""Language models without images: Cohere 1 and 2, Ernie 4.5, Gemma 1 to 4, GLM-4, Granite, LFM2, Llama,
-Mistral, Ministral-3, Phi3, Qwen2, Qwen3, Qwen3.5, Seed-OSS, SmolLM3; with experts Gemma 4, GLM-4.5,
+"""Language models without images: Cohere 1 and 2, Ernie 4.5, Gemma 1 to 4, GLM-4, Granite, Hunyuan, LFM2,
+Llama, Mistral, Ministral-3, Phi3, Qwen2, Qwen3, Qwen3.5, Seed-OSS, SmolLM3; with experts Gemma 4, GLM-4.5,
 Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from engine.checkpoint.rules import (
     EXPERT_RULES,
     GEMMA4_RULES,
     GLM_RULES,
+    HUNYUAN_RULES,
     LFM2_RULES,
     MULTI_TOKEN_HEADS,
     SANDWICH_RULES,
@@ -36,6 +37,7 @@ _KINDS: dict[str, DecoderKind] = {
     "Glm4MoeForCausalLM": "glm4_moe",
     "GraniteForCausalLM": "granite",
     "GraniteMoeForCausalLM": "granitemoe",
+    "HunYuanDenseV1ForCausalLM": "hunyuan_v1_dense",
     "Lfm2ForCausalLM": "lfm2",
     "LlamaForCausalLM": "llama",
     "Ministral3ForCausalLM": "ministral3",
@@ -52,6 +54,9 @@ _KINDS: dict[str, DecoderKind] = {
     "SmolLM3ForCausalLM": "smollm3",
 }
 
+#: Of architectures with names of their own.
+_RULES = {"HunYuanDenseV1ForCausalLM": HUNYUAN_RULES, "Lfm2ForCausalLM": LFM2_RULES}
+
 
 def _text(raw: Json) -> tuple[Json, DecoderKind]:
     names = (name for stated in raw["architectures"] for name in with_head(stated))
@@ -65,7 +70,7 @@ def _weights(config: ModelConfig) -> WeightRules:
         return WeightRules(language=GLM_RULES, ignore=(further_layers(config.decoder.num_layers),))
     if config.architecture == "Gemma4ForCausalLM":
         return WeightRules(language=GEMMA4_RULES, ignore=unused_keys(config.decoder.borrowing_layers))
-    rules = LFM2_RULES if config.architecture == "Lfm2ForCausalLM" else rules
+    rules = _RULES.get(config.architecture, rules)
     unused = (MULTI_TOKEN_HEADS,) if config.architecture.startswith("Qwen3_5") else ()
     return WeightRules(language=rules, ignore=unused)
 

@@ -23,6 +23,9 @@ from tests.engine.families.glm import FRAME as GLM_FRAME
 from tests.engine.families.glm import IMAGE as GLM_IMAGE
 from tests.engine.families.glm import VIDEO as GLM_VIDEO
 from tests.engine.families.glm import GlmReference, make_glm
+from tests.engine.families.hunyuan_vl import FRAME as HUNYUAN_FRAME
+from tests.engine.families.hunyuan_vl import IMAGE as HUNYUAN_IMAGE
+from tests.engine.families.hunyuan_vl import HunyuanReference, make_hunyuan_vl
 from tests.engine.families.idefics import IdeficsReference, make_idefics3, make_smolvlm
 from tests.engine.families.internvl import InternVLReference, make_internvl
 from tests.engine.families.internvl_chat import InternVLChatReference, make_internvl_chat
@@ -358,6 +361,13 @@ CASES = [
         several=(((44, 20), (24, 20)), ((60, 90), (20, 20), (9, 12))),
         options={"kv_cache_bytes": 32 << 20},
     ),
+    FamilyCase(
+        "HunyuanOCR",
+        make_hunyuan_vl,
+        HunyuanReference,
+        frame=HUNYUAN_FRAME,
+        placeholder=lambda index, count: HUNYUAN_IMAGE,
+    ),
     FamilyCase("Idefics3", make_idefics3, partial(IdeficsReference, kind="Idefics3"), **_IDEFICS),
     FamilyCase(
         "SmolVLM", make_smolvlm, partial(IdeficsReference, kind="SmolVLM"), video="<video>", **_IDEFICS
@@ -385,6 +395,7 @@ CASES = [
             "glm4_moe",
             "granite",
             "granitemoe",
+            "hunyuan_v1_dense",
             "lfm2",
             "llama",
             "llama3",
@@ -430,6 +441,7 @@ LIKE = {
     "PaliGemma": "PaliGemma 2",
     "SmolVLM": "Idefics3",
     "cohere": "cohere2",
+    "hunyuan_v1_dense": "HunyuanOCR",
     "glm": "qwen3",
     "glm4": "qwen3",
     "glm4_moe": "qwen2_moe",

@@ -29,6 +29,8 @@ from tests.engine.families.colpali import make_colpali
 from tests.engine.families.gemma3 import PATCH as GEMMA3_PATCH
 from tests.engine.families.gemma3 import Gemma3Reference, make_gemma3
 from tests.engine.families.glm import GlmReference, make_glm
+from tests.engine.families.hunyuan_vl import image_processor as image_processor_of_hunyuan
+from tests.engine.families.hunyuan_vl import make_hunyuan_vl
 from tests.engine.families.idefics import PATCH as IDEFICS_PATCH
 from tests.engine.families.idefics import image_processor, make_idefics3, make_smolvlm
 from tests.engine.families.internvl import PATCH as INTERNVL_PATCH
@@ -155,8 +157,16 @@ def glm(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -
 
 
 def paddleocr_vl(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    return _by_lines(transformers.PaddleOCRVLImageProcessorPil.from_pretrained(path), images)
+
+
+def hunyuan_vl(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    return _by_lines(image_processor_of_hunyuan().from_pretrained(path), images)
+
+
+def _by_lines(processor: Any, images: Sequence[Image.Image]) -> Patches:
     """Patches come line by line; the encoder takes them square by square of 2x2."""
-    made = transformers.PaddleOCRVLImageProcessorPil.from_pretrained(path)(images, return_tensors="pt")
+    made = processor(images, return_tensors="pt")
     ((_, h, w),) = made["image_grid_thw"].tolist()
     lines = torch.as_tensor(made["pixel_values"]).flatten(1).view(h // 2, 2, w // 2, 2, -1)
     return lines.transpose(1, 2).flatten(0, 3), [(1, h, w)]
@@ -270,6 +280,8 @@ ROWS = {
     "SmolVLM": _idefics("SmolVLM"),
     "SmolVLM, whole": _idefics("SmolVLM", do_image_splitting=False),
     "SmolVLM, larger": _idefics("SmolVLM", size={"longest_edge": 100}),
+    "HunyuanOCR": Row(partial(make_hunyuan_vl, hub=False), NATIVE, hunyuan_vl),
+    "HunyuanOCR, hub": Row(partial(make_hunyuan_vl, hub=True), NATIVE, hunyuan_vl),
     "PaddleOCR-VL": Row(partial(make_paddleocr_vl, hub=False), NATIVE, paddleocr_vl),
     "PaddleOCR-VL, hub": Row(partial(make_paddleocr_vl, hub=True), NATIVE, paddleocr_vl),
     "Qwen2-VL": Row(make_qwen2_vl, NATIVE, qwen),

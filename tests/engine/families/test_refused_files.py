@@ -15,6 +15,7 @@ import pytest
 
 from engine.errors import CheckpointError
 from tests.engine.families import minicpm_v_reference as minicpm_v
+from tests.engine.families.hunyuan_vl import make_hunyuan_vl
 from tests.engine.families.idefics import make_idefics3
 from tests.engine.families.llava_variants import make_llava_variant
 from tests.engine.families.onevision import make_onevision
@@ -28,6 +29,7 @@ MAKE: dict[str, Callable[[Path], object]] = {
     "LLaVA with SigLIP": partial(make_llava_variant, tower="siglip", processor="Siglip"),
     "LLaVA with Pixtral": partial(make_llava_variant, tower="pixtral", processor="Pixtral"),
     "LLaVA-OneVision": make_onevision,
+    "HunyuanOCR": partial(make_hunyuan_vl, hub=True),
     "Idefics3": make_idefics3,
     "Phi-3.5-vision": make_phi3_v,
     "Qwen2-VL": partial(make_qwen2_vl, hub_names=True),
@@ -84,6 +86,15 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
         (CONFIG, {"image_grid_pinpoints": [[32, 32]]}, "image_grid_pinpoints"),
         (VIDEOS, {"size": {"height": 31, "width": 32}}, "video_preprocessor_config.json: size"),
         (VIDEOS, {"image_std": [1, 1, 1]}, "image_std"),
+    ],
+    "HunyuanOCR": [
+        (CONFIG, {"vision_config.interpolate_mode": "nearest"}, "interpolate_mode 'nearest'"),
+        (CONFIG, {"vision_config.temporal_patch_size": 2}, "temporal_patch_size"),
+        (CONFIG, {"vision_config.num_channels": 1}, "3 channels"),
+        (CONFIG, {"rope_scaling.xdrope_section": None}, "mrope_section should be three or four"),
+        (CONFIG, {"rope_scaling.xdrope_section": [0.25] * 4}, "mrope_section should be three or four"),
+        (CONFIG, {"rope_scaling.alpha": None}, "depend|chooses frequencies"),
+        (CONFIG, {"rope_scaling.alpha": -1}, "alpha should be a positive number"),
     ],
     "Idefics3": [
         (CONFIG, {"text_config": {"model_type": "mistral"}}, "mistral"),

@@ -74,7 +74,7 @@ def problem(device, dtype, *, lengths, heads, kv_heads, dim, half=None, section=
     q, k, v, _ = fused.to(device, dtype).split([heads, kv_heads, kv_heads, 1], dim=1)
     angles = torch.randn(50, half + 3)[:, :half].to(device)
     table = RotaryTable(angles.cos(), angles.sin(), section, **order)
-    positions = torch.randint(0, 50, (count,) if section is None else (3, count)).to(device)
+    positions = torch.randint(0, 50, (count,) if section is None else (len(section), count)).to(device)
     return Step(q, k, v, positions, table, paged.cache, paged.meta)
 
 
@@ -104,6 +104,7 @@ CASES = {
     "half rotated": {"lengths": [40, 3], "heads": 4, "kv_heads": 2, "dim": 24, "half": 6},
     "neighbours": {"lengths": [40, 3], "heads": 4, "kv_heads": 2, "dim": 24, "half": 6, "adjacent": True},
     "axes": {"lengths": [33, 65], "heads": 4, "kv_heads": 2, "dim": 16, "section": (2, 3, 3)},
+    "four axes": {"lengths": [9], "heads": 4, "kv_heads": 2, "dim": 16, "section": (1, 2, 2, 3)},
 }
 
 

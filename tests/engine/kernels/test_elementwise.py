@@ -105,6 +105,7 @@ def test_rms_norm_with_an_offset_of_zero_rounds_as_transformers_does(dtype):
 ROTARY = {
     "one axis": (None, False),
     "three pieces": ((2, 3, 3), False),
+    "four pieces": ((1, 2, 2, 3), False),
     "interleaved": ((4, 2, 2), True),
     "neighbours": (None, False, True),
     "neighbours, three pieces": ((2, 3, 3), False, True),
@@ -115,7 +116,7 @@ ROTARY = {
 @pytest.mark.parametrize(("dim", "half"), [(16, 8), (24, 8)])
 def test_rotary(device, dtype, kind, dim, half):
     section, *order = ROTARY[kind]
-    positions = torch.randint(0, 50, (3, 6) if section else (6,), device=device)
+    positions = torch.randint(0, 50, (len(section), 6) if section else (6,), device=device)
     table = RotaryTable(*torch.randn(2, 50, half, device=device), section, *order)
     fused = torch.randn(6, 5, dim, device=device, dtype=dtype)
     before, other = fused.clone(), fused.clone()
@@ -138,7 +139,7 @@ HEAD_NORMS = {"no norms": (), "norms": (None,), "norms with an offset": (1.0,)}
 )
 def test_rotary_kv_write(device, dtype, kind, tokens, heads, kv_heads, dim, norms):
     section, *order = ROTARY[kind]
-    positions = torch.randint(0, 50, (3, tokens) if section else (tokens,), device=device)
+    positions = torch.randint(0, 50, (len(section), tokens) if section else (tokens,), device=device)
     table = RotaryTable(*torch.randn(2, 50, 8, device=device), section, *order)
     slots = torch.randperm(8 * 4, device=device)[:tokens]
     slots[1::4] = -1

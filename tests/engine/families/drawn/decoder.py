@@ -43,6 +43,7 @@ _DEFAULT_KV = {
     "ernie4_5": 2,
     "seed_oss": 8,
     "smollm3": 4,
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_vl"), None),
 }
 #: Numbers of a head where a config.json does not say, by the kinds that don't derive them.
 _DEFAULT_HEAD_DIM = {
@@ -59,6 +60,7 @@ _DEFAULT_HEAD_DIM = {
     "seed_oss": 128,
 }
 _HAS_HEAD_DIM = (
+    *("hunyuan_v1_dense", "hunyuan_vl"),
     *("llama", "mistral", "mixtral", "qwen3_moe", "qwen3_vl_moe", "glm_ocr"),
     *("glm4_moe", "glm4v_moe"),
     *_DEFAULT_HEAD_DIM,
@@ -71,7 +73,7 @@ _COUNTED_KV = (
 )
 _BIASED = (
     *("llama", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", *DELTA_NETS),
-    *("cohere", "cohere2", "gemma", "granite", "granitemoe", "glm4_moe"),
+    *("cohere", "cohere2", "gemma", "granite", "granitemoe", "glm4_moe", "hunyuan_v1_dense", "hunyuan_vl"),
 )
 #: Scalings whose functions in Transformers take no null for the size of a head.
 _SIZED = ("dynamic", "yarn", "longrope")
@@ -178,6 +180,9 @@ def _head_dim(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, *, f
     how = draw.variant("head dim spelled", ("derived", "stated", "null"), 0.4)
     if kind == "qwen3_moe" and how == "null":
         # Transformers' class divides by the null.
+        how = "stated"
+    if kind in ("hunyuan_v1_dense", "hunyuan_vl"):
+        # Their class derives nothing.
         how = "stated"
     if kind in _DEFAULT_HEAD_DIM and (how != "null" or kind != "paddleocr_vl"):
         # It has no null, and 128 or 256 is meant where it is absent, which is large for many heads.

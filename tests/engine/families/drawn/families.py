@@ -7,6 +7,7 @@ from tests.engine.families.drawn.composed import MiniCPMVFamily, Phi3VFamily
 from tests.engine.families.drawn.gemma3 import Gemma3Family
 from tests.engine.families.drawn.gemma4 import Gemma4Family
 from tests.engine.families.drawn.glm import GlmFamily
+from tests.engine.families.drawn.hunyuan_vl import HunyuanFamily
 from tests.engine.families.drawn.idefics import IdeficsFamily
 from tests.engine.families.drawn.internvl import InternVLChatFamily, InternVLFamily
 from tests.engine.families.drawn.lfm2_vl import Lfm2VlFamily
@@ -39,6 +40,7 @@ _ALL: tuple[Family, ...] = (
     ),
     *(GlmFamily(kind) for kind in ("Glm4v", "Glm46V", "Glm4vMoe", "GlmOcr")),
     PaddleOCRFamily(),
+    HunyuanFamily(),
     *(PaliGemmaFamily(kind) for kind in ("gemma", "gemma2")),
     ColQwen2Family(),
     ColPaliFamily(),

@@ -12,13 +12,14 @@ from tests.engine.tiny import DELTA_NETS
 
 #: Kinds of a decoder with images whose rotary type was never called by M-RoPE's name.
 _GLM = ("glm", "glm4", "glm4_moe", "glm4v", "glm4v_moe", "glm_ocr")
-_LATER = ("qwen3_vl", "qwen3_vl_moe", *DELTA_NETS, *_GLM, "paddleocr_vl")
+_LATER = ("qwen3_vl", "qwen3_vl_moe", *DELTA_NETS, *_GLM, "paddleocr_vl", "hunyuan_vl")
 #: The share of a head that rotates where the file does not say.
 _SHARES = {
     **dict.fromkeys(DELTA_NETS, 0.25),
     **dict.fromkeys(_GLM, 0.5),
     **dict.fromkeys(("glm4v", "glm_ocr"), 1.0),
 }
+_HUNYUAN = ("hunyuan_v1_dense", "hunyuan_vl")
 _SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
@@ -40,7 +41,7 @@ def lengths_of(kind: str, fields: Mapping[str, Any]) -> Lengths:
     """The lengths of a decoder that :func:`tests.engine.families.drawn.decoder.draw_decoder` has drawn."""
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     scaling = rope.get("rope_type", rope.get("type"))
-    if scaling == "dynamic":
+    if scaling == "dynamic" and "alpha" not in rope:
         return Lengths(fields["max_position_embeddings"])
     if scaling not in ("longrope", "su"):
         return Lengths()
@@ -73,6 +74,8 @@ def draw_rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, sect
         # Beside layers that don't rotate, frequencies by length are refused.
         scalings = _SCALINGS[:4]
     scaling = draw.variant("rope scaling", scalings, 0.4)
+    if kind in _HUNYUAN and draw.varies("rope of public files", 0.5):
+        scaling = "dynamic"
     if section and scaling in ("llama3", "longrope"):
         scaling = "yarn"
     rope: dict[str, Any] = {}
@@ -81,6 +84,8 @@ def draw_rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, sect
         rope.update(_scaling(draw, kind, scaling, fields, rotated))
     if section:
         rope["mrope_section"] = _section(draw, rotated // 2)
+        if kind == "hunyuan_vl":
+            _four_axes(draw, rope, rotated // 2)
         if kind in ("qwen3_vl", "qwen3_vl_moe", *DELTA_NETS):
             rope["mrope_interleaved"] = True
     theta = draw.choice("rope theta", (1e4, 5e5, 1e6, 1e3))
@@ -89,7 +94,7 @@ def draw_rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, sect
     if section and scaling == "default" and not new:
         rope[name] = "default" if kind in _LATER else draw.choice("mrope's name", ("mrope", "default"))
     elif scaling != "default" or new:
-        rope[name] = scaling
+        rope[name] = "xdrope" if "xdrope_section" in rope and "alpha" in rope else scaling
     if draw.varies("rope theta absent", 0.1):
         theta = None
     if new:
@@ -149,6 +154,8 @@ def _scaling(draw: Draw, kind: str, scaling: str, fields: dict[str, Any], rotate
     """The fields of one kind of scaling. Its original context is short, so that prompts go beyond it."""
     factor = draw.choice("rope factor", (2.0, 4.0, 8.0, 1.5))
     original = draw.choice("original context", (16, 32, 64, 128))
+    if scaling == "dynamic" and kind in _HUNYUAN and draw.varies("base raised once", 0.9):
+        return {"factor": 1.0, "alpha": draw.choice("alpha", (50.0, 1000.0)), "mscale": 1.0}
     if scaling in ("linear", "dynamic"):
         if scaling == "dynamic" or draw.varies("stretched context", 0.3):
             fields["max_position_embeddings"] = math.ceil(fields["max_position_embeddings"] / factor)
@@ -194,6 +201,16 @@ def _longrope(draw: Draw, kind: str, fields: dict[str, Any], original: int, rota
     if draw.varies("longrope attention factor", 0.2):
         found["attention_factor"] = 1.1
     return found
+
+
+def _four_axes(draw: Draw, rope: dict[str, Any], angles: int) -> None:
+    """Hunyuan's: mostly four axes, perhaps under older names."""
+    if draw.varies("four axes", 0.7):
+        bounds = sorted(draw.stream("axes").choices(range(angles + 1), k=3))
+        ends = [*bounds, angles]
+        rope["mrope_section"] = [end - start for start, end in zip([0, *bounds], ends, strict=True)]
+    if draw.varies("older name of sections", 0.5):
+        rope["xdrope_section"] = [float(size) for size in rope.pop("mrope_section")]
 
 
 def _section(draw: Draw, angles: int) -> list[int]:
