@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,6 +19,9 @@ from benchmarks.orphans import end_with_this_process
 from tests.serving import UNDER_LOAD, Served, SharedApplication
 from tests.wide import leave_out, run_whole
 from tests.workers import APPLICATIONS, application_of, assign_groups, give_way, starts_processes
+
+# By itself, the CPU's generator takes a hundredth of the time.
+_seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
 
 # Triton reads this when a kernel is decorated, so it must be set before any kernel file is imported. Tensors
 # on a CPU go to the torch references all the same; only the tests of kernels call the Triton code on them.
@@ -30,6 +34,12 @@ gc.set_threshold(20_000, 10, 10)
 # Ray reads this when it is imported. A cluster on one machine asks for a token by default, but a process that
 # connects to one sends a token only if this is set.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+# Examples are the same in each run, and no test fails because it, or making them, is slow on a busy machine.
+hypothesis.settings.register_profile(
+    "same", deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -81,7 +91,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Confi
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leave the cores to the tests that start processes, if those run in another worker."""
+    """Draw the same random tensors whatever ran before. Leave the cores to the tests that start processes, if
+    those run in another worker."""
+    _seed(0)
     if hasattr(item.config, "workerinput"):
         give_way(item)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 #: Parameters of which a value may be skipped on this machine: each of their values is covered by itself.
 _APART = ("dtype",)
@@ -29,13 +29,8 @@ def run_whole(config: pytest.Config) -> bool:
 
 
 def examples(most: int, wide: bool) -> settings:
-    """Settings of a Hypothesis test of ``most`` examples, or a quarter of them; they are always the same."""
-    return settings(
-        max_examples=most if wide else most // 4,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    """Settings of a Hypothesis test of ``most`` examples, or a quarter of them."""
+    return settings(max_examples=most if wide else most // 4)
 
 
 def leave_out(items: list[pytest.Item], config: pytest.Config) -> None:

@@ -145,13 +145,7 @@ async def test_no_body_that_the_description_allows_is_a_fault_of_the_server(http
         example = operation["requestBody"]["content"]["application/json"]["example"]
 
         @hypothesis.seed(0)
-        @hypothesis.settings(
-            max_examples=5,
-            database=None,
-            deadline=None,
-            phases=[hypothesis.Phase.generate],
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )
+        @hypothesis.settings(max_examples=5, phases=[hypothesis.Phase.generate])
         @hypothesis.given(case=schema[path]["POST"].as_strategy())
         def check(case) -> None:
             statuses[path].append(ask(path, example, case.body))

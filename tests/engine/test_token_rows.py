@@ -63,7 +63,7 @@ def test_texts_and_bytes_join_up_to_the_answer(name):
     specials = st.sampled_from(["<s>", "<|im_start|>", "<tool_call>"])
     text_of = st.lists(specials | st.text(alphabet, max_size=5), max_size=6).map("".join)
 
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=80)
     # A token with a space and a part of the picture, of which only the space is in the answer.
     @example(text=" 😀", stop=[" "], include=True, skip=False, group_of=1, ends="stop")
     @example(text=" 😀", stop=["😀"], include=False, skip=False, group_of=1, ends="length")

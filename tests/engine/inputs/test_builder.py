@@ -87,7 +87,7 @@ def test_a_chat_has_the_ids_of_transformers(references):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_encoding_around_stand_ins_is_encoding(name, data):
     """Without strings to hide, the code path for control strings returns the tokenizer's own ids."""

@@ -312,7 +312,7 @@ def as_taken(message, taken):
     return {**message, "content": content}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=shapes(), messages=conversations(), tools=st.sampled_from([None, [TOOL]]))
 def test_prompts_of_random_templates(shape, messages, tools):
     source, taken = shape

@@ -27,11 +27,6 @@ def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
     return getattr(torch, request.param)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def interpreter_without_needless_work() -> Iterator[None]:
     """Save two thirds of the interpreter's time.

@@ -23,9 +23,10 @@ def run(tokenizer, ids, **options):
 
 
 def streams(name):
-    tokens = st.integers(0, TOKENIZERS[name].vocab_size - 1)
+    last = TOKENIZERS[name].vocab_size - 1
+    tokens = st.integers(0, last)
     if name in ("byte_fallback", "legacy_fallback"):  # bytes alone never spell valid text; see below
-        tokens = tokens.filter(lambda i: not 3 <= i < 259)
+        tokens = st.integers(0, 2) | st.integers(259, last)
     return st.lists(tokens, max_size=30)
 
 
@@ -34,7 +35,7 @@ def streams(name):
 def test_joined_text_is_that_of_decoding_everything(name, skip):
     tokenizer = TOKENIZERS[name]
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(streams(name))
     def check(ids):
         parts, _ = run(tokenizer, ids, skip_special_tokens=skip)
@@ -45,7 +46,7 @@ def test_joined_text_is_that_of_decoding_everything(name, skip):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(text=st.text(max_size=12), cut=st.integers(0, 20))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_text_goes_on_from_the_prompt(name, text, cut):
     tokenizer = TOKENIZERS[name]
     ids = tokenizer.encode("the red 😀" + text, add_special_tokens=False)
@@ -64,7 +65,7 @@ def test_a_character_that_the_prompt_began_is_finished():
 
 
 @given(text=st.text(min_size=1, max_size=20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_byte_tokens_spell_text(text):
     tokenizer = TOKENIZERS["byte_fallback"]
     ids = [3 + byte for byte in text.encode()]
@@ -99,7 +100,7 @@ def naive(pieces, stops, include, min_tokens):
     return text, None, consumed
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     pieces=st.lists(st.text("ab ", min_size=1, max_size=4), max_size=12),
     stops=st.lists(st.text("ab ", min_size=1, max_size=5), max_size=4),

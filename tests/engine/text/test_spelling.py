@@ -49,7 +49,7 @@ texts = st.lists(st.sampled_from(ODD) | st.text("the red, blue", max_size=6) | s
 def test_the_bytes_of_the_tokens_are_the_text(name):
     speller = speller_of(name)
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(texts)
     def check(text):
         ids = speller.spell(text)

@@ -18,7 +18,7 @@ def test_texts_and_bytes_join_up_to_the_text(name, skip):
     alphabet = "the red 你😀é\n" if name != "unigram" else "the red"
     parts = st.sampled_from(["<s>", "</s>", "<|im_end|>", "<tool_call>"]) | st.text(alphabet, max_size=6)
 
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=80)
     @given(st.lists(parts, max_size=6).map("".join))
     def check(text):
         ids = tokenizer.encode(text)
