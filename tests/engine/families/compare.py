@@ -61,12 +61,14 @@ class Asked:
         ends: tokens that end an answer, unless ``params`` say otherwise.
         tokenizer: Transformers' for the checkpoint.
         cached: fewest and most prompt tokens that can have come from the prefix cache.
+        processors: Transformers' for the constraints of ``params``.
     """
 
     params: SamplingParams
     ends: frozenset[int]
     tokenizer: Any
     cached: tuple[int, int] = (0, 0)
+    processors: Sequence[Any] = ()
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of an answer."""
@@ -95,7 +97,8 @@ def compare_completion(tally: Tally, output: Any, expected: Expected, asked: Ask
         tally.differences.append("token_ids: none")
         return
     table = expected.table(tokens)
-    _compare_tokens(tally, tokens, table, expected)
+    scores = _processed(expected.logits(tokens), [*output.prompt_token_ids, *tokens], asked)
+    _compare_tokens(tally, tokens, scores)
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else asked.ends)}
     stopped = tokens[-1] in ends
     tally.same("token_ids after an end", [t for t in tokens[:-1] if t in ends], [])
@@ -160,19 +163,32 @@ def _compare_prompt(tally: Tally, output: Any, expected: Expected, cached: tuple
         )
 
 
-def _compare_tokens(tally: Tally, tokens: Sequence[int], table: torch.Tensor, expected: Expected) -> None:
-    """Each token is the likeliest one after those before it, or as likely as that one."""
-    likeliest = table.argmax(-1).tolist()
+def _processed(logits: torch.Tensor, ids: Sequence[int], asked: Asked) -> torch.Tensor:
+    """What the processors make of the logits ``(n, vocabulary)`` before each of the last ``n`` of ``ids``."""
+    if not asked.processors:
+        return logits
+    first, rows = len(ids) - len(logits), []
+    for place, row in enumerate(logits):
+        before, scores = torch.tensor([ids[: first + place]]), row[None].clone()
+        for processor in asked.processors:
+            scores = processor(before, scores)
+        rows.append(scores)
+    return torch.cat(rows)
+
+
+def _compare_tokens(tally: Tally, tokens: Sequence[int], scores: torch.Tensor) -> None:
+    """Each token has the greatest score ``(n, vocabulary)`` after those before it, or one as great."""
+    likeliest = scores.argmax(-1).tolist()
     tally.tokens += len(tokens)
     for place, (ours, theirs) in enumerate(zip(tokens, likeliest, strict=True)):
         if ours == theirs:
             continue
-        gap = float(table[place, theirs] - table[place, ours]) if 0 <= ours < table.shape[1] else 1e9
+        gap = float(scores[place, theirs] - scores[place, ours]) if 0 <= ours < scores.shape[1] else 1e9
         if gap <= NEAR_TIE:
             tally.ties += 1
             continue
         tally.differences.append(
-            f"token_ids: {_short(tokens)}, not {_short(expected.tokens)}; at {place} by {gap:.4f}"
+            f"token_ids: {_short(tokens)}; {ours} at {place}, not {theirs}, by {gap:.4f}"
         )
         return
 

@@ -25,6 +25,7 @@ class Expected:
     def __init__(self, inputs: Inputs, steps: int) -> None:
         self.inputs, self.steps = inputs, steps
         self.ids = inputs.ids
+        self._forced: dict[tuple[int, ...], torch.Tensor] = {}
 
     @cached_property
     def _whole(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,11 +53,23 @@ class Expected:
     def _free(self) -> tuple[list[int], torch.Tensor]:
         return self._generate(self.steps)
 
-    def table(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities ``(n, vocabulary)`` at each token of an answer that goes on with ``tokens``."""
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self._free[1].shape[1]
+
+    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Logits ``(n, vocabulary)`` at each token of an answer that goes on with ``tokens``."""
         if list(tokens) == self.tokens[: len(tokens)]:
             return self._free[1][: len(tokens)]
-        return self._generate(len(tokens), tokens)[1]
+        # Other ways of serving give the same answer.
+        if tuple(tokens) not in self._forced:
+            self._forced[tuple(tokens)] = self._generate(len(tokens), tokens)[1]
+        return self._forced[tuple(tokens)]
+
+    def table(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities at each token, as :meth:`logits`."""
+        return self.logits(tokens).log_softmax(-1)
 
     @property
     def vector(self) -> torch.Tensor:
@@ -81,8 +94,8 @@ class Expected:
 
     def _chosen(self) -> torch.Tensor:
         """Log-probabilities of the greedy answer's tokens."""
-        tokens, table = self._free
-        return table.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        tokens, logits = self._free
+        return logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
     def _generate(self, steps: int, tokens: Sequence[int] | None = None) -> tuple[list[int], torch.Tensor]:
         given = self.inputs.arguments
@@ -104,8 +117,7 @@ class Expected:
                 return_dict_in_generate=True,
                 **forced,
             )
-        table = torch.cat(out.logits).float().log_softmax(-1)
-        return out.sequences[0, -steps:].tolist(), table
+        return out.sequences[0, -steps:].tolist(), torch.cat(out.logits).float()
 
 
 def _computes_again(model: torch.nn.Module) -> bool:

@@ -19,6 +19,7 @@ from tests.engine.families.case import CasePrompt
 from tests.engine.families.compare import Asked, Tally, compare_completion, compare_vector
 from tests.engine.families.drawn.checkpoint import STEPS, Drawn, ends_of
 from tests.engine.families.drawn.choices import Draw
+from tests.engine.families.drawn.constraints import CONSTRAINTS, draw_constraints, processors_of
 from tests.engine.families.drawn.prompts import as_seen
 from tests.engine.families.embedded import as_embeddings
 from tests.engine.families.expected import Expected
@@ -80,6 +81,10 @@ class Session:
         stop, count = [], rng.randint(1, expected.steps) if rng.random() < 0.3 else expected.steps
         if self.draw.varies(f"{name} stops", 0.2):
             stop = [tokens[rng.randrange(count)]]
+        constraints: dict[str, Any] = {}
+        own = self.draw.stream(f"{name} constraints")
+        if self.draw.varies(CONSTRAINTS, 0.6) and own.random() < 0.6:
+            constraints = draw_constraints(own, tokens, count, expected.vocab_size, {*self._ends, *stop})
         return SamplingParams(
             temperature=0.0,
             max_tokens=count,
@@ -87,6 +92,7 @@ class Session:
             stop_token_ids=stop,
             logprobs=rng.choice((None, 0, 1, 3, 20)),
             prompt_logprobs=rng.choice((None, None, 0, 2)),
+            **constraints,
         )
 
     @cached_property
@@ -134,8 +140,9 @@ class Session:
             return self.check_vectors(tally, llm, questions, "last", True, cached=cached, entries=entries)
         outputs = llm.generate(entries, [question.params for question in questions], use_tqdm=False)
         for question, output in zip(questions, outputs, strict=True):
-            before = len(tally.differences)
-            asked = Asked(question.params, self._ends, self._tokenizer, cached(question))
+            before, params = len(tally.differences), question.params
+            processors = processors_of(params, question.expected.vocab_size, question.length, self._ends)
+            asked = Asked(params, self._ends, self._tokenizer, cached(question), processors)
             compare_completion(tally, output, question.expected, asked)
             _number(tally, before, question)
         llm.check_integrity()
