@@ -16,6 +16,7 @@ from engine.parsers.formats import (
     reasoning_tags_of,
     tool_format_of,
 )
+from engine.parsers.free_text import FreeTextCalls
 from engine.parsers.grammar import (
     SpecialTokens,
     Thought,
@@ -72,6 +73,8 @@ class AnswerFormat:
         calls = None
         if use.choice != "none":
             calls = self._calls.parser(use.by_name)
+            if use.free:
+                calls = FreeTextCalls(calls, use.free)
         reasoning = None
         if self.reasoning is not None:
             reasoning = ReasoningParser(self.reasoning, begins_inside=self.begins_inside(prompt))

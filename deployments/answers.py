@@ -108,10 +108,11 @@ def continues(last: Event | None, event: Event) -> bool:
 
 @dataclass(slots=True)
 class Call:
-    """A tool call of a finished answer; ``arguments`` is JSON text."""
+    """A tool call of a finished answer; ``arguments`` is JSON text, or a text if the call is free."""
 
     name: str
     arguments: str = ""
+    is_free: bool = False
 
 
 @dataclass(slots=True)
@@ -142,7 +143,7 @@ class FinishedChoice:
             elif isinstance(event, Reasoning):
                 self.reasoning += event.text
             elif isinstance(event, CallStart):
-                self.calls.append(Call(event.name))
+                self.calls.append(Call(event.name, is_free=event.is_free))
             elif isinstance(event, CallArguments):
                 self.calls[-1].arguments += event.text
         self.token_ids += delta.token_ids

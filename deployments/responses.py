@@ -135,18 +135,18 @@ class ResponseBuilder:
         else:
             assert isinstance(event, CallStart)
             self._item = {
-                "type": "function_call",
-                "id": self._id("fc"),
+                "type": "custom_tool_call" if event.is_free else "function_call",
+                "id": self._id("ctc" if event.is_free else "fc"),
                 "call_id": self._id("call"),
                 "name": event.name,
-                "arguments": "",
+                "input" if event.is_free else "arguments": "",
                 "status": "in_progress",
             }
             if event.name in self._namespaces:
                 self._item["namespace"], self._item["name"] = self._namespaces[event.name]
         index = len(self.response["output"])
         yield self._event("response.output_item.added", output_index=index, item=dict(self._item))
-        if self._item["type"] != "function_call":
+        if not isinstance(event, CallStart):
             yield self._event(
                 "response.content_part.added", **self._place, content_index=0, part=self._part()
             )
@@ -164,7 +164,8 @@ class ResponseBuilder:
         self._text.append(event.text)
         place = self._place
         if isinstance(event, CallArguments):
-            yield self._event("response.function_call_arguments.delta", **place, delta=event.text)
+            kind = "custom_tool_call_input" if event.is_free else "function_call_arguments"
+            yield self._event(f"response.{kind}.delta", **place, delta=event.text)
         elif isinstance(event, Reasoning):
             yield self._event("response.reasoning_text.delta", **place, content_index=0, delta=event.text)
         else:
@@ -183,6 +184,9 @@ class ResponseBuilder:
             yield self._event(
                 "response.function_call_arguments.done", **place, name=item["name"], arguments=text
             )
+        elif item["type"] == "custom_tool_call":
+            item["input"] = text
+            yield self._event("response.custom_tool_call_input.done", **place, input=text)
         else:
             part = self._part()
             item["content"] = [part]

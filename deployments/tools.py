@@ -11,6 +11,7 @@ from deployments.caller_fields import caller_fields
 from deployments.errors import UnsupportedParameter
 from deployments.unknown_fields import log_unknown
 from engine.errors import InvalidRequest
+from engine.parsers.free_text import ARGUMENT
 from engine.parsers.grammar import ToolSchema
 from engine.structured.json_schema import close_objects
 from engine.structured.prepare import checked_schema
@@ -25,6 +26,7 @@ _FLAT_FIELDS = frozenset(
     {
         *_FUNCTION_FIELDS,
         "allowed_callers",
+        "async",
         "cache_control",
         "defer_loading",
         "eager_input_streaming",
@@ -33,6 +35,12 @@ _FLAT_FIELDS = frozenset(
         "type",
     }
 )
+#: Fields of custom tools in the same form.
+_FLAT_CUSTOM = frozenset(
+    {"allowed_callers", "async", "cache_control", "defer_loading", "description", "format", "name", "type"}
+)
+#: The beginning of refusals by type.
+_UNSUPPORTED = "Unsupported parameter: "
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 
 
@@ -49,6 +57,7 @@ class ToolUse:
         parallel: whether an answer may hold several calls.
         strict: names of the functions whose schemas are refused where no grammar can follow them; of others
             calls follow what can be followed.
+        free: names of the custom tools. Models see them as functions of one text.
     """
 
     functions: tuple[Mapping[str, Any], ...] = ()
@@ -58,6 +67,7 @@ class ToolUse:
     allowed: frozenset[str] | None = None
     parallel: bool = True
     strict: frozenset[str] = frozenset()
+    free: frozenset[str] = frozenset()
 
     def callable(self) -> list[ToolSchema]:
         """The functions that may be called, with schemas for a grammar.
@@ -107,23 +117,34 @@ def read_tools(tools: Any, tool_choice: Any, parallel: bool | None) -> ToolUse:
         raise InvalidRequest(f"{len(tools)} tools are more than the {MAX_TOOLS} allowed.", param="tools")
     functions: list[dict[str, Any]] = []
     schemas: list[ToolSchema] = []
+    fields: list[str] = []
+    strict, free = set(), set()
     for index, tool in enumerate(tools):
-        function, schema = _function(tool, f"tools[{index}]")
-        if any(schema.name == other.name for other in schemas):
-            raise InvalidRequest(
-                f"tools[{index}]: the name {schema.name!r} is used twice.",
-                param=f"tools[{index}].function.name",
-            )
+        kind = _kind(tool, f"tools[{index}]")
+        where = f"tools[{index}].{kind}"
+        given = _custom(tool.get(kind), where) if kind == "custom" else tool.get(kind)
+        function, schema = _function(given, where)
+        name = schema.name
+        if any(name == other.name for other in schemas):
+            raise InvalidRequest(f"tools[{index}]: the name {name!r} is used twice.", param=f"{where}.name")
         functions.append(function)
         schemas.append(schema)
+        fields.append(f"{where}.format.grammar.definition" if kind == "custom" else f"{where}.parameters")
+        if kind == "custom":
+            free.add(name)
+        if given.get("strict") is True:
+            strict.add(name)
     choice, allowed = _choice(tool_choice, {schema.name for schema in schemas})
-    fields = tuple(f"tools[{index}].function.parameters" for index in range(len(tools)))
-    strict = frozenset(
-        schema.name
-        for tool, schema in zip(tools, schemas, strict=True)
-        if tool["function"].get("strict") is True
+    return ToolUse(
+        tuple(functions),
+        tuple(schemas),
+        tuple(fields),
+        choice,
+        allowed,
+        parallel is not False,
+        frozenset(strict),
+        frozenset(free),
     )
-    return ToolUse(tuple(functions), tuple(schemas), fields, choice, allowed, parallel is not False, strict)
 
 
 def read_functions(functions: Any, function_call: Any) -> ToolUse:
@@ -145,8 +166,8 @@ def read_functions(functions: Any, function_call: Any) -> ToolUse:
 def read_flat_tools(
     tools: Sequence[Any], tool_choice: Any, parallel: bool | None, *, parameters: str = "parameters"
 ) -> ToolUse:
-    """Read tools that are functions themselves instead of holding one under ``function``, and namespaces of
-    such tools.
+    """Read tools that are functions or custom tools themselves instead of holding one under ``function`` or
+    ``custom``, and namespaces of such tools.
 
     Args:
         parameters: the field of a tool that holds its schema.
@@ -158,19 +179,31 @@ def read_flat_tools(
     nested, places = [], []
     for tool, where in _functions_of(tools):
         kind = tool.get("type") if isinstance(tool, Mapping) else None
-        if kind != "function":
-            raise UnsupportedParameter(
-                f"Unsupported parameter: {where} is {str(kind)[:100]!r}; only functions are offered.",
-                param=f"{where}.type",
-            )
+        if kind not in ("function", "custom"):
+            raise _not_offered(where, kind)
         places.append(where)
+        if kind == "custom":
+            log_unknown("Tool", tool, _FLAT_CUSTOM, "tools[].")
+            nested.append({"type": kind, kind: {**tool, "format": _nested_format(tool.get("format"))}})
+            continue
         log_unknown("Tool", tool, _FLAT_FIELDS | {parameters}, "tools[].")
         # The chat template shows a function as it is: what isn't part of it would change the prompt.
         function = {key: tool[key] for key in _FUNCTION_FIELDS if key in tool}
         function["parameters"] = tool.get(parameters)
         nested.append({"type": "function", "function": tool.get("function", function)})
-    spelled = {".function.parameters": f".{parameters}", ".function": ""}
+    spelled = {
+        ".function.parameters": f".{parameters}",
+        ".function": "",
+        ".custom.format.grammar": ".format",
+        ".custom": "",
+    }
     return _respelled(nested, tool_choice, parallel, spelled, places)
+
+
+def _nested_format(form: Any) -> Any:
+    """The format of a custom tool's input with its grammar in an object, as in Chat Completions."""
+    is_grammar = isinstance(form, Mapping) and form.get("type") == "grammar"
+    return {"type": "grammar", "grammar": form} if is_grammar else form
 
 
 def _functions_of(tools: Sequence[Any]) -> Iterator[tuple[Any, str]]:
@@ -235,6 +268,8 @@ def _respelled(
     """
 
     def spell(text: str) -> str:
+        if text.startswith(_UNSUPPORTED):
+            return _UNSUPPORTED + spell(text.removeprefix(_UNSUPPORTED))
         # A message begins with the name of a field. Behind it, it may quote the caller.
         field, *rest = text.split(" ", 1)
         for name, spelled in names.items():
@@ -245,56 +280,115 @@ def _respelled(
 
     try:
         use = read_tools(tools, tool_choice, parallel)
-    except InvalidRequest as error:
+    except (InvalidRequest, UnsupportedParameter) as error:
         error.message, error.param = spell(error.message), spell(error.param or "")
         raise
     return replace(use, fields=tuple(map(spell, use.fields)))
 
 
-def _function(tool: Any, where: str) -> tuple[dict[str, Any], ToolSchema]:
+def _kind(tool: Any, where: str) -> str:
+    """The type of a tool, which is also the field that holds it."""
     if not isinstance(tool, Mapping):
         raise InvalidRequest(f"{where} must be an object with a type and a function.", param=where)
     kind = tool.get("type", "function")
-    if kind != "function":
+    if kind not in ("function", "custom"):
+        raise _not_offered(where, kind)
+    return str(kind)
+
+
+def _not_offered(where: str, kind: Any) -> UnsupportedParameter:
+    return UnsupportedParameter(
+        f"{_UNSUPPORTED}{where}.type is {str(kind)[:100]!r}; only functions and custom tools are offered, "
+        "which the client runs.",
+        param=f"{where}.type",
+    )
+
+
+def _custom(tool: Any, where: str) -> Any:
+    """A custom tool, whose input is a text, as a function of that text."""
+    if not isinstance(tool, Mapping):
+        return tool
+    text: dict[str, Any] = {"type": "string"}
+    definition = _regex(tool.get("format"), f"{where}.format")
+    if definition is not None:
+        text["pattern"] = f"^(?:{definition})$"
+    parameters = {
+        "type": "object",
+        "properties": {ARGUMENT: text},
+        "required": [ARGUMENT],
+        "additionalProperties": False,
+    }
+    shown = {key: tool[key] for key in ("name", "description") if key in tool}
+    return {**shown, "parameters": parameters, "strict": True}
+
+
+def _regex(form: Any, where: str) -> str | None:
+    """The regular expression that a custom tool's input must match as a whole; None if it is free.
+
+    Raises:
+        InvalidRequest: naming the field that can't be used.
+        UnsupportedParameter: it is a grammar of another kind.
+    """
+    if form is None:
+        return None
+    kind = form.get("type") if isinstance(form, Mapping) else None
+    if kind == "text":
+        return None
+    if kind != "grammar":
+        raise InvalidRequest(f"{where}.type must be text or grammar.", param=f"{where}.type")
+    grammar, where = form.get("grammar"), f"{where}.grammar"
+    if not isinstance(grammar, Mapping):
+        raise InvalidRequest(f"{where} must be an object with syntax and definition.", param=where)
+    syntax, definition = grammar.get("syntax"), grammar.get("definition")
+    if syntax == "lark":
         raise UnsupportedParameter(
-            f"Unsupported parameter: {where}.type is {str(kind)[:100]!r}; only functions are offered.",
-            param=f"{where}.type",
+            f"{_UNSUPPORTED}{where}.syntax is 'lark', but the input of a call can follow a regex alone. "
+            "Send a regex, or leave the format out and say in the description what the input is like.",
+            param=f"{where}.syntax",
         )
-    function = tool.get("function")
+    if syntax != "regex":
+        raise InvalidRequest(f"{where}.syntax must be regex.", param=f"{where}.syntax")
+    if not isinstance(definition, str) or not definition:
+        raise InvalidRequest(f"{where}.definition must be a regex.", param=f"{where}.definition")
+    return definition
+
+
+def _function(function: Any, where: str) -> tuple[dict[str, Any], ToolSchema]:
+    """A function as the chat template takes it, and its schema.
+
+    Args:
+        where: the field that holds it.
+    """
     if not isinstance(function, Mapping):
-        raise InvalidRequest(f"{where}.function must be an object with a name.", param=f"{where}.function")
+        raise InvalidRequest(f"{where} must be an object with a name.", param=where)
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidRequest(
-            f"{where}.function.name must have 1 to 128 letters, digits, or any of _ . : -",
-            param=f"{where}.function.name",
+            f"{where}.name must have 1 to 128 letters, digits, or any of _ . : -",
+            param=f"{where}.name",
         )
     description = function.get("description")
     if description is not None and not isinstance(description, str):
-        raise InvalidRequest(
-            f"{where}.function.description must be a string.", param=f"{where}.function.description"
-        )
+        raise InvalidRequest(f"{where}.description must be a string.", param=f"{where}.description")
     examples = function.get("input_examples")
     if examples is not None and not (
         isinstance(examples, list) and all(isinstance(each, Mapping) for each in examples)
     ):
         raise InvalidRequest(
-            f"{where}.function.input_examples must be a list of objects.",
-            param=f"{where}.function.input_examples",
+            f"{where}.input_examples must be a list of objects.",
+            param=f"{where}.input_examples",
         )
     if not isinstance(function.get("strict"), bool | None):
-        raise InvalidRequest(
-            f"{where}.function.strict must be true or false.", param=f"{where}.function.strict"
-        )
+        raise InvalidRequest(f"{where}.strict must be true or false.", param=f"{where}.strict")
     parameters = function.get("parameters")
     if parameters is None or parameters == {}:
         parameters = _NO_PARAMETERS
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") not in ("object", ["object"]):
         raise InvalidRequest(
-            f"{where}.function.parameters must be the JSON schema of an object.",
-            param=f"{where}.function.parameters",
+            f"{where}.parameters must be the JSON schema of an object.",
+            param=f"{where}.parameters",
         )
-    _check_object(parameters, f"{where}.function.parameters")
+    _check_object(parameters, f"{where}.parameters")
     schema = {**parameters, "type": "object"}
     if function.get("strict") is not False:
         schema = close_objects(schema)
@@ -323,7 +417,7 @@ def _choice(given: Any, names: set[str]) -> tuple[Literal["none", "auto", "requi
     kind = given.get("type") if isinstance(given, Mapping) else None
     if kind == "allowed_tools":
         return _allowed(given, names)
-    if kind in ("function", "tool"):
+    if kind in ("function", "custom", "tool"):
         return "required", frozenset([_named(given, names, "tool_choice")])
     raise InvalidRequest(
         "tool_choice must be none, auto, required, or name one of the tools.", param="tool_choice"
@@ -341,7 +435,7 @@ def _allowed(given: Mapping[str, Any], names: set[str]) -> tuple[Literal["auto",
     if mode not in ("auto", "required"):
         raise InvalidRequest(f"{where}.mode must be auto or required.", param=f"{where}.mode")
     if not isinstance(tools, list) or not tools:
-        raise InvalidRequest(f"{where}.tools must be a list of functions.", param=f"{where}.tools")
+        raise InvalidRequest(f"{where}.tools must be a list of tools.", param=f"{where}.tools")
     return mode, frozenset(_named(tool, names, f"{where}.tools[{i}]") for i, tool in enumerate(tools))
 
 
@@ -351,8 +445,9 @@ def _named(choice: Any, names: set[str], where: str) -> str:
     Raises:
         InvalidRequest: it is none of ``names``.
     """
-    if isinstance(choice, Mapping) and "function" in choice:
-        choice, where = choice["function"], f"{where}.function"
+    for kind in ("function", "custom"):
+        if isinstance(choice, Mapping) and kind in choice:
+            choice, where = choice[kind], f"{where}.{kind}"
     name = choice.get("name") if isinstance(choice, Mapping) else None
     if not isinstance(name, str) or name not in names:
         shown = repr(name)[:100]

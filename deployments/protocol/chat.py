@@ -201,13 +201,30 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
+class CustomCall(BaseModel):
+    name: str
+    input: str
+
+
+class CustomToolCall(BaseModel):
+    id: str
+    type: Literal["custom"] = "custom"
+    custom: CustomCall
+
+
+class CustomCallDelta(BaseModel):
+    name: str | None = None
+    input: str
+
+
 class ToolCallDelta(BaseModel):
-    """``id``, ``type`` and the function's name come with a call's first delta alone."""
+    """``id``, ``type`` and the name come with a call's first delta alone."""
 
     index: int
     id: str | None = None
-    type: Literal["function"] | None = None
-    function: FunctionCall
+    type: Literal["function", "custom"] | None = None
+    function: FunctionCall | None = None
+    custom: CustomCallDelta | None = None
 
 
 class ChatMessage(BaseModel):
@@ -218,7 +235,7 @@ class ChatMessage(BaseModel):
     refusal: None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCall | CustomToolCall] | None = None
     function_call: FunctionCall | None = None
 
 

@@ -89,16 +89,23 @@ MESSAGE = _shape(
     *_NOTES,
     content=PART,
     function_call=_CALLED,
-    tool_calls=_shape("id", "type", "index", function=_CALLED),
+    tool_calls=_shape("id", "type", "index", function=_CALLED, custom=_shape("name", "input")),
 )
 
 FUNCTION = _shape("name", "description", "parameters", "strict", "input_examples")
-TOOL = _shape("type", "cache_control", function=FUNCTION)
+CUSTOM = _shape("name", "description", format=_shape("type", grammar=_shape("syntax", "definition")))
+TOOL = _shape("type", "cache_control", function=FUNCTION, custom=CUSTOM)
 
 NAMED = _shape("name")
-_ALLOWED = _shape("type", "name", function=NAMED)
+_ALLOWED = _shape("type", "name", function=NAMED, custom=NAMED)
 TOOL_CHOICE = _shape(
-    "type", "name", "mode", function=NAMED, tools=_ALLOWED, allowed_tools=_shape("mode", tools=_ALLOWED)
+    "type",
+    "name",
+    "mode",
+    function=NAMED,
+    custom=NAMED,
+    tools=_ALLOWED,
+    allowed_tools=_shape("mode", tools=_ALLOWED),
 )
 
 #: What a chat is made of, by field.
@@ -114,6 +121,7 @@ ITEM = _shape(
     "call_id",
     "name",
     "arguments",
+    "input",
     "encrypted_content",
     "async",
     "caller",

@@ -155,7 +155,8 @@ class InputTokens(BaseModel):
 
 
 class Response(BaseModel):
-    """A response. Items of ``output`` are ``message``, ``reasoning`` and ``function_call``."""
+    """A response. Items of ``output`` are ``message``, ``reasoning``, ``function_call`` and
+    ``custom_tool_call``."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -240,22 +241,22 @@ def _add_item(messages: list[Message], item: Mapping[str, Any], where: str) -> d
         else:
             messages.append({"role": item.get("role"), "content": content})
         return {"content": "content"}
-    if kind == "function_call":
+    if kind in ("function_call", "custom_tool_call"):
         name, namespace = item.get("name"), item.get("namespace")
         if not isinstance(namespace, str | None):
             raise InvalidRequest(f"{where}.namespace must be a string.", param=f"{where}.namespace")
         if isinstance(name, str):
             name = name_in_namespace(namespace, name)
-        function = {"name": name, "arguments": item.get("arguments") or "{}"}
-        call = {"id": item.get("call_id"), "type": "function", "function": function}
+        holder, given = ("function", "arguments") if kind == "function_call" else ("custom", "input")
+        value = item.get("arguments") or "{}" if kind == "function_call" else item.get("input")
+        call = {"id": item.get("call_id"), "type": holder, holder: {"name": name, given: value}}
         if not _open_turn(messages):
             messages.append({"role": "assistant"})
         calls = messages[-1].setdefault("tool_calls", [])
         calls.append(call)
         at = f"tool_calls[{len(calls) - 1}]"
-        arguments = {f"{at}.function.arguments": "arguments"}
-        return {f"{at}.id": "call_id", f"{at}.function": "name", **arguments}
-    if kind == "function_call_output":
+        return {f"{at}.id": "call_id", f"{at}.{holder}": "name", f"{at}.{holder}.{given}": given}
+    if kind in ("function_call_output", "custom_tool_call_output"):
         content = item.get("output")
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
         return {"content": "output", "tool_call_id": "call_id"}
@@ -264,8 +265,8 @@ def _add_item(messages: list[Message], item: Mapping[str, Any], where: str) -> d
         messages.append({"role": "assistant", **({"reasoning_content": text} if text else {"content": ""})})
         return {}
     raise InvalidRequest(
-        f"{where}.type {kind!r} is not supported; message, function_call, function_call_output and "
-        "reasoning are.",
+        f"{where}.type {kind!r} is not supported; message, function_call, function_call_output, "
+        "custom_tool_call, custom_tool_call_output and reasoning are.",
         param=f"{where}.type",
     )
 

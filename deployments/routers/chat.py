@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
-from deployments.answers import ChoiceDelta, FinishedChoice, WholeAnswer, piece_of_text
+from deployments.answers import Call, ChoiceDelta, FinishedChoice, WholeAnswer, piece_of_text
 from deployments.conversations import Conversation, RunningAnswer, conversation, start
 from deployments.openapi import described
 from deployments.pipeline import Pipeline
@@ -200,13 +200,11 @@ def _choice(answer: Answer, found: FinishedChoice, tops: int) -> wire.Choice:
         message.reasoning_content = message.reasoning = found.reasoning
     if found.calls:
         message.content = found.text or None
-        calls = [wire.FunctionCall(name=call.name, arguments=call.arguments) for call in found.calls]
         if answer.calls_functions:
-            message.function_call = calls[0]
+            message.function_call = _called(found.calls[0])
         else:
             message.tool_calls = [
-                wire.ToolCall(id=answer.call_id(found.index, index), function=call)
-                for index, call in enumerate(calls)
+                _tool_call(answer.call_id(found.index, index), call) for index, call in enumerate(found.calls)
             ]
     logprobs = None
     if found.logprobs is not None:
@@ -221,6 +219,16 @@ def _choice(answer: Answer, found: FinishedChoice, tops: int) -> wire.Choice:
         stop_reason=found.stop_reason,
         token_ids=found.token_ids if answer.body.return_token_ids else None,
     )
+
+
+def _called(call: Call) -> wire.FunctionCall:
+    return wire.FunctionCall(name=call.name, arguments=call.arguments)
+
+
+def _tool_call(name: str, call: Call) -> wire.ToolCall | wire.CustomToolCall:
+    if call.is_free:
+        return wire.CustomToolCall(id=name, custom=wire.CustomCall(name=call.name, input=call.arguments))
+    return wire.ToolCall(id=name, function=_called(call))
 
 
 async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -> AsyncGenerator[bytes, None]:
@@ -312,10 +320,19 @@ def _wire_delta(answer: Answer, choice: int, event: Event) -> wire.Delta:
         return wire.Delta(reasoning_content=event.text, reasoning=event.text)
     if answer.calls_functions:
         return wire.Delta(function_call=_function(event))
-    call = wire.ToolCallDelta(index=event.index, function=_function(event))
+    return wire.Delta(tool_calls=[_call_delta(answer, choice, event)])
+
+
+def _call_delta(answer: Answer, choice: int, event: CallStart | CallArguments) -> wire.ToolCallDelta:
     if isinstance(event, CallStart):
-        call.id, call.type = answer.call_id(choice, event.index), "function"
-    return wire.Delta(tool_calls=[call])
+        name = answer.call_id(choice, event.index)
+        if event.is_free:
+            called = wire.CustomCallDelta(name=event.name, input="")
+            return wire.ToolCallDelta(index=event.index, id=name, type="custom", custom=called)
+        return wire.ToolCallDelta(index=event.index, id=name, type="function", function=_function(event))
+    if event.is_free:
+        return wire.ToolCallDelta(index=event.index, custom=wire.CustomCallDelta(input=event.text))
+    return wire.ToolCallDelta(index=event.index, function=_function(event))
 
 
 def _function(event: CallStart | CallArguments) -> wire.FunctionCall:

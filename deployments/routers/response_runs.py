@@ -149,9 +149,11 @@ def events_again(response: Json) -> Iterator[Json]:
 
 
 def _events_of_item(item: Json) -> list[Event]:
-    if item["type"] == "function_call":
+    if item["type"] in ("function_call", "custom_tool_call"):
         # All calls look alike: the builder only wants to know where one begins.
-        arguments = [CallArguments(0, item["arguments"])] if item["arguments"] else []
-        return [CallStart(0, name_in_namespace(item.get("namespace"), item["name"])), *arguments]
+        is_free = item["type"] == "custom_tool_call"
+        text = item["input" if is_free else "arguments"]
+        arguments = [CallArguments(0, text, is_free)] if text else []
+        return [CallStart(0, name_in_namespace(item.get("namespace"), item["name"]), is_free), *arguments]
     (part,) = item["content"]
     return [(Text if item["type"] == "message" else Reasoning)(part["text"])]

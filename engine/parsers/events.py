@@ -27,18 +27,22 @@ class CallStart:
     Attributes:
         index: number of the call in the answer, from 0.
         name: the function's name.
+        is_free: the arguments are a text, not JSON; see :mod:`engine.parsers.free_text`.
     """
 
     index: int
     name: str
+    is_free: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """A piece of the JSON text of a call's arguments; the pieces of one call join up to one JSON object."""
+    """A piece of the JSON text of a call's arguments; the pieces of one call join up to one JSON object. Of a
+    call that is free: a piece of its text."""
 
     index: int
     text: str
+    is_free: bool = False
 
 
 Event = Text | Reasoning | CallStart | CallArguments

@@ -24,6 +24,8 @@ SAMPLES: dict[str, Any] = {
     "schema": {"type": "object", "properties": {}},
     "name": "report",
     "data": "AAAA",
+    "syntax": "regex",
+    "definition": "[a-z]{1,8}",
 }
 
 #: A value that no field takes.

@@ -131,7 +131,7 @@ def around(path: str, field: Field) -> dict:
         "stream_options": {"stream": True},
         "tool_choice": tools,
         # Only a call that is required can be had of this model.
-        "tools": {"tool_choice": {"type": "any"}} if path == "/v1/messages" else {},
+        "tools": {"tool_choice": {"type": "any"} if path == "/v1/messages" else "required"},
         "function_call": {"functions": [{"name": "report"}]},
     }
     return {**body(path), **at_most(path, 16), **beside.get(str(field.steps[0]), {})}
@@ -240,7 +240,7 @@ async def answers(http, path: str, given: dict) -> list:
         return made["choices"]
     if "content" in made:
         return [{**block, "id": None} for block in made["content"]]
-    return [item["content"] for item in made["output"]]
+    return [[item.get(name) for name in ("content", "arguments", "input")] for item in made["output"]]
 
 
 def unknown_fields(path: str, given: dict, caplog) -> list[str]:

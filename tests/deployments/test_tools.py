@@ -28,6 +28,14 @@ REPORT = {"name": "report", "parameters": {"type": "object", "properties": {"col
 TOOLS = [{"type": "function", "function": REPORT}, {"type": "function", "function": {"name": "stop"}}]
 
 
+FORMAT = "tools[0].custom.format.grammar"
+
+
+def custom(name: str, **grammar) -> dict:
+    form = {"format": {"type": "grammar", "grammar": grammar}} if grammar else {}
+    return {"type": "custom", "custom": {"name": name, **form}}
+
+
 @pytest.mark.parametrize(
     ("tools", "choice", "param"),
     [
@@ -61,6 +69,13 @@ TOOLS = [{"type": "function", "function": REPORT}, {"type": "function", "functio
             "tools[0].function.parameters.required",
         ),
         ([TOOLS[0], TOOLS[0]], None, "tools[1].function.name"),
+        ([TOOLS[0], {"type": "custom", "custom": {"name": "report"}}], None, "tools[1].custom.name"),
+        ([{"type": "custom"}], None, "tools[0].custom"),
+        ([{"type": "custom", "custom": {"name": "f", "format": {"type": "grammar"}}}], None, FORMAT),
+        ([custom("f", syntax="regex")], None, f"{FORMAT}.definition"),
+        ([custom("f", syntax="lark", definition="start: /x/")], None, f"{FORMAT}.syntax"),
+        ([custom("f", syntax="ebnf", definition="x")], None, f"{FORMAT}.syntax"),
+        ([custom("f")], {"type": "custom", "custom": {"name": "g"}}, "tool_choice.custom.name"),
         (TOOLS * 65, None, "tools"),
         (TOOLS, "sometimes", "tool_choice"),
         (TOOLS, {"type": "function", "function": {"name": "other"}}, "tool_choice.function.name"),
@@ -73,7 +88,7 @@ TOOLS = [{"type": "function", "function": REPORT}, {"type": "function", "functio
     ],
 )
 def test_what_is_refused(tools, choice, param):
-    with pytest.raises(InvalidRequest) as refused:
+    with pytest.raises(SightlineError) as refused:
         read_tools(tools, choice, None)
     assert refused.value.param == param
 
@@ -290,7 +305,14 @@ def test_functions_of_a_namespace_are_called_by_both_names():
 @pytest.mark.parametrize(
     ("inner", "choice", "param"),
     [
-        ([{"type": "custom", "name": "a"}], None, "tools[1].tools[0].type"),
+        ([{"type": "web_search", "name": "a"}], None, "tools[1].tools[0].type"),
+        ([{"type": "custom", "name": 5}], None, "tools[1].tools[0].name"),
+        ([{"type": "custom", "name": "a", "format": "x"}], None, "tools[1].tools[0].format.type"),
+        (
+            [{"type": "custom", "name": "a", "format": {"type": "grammar", "syntax": "lark"}}],
+            None,
+            "tools[1].tools[0].format.syntax",
+        ),
         ([{"type": "function", "name": 5}], None, "tools[1].tools[0].name"),
         ([{"type": "function", "name": "a"}] * 2, None, "tools[1].tools[1].name"),
         ([{"type": "function", "name": "a", "parameters": []}], None, "tools[1].tools[0].parameters"),
@@ -301,13 +323,15 @@ def test_functions_of_a_namespace_are_called_by_both_names():
             "tool_choice.tools[0].name",
         ),
     ],
-    ids=range(6),
+    ids=range(9),
 )
 def test_faults_in_a_namespace_are_named_by_their_place(inner, choice, param):
     tools = [{"type": "function", "name": "stop"}, {"type": "namespace", "name": "eye", "tools": inner}]
     with pytest.raises(SightlineError) as refused:
         read_flat_tools(tools, choice, None)
-    assert refused.value.param == param
+    assert refused.value.param == param and refused.value.message.removeprefix(
+        "Unsupported parameter: "
+    ).startswith(param.rpartition(".")[0])
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,15 @@
 """The Responses API, by OpenAI's client."""
 
 import json
+import re
 
 import openai
 import pytest
+from openai.types.responses import (
+    ResponseCustomToolCall,
+    ResponseCustomToolCallInputDeltaEvent,
+    ResponseCustomToolCallInputDoneEvent,
+)
 
 from tests.deployments.pictures import circle, data_url
 
@@ -135,6 +141,30 @@ async def test_a_streamed_function_call(client):
     deltas = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
     (done,) = [e for e in events if e.type == "response.function_call_arguments.done"]
     assert "".join(deltas) == done.arguments == events[-1].response.output[0].arguments
+
+
+async def test_a_custom_call_and_its_output(client):
+    """Whole, streamed, and streamed again; in a namespace, too. The conversation goes on behind it."""
+    form = {"type": "grammar", "syntax": "regex", "definition": '[a-f]{3,9}\\n"'}
+    note = {"type": "custom", "name": "note", "format": form}
+    asked = {"tool_choice": "required", "parallel_tool_calls": False}
+    made = await ask(client, tools=[note], **asked)
+    (call,) = made.output
+    assert isinstance(call, ResponseCustomToolCall) and call.name == "note"
+    assert re.fullmatch(form["definition"], call.input)
+    space = {"type": "namespace", "name": "eye", "tools": [note]}
+    events = [e async for e in await ask(client, tools=[space], **asked, background=True, stream=True)]
+    deltas = [e.delta for e in events if isinstance(e, ResponseCustomToolCallInputDeltaEvent)]
+    (done,) = [e for e in events if isinstance(e, ResponseCustomToolCallInputDoneEvent)]
+    item = events[-1].response.output[0]
+    assert "".join(deltas) == done.input == item.input and (item.namespace, item.name) == ("eye", "note")
+    name = events[-1].response.id
+    again = [e async for e in await client.responses.retrieve(name, stream=True, starting_after=1)]
+    assert [e.to_dict() for e in again] == [e.to_dict() for e in events[2:]]
+    output = {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "done"}
+    later = await ask(client, input=[output], previous_response_id=made.id)
+    items = [{"role": "user", "content": "Hello!"}, call.to_dict(), output]
+    assert (await ask(client, input=items)).output_text == later.output_text
 
 
 async def test_a_form_for_the_answer(client):

@@ -1,8 +1,11 @@
 """Tool calls over HTTP. The grammar writes the calls here, so any model can make them."""
 
 import json
+import re
 
+import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageCustomToolCall
 
 pytestmark = pytest.mark.usefixtures("idle_afterwards")
 
@@ -70,6 +73,57 @@ async def test_a_streamed_call_is_the_whole_one(client):
         assert len(calls) > 2 and {call.index for call in calls} == {0}
         assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["tool_calls"]
         assert not any(choice.delta.content for choice in choices)
+
+
+DAY = r'(January|June) [0-9]{1,2}(st|th) of \\"20[0-9]{2}"'
+
+
+def custom(name: str, **grammar) -> dict:
+    form = {"format": {"type": "grammar", "grammar": grammar}} if grammar else {}
+    return {"type": "custom", "custom": {"name": name, **form}}
+
+
+async def test_the_input_of_a_custom_tool_is_text(client):
+    """Whole and streamed; a function beside it keeps its JSON. The input matches its regex."""
+    tools = [TOOLS[0], custom("note", syntax="regex", definition=DAY), custom("say")]
+    options = {"tools": tools, "parallel_tool_calls": False}
+    for name in ("note", "report"):
+        kind = "custom" if name == "note" else "function"
+        chosen = options | {"tool_choice": {"type": kind, kind: {"name": name}}}
+        (call,) = (await ask(client, **chosen)).choices[0].message.tool_calls
+        chunks = [chunk async for chunk in await ask(client, **chosen, stream=True)]
+        deltas = [c.to_dict() for chunk in chunks for c in chunk.choices[0].delta.tool_calls or ()]
+        assert [delta.get("type") for delta in deltas] == [kind] + [None] * (len(deltas) - 1)
+        assert deltas[0][kind]["name"] == name and len(deltas) > 2
+        if name == "report":
+            check(name, call.function.arguments)
+            continue
+        assert isinstance(call, ChatCompletionMessageCustomToolCall)
+        assert re.fullmatch(DAY, call.custom.input)
+        assert "".join(delta["custom"]["input"] for delta in deltas) == call.custom.input
+
+
+async def test_a_custom_call_of_an_earlier_turn_is_shown_as_a_function_of_its_input(http):
+    text = 'say "a\\b"\nZoë'
+    calls = [
+        {"id": "c", "type": "custom", "custom": {"name": "say", "input": text}},
+        {"id": "c", "type": "function", "function": {"name": "say", "arguments": {"input": text}}},
+    ]
+    result = {"role": "tool", "tool_call_id": "c", "content": "ok"}
+    prompts = []
+    for call in calls:
+        messages = [*HELLO, {"role": "assistant", "tool_calls": [call]}, result]
+        response = await http.post("/tokenize", json={"model": "pocket", "messages": messages})
+        prompts.append(response.json()["tokens"])
+    assert prompts[0] == prompts[1]
+
+
+async def test_a_regex_that_no_grammar_follows_is_refused(client):
+    """It is all that the tool says of its input, so it is not left out."""
+    tools = [custom("note", syntax="regex", definition="(?=a)b")]
+    with pytest.raises(openai.BadRequestError) as refused:
+        await ask(client, tools=tools, tool_choice="required")
+    assert refused.value.param == "tools" and "look-around" in refused.value.message
 
 
 async def test_functions_are_answered_in_their_own_form(client):
