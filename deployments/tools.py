@@ -11,6 +11,7 @@ from deployments.caller_fields import caller_fields
 from deployments.errors import UnsupportedParameter
 from deployments.unknown_fields import log_unknown
 from engine.errors import InvalidRequest
+from engine.parsers.call_forms import whole_text
 from engine.parsers.free_text import ARGUMENT
 from engine.parsers.grammar import ToolSchema
 from engine.structured.json_schema import close_objects
@@ -309,9 +310,9 @@ def _custom(tool: Any, where: str) -> Any:
     if not isinstance(tool, Mapping):
         return tool
     text: dict[str, Any] = {"type": "string"}
-    definition = _regex(tool.get("format"), f"{where}.format")
-    if definition is not None:
-        text["pattern"] = f"^(?:{definition})$"
+    pattern = _pattern(tool.get("format"), f"{where}.format")
+    if pattern is not None:
+        text["pattern"] = pattern
     parameters = {
         "type": "object",
         "properties": {ARGUMENT: text},
@@ -322,8 +323,8 @@ def _custom(tool: Any, where: str) -> Any:
     return {**shown, "parameters": parameters, "strict": True}
 
 
-def _regex(form: Any, where: str) -> str | None:
-    """The regular expression that a custom tool's input must match as a whole; None if it is free.
+def _pattern(form: Any, where: str) -> str | None:
+    """A JSON schema's pattern of the texts that a custom tool's input may be; None if it is free.
 
     Raises:
         InvalidRequest: naming the field that can't be used.
@@ -350,7 +351,17 @@ def _regex(form: Any, where: str) -> str | None:
         raise InvalidRequest(f"{where}.syntax must be regex.", param=f"{where}.syntax")
     if not isinstance(definition, str) or not definition:
         raise InvalidRequest(f"{where}.definition must be a regex.", param=f"{where}.definition")
-    return definition
+    # The whole input matches, so anchors at the ends say nothing.
+    inner = definition.removeprefix("^")
+    if inner.endswith("$") and (len(inner) - len(inner[:-1].rstrip("\\"))) % 2:
+        inner = inner[:-1]
+    pattern = f"^(?:{inner})$"
+    if whole_text(pattern) is None:
+        raise InvalidRequest(
+            f"{where}.definition may have ^ and $ at its ends alone: the whole input matches it.",
+            param=f"{where}.definition",
+        )
+    return pattern
 
 
 def _function(function: Any, where: str) -> tuple[dict[str, Any], ToolSchema]:

@@ -102,6 +102,7 @@ PUBLIC = {
     "engine.parsers.call_forms",
     "engine.parsers.events",
     "engine.parsers.formats",
+    "engine.parsers.free_text",
     "engine.parsers.grammar",
     "engine.parsers.reasoning",
     "engine.placement",

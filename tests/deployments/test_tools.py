@@ -1,6 +1,7 @@
 """Tools and thoughts of a request: what is refused, and what constrains the answer."""
 
 import json
+import re
 from dataclasses import replace
 from itertools import combinations, pairwise
 
@@ -21,6 +22,7 @@ from engine.outputs import OutputDelta, StreamUpdate, Usage
 from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS
 from engine.parsers.grammar import SpecialTokens
 from engine.sampling_params import StructuredSpec
+from tests.engine.parsers.test_grammar import Vocabulary
 
 SPECIAL = SpecialTokens({"<tool_call>": 7, "</tool_call>": 8, "<think>": 9, "</think>": 10}, frozenset([1]))
 HERMES = AnswerFormat(SPECIAL, TOOL_FORMATS["hermes"], REASONING_TAGS["think"])
@@ -75,6 +77,8 @@ def custom(name: str, **grammar) -> dict:
         ([custom("f", syntax="regex")], None, f"{FORMAT}.definition"),
         ([custom("f", syntax="lark", definition="start: /x/")], None, f"{FORMAT}.syntax"),
         ([custom("f", syntax="ebnf", definition="x")], None, f"{FORMAT}.syntax"),
+        ([custom("f", syntax="regex", definition="(a|^b)")], None, f"{FORMAT}.definition"),
+        ([custom("f", syntax="regex", definition="a$b")], None, f"{FORMAT}.definition"),
         ([custom("f")], {"type": "custom", "custom": {"name": "g"}}, "tool_choice.custom.name"),
         (TOOLS * 65, None, "tools"),
         (TOOLS, "sometimes", "tool_choice"),
@@ -289,6 +293,22 @@ def test_calls_of_functions_that_are_not_strict_follow_what_can_be_followed(stri
     with pytest.raises(InvalidRequest, match="keyword not") as refused:
         HERMES.constraint(replace(use, allowed=None), None, "")
     assert refused.value.param == "tools[1].function.parameters"
+
+
+@pytest.mark.parametrize("definition", ["^a|b$", "a|b", "^(a|b)$", r"(a|b)\$", r"^[ab]\\$", "[ab$]"])
+@pytest.mark.parametrize("name", ["hermes", "qwen_xml"])
+def test_the_whole_input_of_a_custom_tool_matches_its_regex(name, definition):
+    """In each kind of format: a text in JSON, and one as it stands. The reference is Python's ``re``."""
+    use = read_tools([custom("f", syntax="regex", definition=definition)], "required", False)
+    words = Vocabulary("text")
+    constraint = AnswerFormat(words.special, TOOL_FORMATS[name]).constraint(use, None, "")
+    for text in ("a", "b", "ab", "a$", "b\\", "$", "xb", "ax", ""):
+        if name == "hermes":
+            call = f'<tool_call>\n{{"name": "f", "arguments": {json.dumps({"input": text})}}}\n</tool_call>'
+        else:
+            body = f"<parameter=input>\n{text}\n</parameter>"
+            call = f"<tool_call>\n<function=f>\n{body}\n</function>\n</tool_call>"
+        assert words.accepts(constraint.text, call) == bool(re.fullmatch(definition, text)), text
 
 
 def test_functions_of_a_namespace_are_called_by_both_names():
