@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SecretStr, model_validator
+from pydantic import Field, PositiveInt, SecretStr, model_validator
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.errors import error_response
@@ -18,6 +18,7 @@ from deployments.report import current_report
 from deployments.turns import Turns
 from engine.errors import ConfigError, InvalidRequest, Overloaded, SightlineError
 from engine.media.ledger import Account, Ledger
+from engine.settings import Settings
 
 #: Paths that need no key: probes of machines, which hold none.
 OPEN_PATHS = frozenset({"/health", "/ping", "/version"})
@@ -32,7 +33,7 @@ class Unauthorized(SightlineError):
     code = "invalid_api_key"
 
 
-class KeyConfig(BaseModel):
+class KeyConfig(Settings):
     """One API key. Exactly one of ``key``, ``env`` and ``file`` says what it is.
 
     Attributes:
@@ -44,8 +45,6 @@ class KeyConfig(BaseModel):
         max_active_tokens: prompt and completion tokens that open requests may ask for in all.
         own_cache: keeps cached content of this name apart from that of others.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1, max_length=128)
     key: SecretStr | None = None

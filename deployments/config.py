@@ -25,7 +25,7 @@ from deployments.stage_config import (
     LanguageModelConfig,
     PreprocessorConfig,
     StageConfig,
-    StrictModel,
+    Workers,
 )
 from deployments.tracing import TracingConfig
 from engine.config import EngineConfig
@@ -35,6 +35,7 @@ from engine.media.guard import FetchPolicy
 from engine.media.ledger import MediaLimits
 from engine.media.video.limits import VideoLimits
 from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS
+from engine.settings import Settings
 
 #: Model folders of the configuration are relative to the working directory, or to this one.
 PROJECT = Path(__file__).resolve().parent.parent
@@ -42,7 +43,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#]+")
 
 
-class ModelSpec(StrictModel):
+class ModelSpec(Settings):
     """One model: its engine, and how each of its stages is deployed.
 
     Attributes:
@@ -119,7 +120,7 @@ def _resolved(path: str | None) -> str | None:
     return path
 
 
-class ReplayConfig(StrictModel):
+class ReplayConfig(Settings):
     """Bounds on carrying a request on whose preprocessor, encoder or language model dies.
 
     Attributes:
@@ -173,7 +174,7 @@ class IngressConfig(StageConfig):
     request_timeout_s: PositiveFloat | None = None
     replay: ReplayConfig = ReplayConfig()
     health_timeout_s: PositiveFloat = 5.0
-    threads: PositiveInt = 4
+    threads: Workers = 4
     stored_responses: NonNegativeInt = 1024
     stored_responses_s: PositiveFloat = 3600.0
     references: ReferenceConfig = ReferenceConfig()
@@ -207,7 +208,7 @@ class IngressConfig(StageConfig):
         return self.num_replicas > 1 or self.autoscaling is not None
 
 
-class AppConfig(StrictModel):
+class AppConfig(Settings):
     """The ``args`` of the application.
 
     Attributes:

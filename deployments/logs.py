@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from logging.handlers import MemoryHandler
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from engine.settings import Settings
 
 #: Loggers of Sightline. Ray Serve sends records of the first to its files and to the console.
 _LOGGERS = ("ray.serve", "engine")
@@ -23,15 +23,13 @@ WRITTEN_AFTER_S = 1.0
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
-class LoggingConfig(BaseModel):
+class LoggingConfig(Settings):
     """Content of the log.
 
     Attributes:
         format: ``text``, or ``json`` with one object per line.
         level: the least important records to keep.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["text", "json"] = "text"
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -152,7 +152,7 @@ def check_files(applications: Mapping[str, AppConfig], environment: Mapping[str,
                 load_retrieval(spec.engine, load_prompt_builder(spec.engine))
                 load_media_processor(spec.engine)
             except SightlineError as error:
-                field = f".{error.param}" if isinstance(error, ConfigError) and error.param else ""
+                field = f".{error.param}" if error.param else ""
                 raise InTheWay(f"{where}.models[{index}].engine{field}: {error.message}") from None
         try:
             for key in args.ingress.keys:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat
 
 from engine.errors import InvalidRequest, SightlineError
 from engine.media.source import MediaSource
 from engine.prompt import KeptFiles
+from engine.settings import Settings
 
 
 class UnknownReference(SightlineError):
@@ -27,7 +28,7 @@ class ReferenceConflict(SightlineError):
     code = "media_uuid_conflict"
 
 
-class ReferenceConfig(BaseModel):
+class ReferenceConfig(Settings):
     """The media that are kept for later requests, for all models and all ingress replicas together.
 
     Attributes:
@@ -36,8 +37,6 @@ class ReferenceConfig(BaseModel):
         max_items: most items likewise.
         seconds: how long after its last use an item is kept.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_bytes: NonNegativeInt = 256 << 20
     max_items: NonNegativeInt = 16384

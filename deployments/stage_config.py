@@ -1,10 +1,8 @@
 """Replicas, resources and options of each stage, a part of the arguments in ``serve_config.yaml``."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -14,21 +12,17 @@ from pydantic import (
 )
 
 from deployments.autoscaling import autoscaling_config
-
-
-class StrictModel(BaseModel):
-    """A part of the configuration; unknown fields are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
+from engine.settings import Settings
 
 #: Ray Serve keeps counts in 32 bits.
 Count = Annotated[int, Field(gt=0, lt=1 << 31)]
+#: Of threads and processes, which are many where there are thousands.
+Workers = Annotated[int, Field(gt=0, le=4096)]
 #: Of a resource.
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class StageConfig(StrictModel):
+class StageConfig(Settings):
     """Replicas, resources and placement of one deployment.
 
     Attributes:
@@ -66,9 +60,9 @@ class StageConfig(StrictModel):
     autoscaling: dict[str, Any] | None = None
     num_cpus: Amount = 0.1
     num_gpus: Amount = 0.0
-    resources: dict[str, Amount] = {}
-    label_selector: dict[str, str] = {}
-    env: dict[str, str] = {}
+    resources: dict[str, Amount] = Field(default_factory=dict)
+    label_selector: dict[str, str] = Field(default_factory=dict)
+    env: dict[str, str] = Field(default_factory=dict)
     max_ongoing_requests: Count = 64
     max_queued_requests: Count | None = None
     graceful_shutdown_timeout_s: NonNegativeFloat = 20.0
@@ -169,9 +163,9 @@ class PreprocessorConfig(StageConfig):
     stage: ClassVar[str] = "preprocessor"
     IN_PLACE: ClassVar[frozenset[str]] = frozenset({"threads", "cache_bytes"})
 
-    threads: PositiveInt = 4
-    video_processes: PositiveInt = 2
-    document_processes: PositiveInt = 2
+    threads: Workers = 4
+    video_processes: Workers = 2
+    document_processes: Workers = 2
     cache_bytes: int = Field(default=256 << 20, ge=0)
     max_ongoing_requests: Count = 512
 
@@ -234,15 +228,15 @@ class LanguageModelConfig(StageConfig):
     gpus_per_host: PositiveInt | None = None
     engine_process: bool = True
 
-    @model_validator(mode="before")
-    @classmethod
-    def _gpus_are_those_of_a_host(cls, values: Any) -> Any:
-        gpus = values.get("gpus_per_host") if isinstance(values, dict) else None
+    @model_validator(mode="after")
+    def _gpus_are_those_of_a_host(self) -> Self:
+        gpus = self.gpus_per_host
         if gpus is None:
-            return values
-        if values.get("num_gpus", gpus) != gpus:
-            raise ValueError(f"num_gpus is {values['num_gpus']}, but gpus_per_host is {gpus}: give only one")
-        return {**values, "num_gpus": gpus}
+            return self
+        if "num_gpus" in self.model_fields_set and self.num_gpus != gpus:
+            raise ValueError(f"num_gpus is {self.num_gpus:g}, but gpus_per_host is {gpus}: give only one")
+        object.__setattr__(self, "num_gpus", float(gpus))
+        return self
 
     @property
     def by_line(self) -> bool:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import ConfigError
+from engine.settings import Settings
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -27,15 +28,13 @@ current: ContextVar[Carrier] = ContextVar("current_span", default={})  # noqa: B
 _HEADERS = ("traceparent", "tracestate")
 
 
-class TracingConfig(BaseModel):
+class TracingConfig(Settings):
     """Destination of spans. Needs the extra ``tracing``.
 
     Attributes:
         endpoint: of a collector that speaks OTLP over HTTP, e.g. ``http://collector:4318/v1/traces``.
         sample_ratio: share of the traces that begin here and are kept. Callers decide for theirs.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     endpoint: str = Field(pattern=r"^https?://")
     sample_ratio: float = Field(default=1.0, ge=0, le=1)

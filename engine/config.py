@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+
+from engine.settings import Settings
 
 _MOST_MEDIA: dict[Literal["image", "video"], int] = {"image": 8, "video": 1}
 #: Tasks as vLLM's users know them.
 _TASK_NAMES = {"embedding": "embed"}
+#: More than these no machine can hold; the ids of blocks have 32 bits.
+_MOST_BLOCKS, _MOST_TOKENS, _MOST_SEQUENCES = (1 << 31) - 1, 1 << 24, 1 << 16
+_INT64 = 1 << 63
 _DTYPE_NAMES = {"half": "float16", "float": "float32"}
 
 
-class Speculation(BaseModel):
+class Speculation(Settings):
     """Settings of the guesses of an answer's next tokens, which are verified together.
 
     Attributes:
@@ -20,13 +25,11 @@ class Speculation(BaseModel):
             in the prompt or in the answer; 0 for no guesses.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     prompt_lookup: int = Field(default=0, ge=0, le=32)
 
 
-class EngineConfig(BaseModel):
-    """Settings of one engine. Unknown fields are refused by name.
+class EngineConfig(Settings):
+    """Settings of one engine.
 
     Attributes:
         model: folder with a checkpoint in Hugging Face layout, or a hub name the user chose to download.
@@ -86,10 +89,8 @@ class EngineConfig(BaseModel):
         seed: seed of offline requests that bring none, and of dummy weights.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    model: str
-    tokenizer: str | None = None
+    model: str = Field(min_length=1)
+    tokenizer: str | None = Field(default=None, min_length=1)
     revision: str | None = None
     task: Literal["generate", "embed", "score"] = "generate"
     instruction: str | None = None
@@ -101,12 +102,12 @@ class EngineConfig(BaseModel):
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     max_model_len: PositiveInt | None = None
     block_size: PositiveInt = 16
-    num_kv_blocks: int | None = Field(default=None, ge=2)
+    num_kv_blocks: int | None = Field(default=None, ge=2, le=_MOST_BLOCKS)
     kv_cache_bytes: PositiveInt = 256 << 20
     state_snapshot_bytes: NonNegativeInt | None = None
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
-    max_num_seqs: PositiveInt = 256
-    max_num_batched_tokens: PositiveInt = 8192
+    max_num_seqs: int = Field(default=256, gt=0, le=_MOST_SEQUENCES)
+    max_num_batched_tokens: int = Field(default=8192, gt=0, le=_MOST_TOKENS)
     max_encoder_tokens: PositiveInt = 65536
     enable_prefix_caching: bool = True
     append_forced_tokens: bool = True
@@ -121,7 +122,7 @@ class EngineConfig(BaseModel):
     mm_processor_kwargs: dict[str, Any] = Field(default_factory=dict)
     chat_template: str | None = None
     allowed_local_media_path: str | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=-_INT64, lt=_INT64)
 
     @field_validator("task", mode="before")
     @classmethod

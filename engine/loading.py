@@ -111,6 +111,7 @@ def _load_model(
         num_blocks = min(ranks.measure_blocks(), most)
     else:
         num_blocks = config.num_kv_blocks * len(groups.windows)
+    ranks.check_blocks(num_blocks)
     dtype = resolve_dtype(config, model)
     states = num_snapshots(config, model.decoder, dtype, num_blocks)
     scheduler = _scheduler(config, model, groups, num_blocks, states, max_model_len, str(checkpoint.path))

@@ -48,7 +48,10 @@ def tokenizer_folder(config: EngineConfig, checkpoint: Checkpoint) -> Path:
     """
     if config.tokenizer is None:
         return checkpoint.path
-    return Checkpoint.open(config.tokenizer, weights=False, config=False).path
+    try:
+        return Checkpoint.open(config.tokenizer, weights=False, config=False).path
+    except CheckpointError as error:
+        raise CheckpointError(error.message, param="tokenizer") from error
 
 
 def load_retrieval(config: EngineConfig, builder: PromptBuilder) -> Retrieval:

@@ -19,7 +19,7 @@ FLOORS = [
     ["errors"],
     [
         *("graphs", "logprobs", "outputs", "param_checks", "parsers", "prompt", "kernels", "watchdog"),
-        *("startup", "helpers", "lru", "goal_queue", "transfers", "turns"),
+        *("startup", "helpers", "lru", "goal_queue", "transfers", "turns", "settings"),
     ],
     ["distributed"],
     [
@@ -113,6 +113,7 @@ PUBLIC = {
     "engine.prompt",
     "engine.sampling_params",
     "engine.scheduling.prefix_cache",
+    "engine.settings",
     "engine.startup",
     "engine.structured.json_schema",
     "engine.structured.prepare",

@@ -39,6 +39,9 @@ class Executor(Protocol):
     def measure_blocks(self) -> int:
         """Return the number of KV blocks that fit on every rank; see :meth:`ModelRank.measure_blocks`."""
 
+    def check_blocks(self, num_blocks: int) -> None:
+        """Check that a rank can hold so many KV blocks; see :meth:`ModelRank.check_blocks`."""
+
     def make_runner(self, num_blocks: int, max_model_len: int, num_slots: int) -> Runner:
         """Make the runner, ready for requests."""
 
@@ -126,6 +129,10 @@ class ParallelExecutor:
         self.workers.send(MeasureBlocks())
         own = self._own.measure_blocks()
         return min(own, *self.workers.receive())
+
+    def check_blocks(self, num_blocks: int) -> None:
+        # All ranks have the same share.
+        self._own.check_blocks(num_blocks)
 
     def make_runner(self, num_blocks: int, max_model_len: int, num_slots: int) -> ParallelRunner:
         self.workers.send(MakeRunner(num_blocks, max_model_len, num_slots))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -126,12 +127,40 @@ class ModelRank:
         stored = kv_dtype(config, decoder.dtype)
         num_blocks = free // block_bytes(self.groups, config.block_size, stored)
         if num_blocks < 2:
-            raise ConfigError(
-                f"{free >> 20} MiB are left for KV blocks, too little for one; raise gpu_memory_utilization "
-                "(or kv_cache_bytes on a CPU), or lower max_num_batched_tokens",
+            raise self._no_room(free)
+        return num_blocks
+
+    def _no_room(self, free: int) -> ConfigError:
+        """The refusal of ``free`` bytes for KV blocks, too few for one of use."""
+        each = block_bytes(self.groups, self.config.block_size, kv_dtype(self.config, self.decoder.dtype))
+        text = f"{free} bytes are left for KV blocks, of which two take {2 * each}"
+        if self.decoder.device.type == "cuda":
+            return ConfigError(
+                f"{text}; raise gpu_memory_utilization, or lower max_num_batched_tokens or block_size",
                 param="gpu_memory_utilization",
             )
-        return num_blocks
+        return ConfigError(f"{text}; raise kv_cache_bytes, or lower block_size", param="kv_cache_bytes")
+
+    def check_blocks(self, num_blocks: int) -> None:
+        """Check that this rank can hold so many KV blocks: all of a GPU's memory that is free, or of a host's
+        that there is.
+
+        Raises:
+            ConfigError: it can't. On a CPU the process would be killed once they fill.
+        """
+        stored = kv_dtype(self.config, self.decoder.dtype)
+        needed = num_blocks * block_bytes(self.groups, self.config.block_size, stored)
+        if self.decoder.device.type == "cuda":
+            there = torch.cuda.mem_get_info(self.decoder.device)[0]
+        else:
+            there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > there:
+            field = "kv_cache_bytes" if self.config.num_kv_blocks is None else "num_kv_blocks"
+            raise ConfigError(
+                f"{field} is {getattr(self.config, field)}, which takes {needed >> 20} MiB, but there are "
+                f"{there >> 20} MiB; lower it, or leave it out",
+                param=field,
+            )
 
     def make_runner(self, num_blocks: int, max_model_len: int, num_slots: int) -> ModelRunner:
         """Make the runner with its KV cache, ready for requests."""

@@ -10,7 +10,7 @@ from typing import get_args
 
 import numpy as np
 from PIL import Image
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator
 
 from engine.errors import MediaError, MediaTooLarge
 from engine.media.colour import Encoding, to_rgb
@@ -19,6 +19,7 @@ from engine.media.formats import ImageFormat, readable
 from engine.media.hdr import is_hdr, on_screen
 from engine.media.jxl import jxl_size
 from engine.media.repair import as_black_is_zero, png_light, without_metadata
+from engine.settings import Settings
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,8 +37,7 @@ _TURNED = ("TIFF", "HEIF", "JXL")
 _MOST_MISSING = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class ImageLimits:
+class ImageLimits(Settings):
     """The largest image that is decoded, and the formats.
 
     Attributes:
@@ -52,9 +52,12 @@ class ImageLimits:
     max_total_pixels: PositiveInt = 256_000_000
     formats: tuple[ImageFormat, ...] = get_args(ImageFormat)
 
-    def __post_init__(self) -> None:
-        if not self.formats:
-            raise ValueError("formats must name at least one format")
+    @field_validator("formats")
+    @classmethod
+    def _some_format_is_read(cls, value: tuple[ImageFormat, ...]) -> tuple[ImageFormat, ...]:
+        if not value:
+            raise ValueError("at least one format")
+        return value
 
     @property
     def readable(self) -> tuple[str, ...]:

@@ -9,11 +9,12 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from yarl import URL
 
 from engine.errors import MediaForbidden
 from engine.media.address import request_target
+from engine.settings import Settings
 
 #: Networks that ``is_global`` counts as public, but that lead inside or stand for other addresses.
 _NEVER = tuple(
@@ -44,7 +45,7 @@ def _from_environment(kind: str, otherwise: float) -> float:
     return otherwise
 
 
-class FetchPolicy(BaseModel):
+class FetchPolicy(Settings):
     """The addresses and files that may be fetched, and the number of bytes.
 
     Attributes:
@@ -67,8 +68,6 @@ class FetchPolicy(BaseModel):
         max_waiting_per_host: most downloads that wait until earlier ones from the same host end.
         queue_timeout: seconds that a download may wait for its turn; they don't count as the host's.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     allow_http: bool = True
     allowed_hosts: tuple[str, ...] | None = None

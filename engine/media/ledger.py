@@ -14,16 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import PositiveInt
 
 from engine.errors import MediaTooLarge, Overloaded
+from engine.settings import Settings
 
 Amount = Literal["items", "bytes", "pixels", "frames", "tokens"]
 AMOUNTS: tuple[Amount, ...] = get_args(Amount)
 _WORDS = {"items": "images and videos", "frames": "video frames", "tokens": "visual tokens"}
 
 
-class Amounts(BaseModel):
+class Amounts(Settings):
     """The most of each amount; None is unlimited.
 
     Attributes:
@@ -33,8 +34,6 @@ class Amounts(BaseModel):
         frames: of videos that a model is shown.
         tokens: embedding rows.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     items: PositiveInt | None = None
     bytes: PositiveInt | None = None
@@ -47,7 +46,7 @@ class Amounts(BaseModel):
         return getattr(self, amount)
 
 
-class MediaLimits(BaseModel):
+class MediaLimits(Settings):
     """The most that media may take at a time, in each ingress replica and in each preprocessor replica.
 
     Attributes:
@@ -57,8 +56,6 @@ class MediaLimits(BaseModel):
             as one.
         in_all: of all open requests; likewise.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     per_request: Amounts = Amounts()
     per_key: Amounts = Amounts()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import stat
 from pathlib import Path
@@ -59,9 +58,29 @@ def _decode_data_url(source: MediaSource, url: str, policy: FetchPolicy) -> byte
         raise MediaError(f"{where}: a data URL must look like data:{example};base64,...", param=where)
     check_size(len(payload) // 4 * 3 - 2, policy, source)
     try:
-        return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError):
+        try:
+            return base64.b64decode(payload, validate=True)
+        except ValueError:
+            return _forgiving_base64(payload)
+    except ValueError:
         raise MediaError(f"{where}: the data URL is not valid base64.", param=where) from None
+
+
+def _forgiving_base64(payload: str) -> bytes:
+    """Decode base64 with line breaks, with percent signs, or without padding, as browsers read a data URL.
+
+    https://infra.spec.whatwg.org/#forgiving-base64-decode, behind the percent-decoding of
+    https://fetch.spec.whatwg.org/#data-url-processor.
+
+    Raises:
+        ValueError: it isn't such either.
+    """
+    text = unquote_to_bytes(payload).translate(None, b"\t\n\f\r ")
+    if len(text) % 4 == 0:
+        text = text[:-2] + text[-2:].rstrip(b"=")
+    if b"=" in text:
+        raise ValueError("padding in the wrong place")
+    return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
 
 
 def _read_file(source: MediaSource, url: str, policy: FetchPolicy) -> bytes:

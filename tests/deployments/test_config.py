@@ -3,9 +3,11 @@
 import pytest
 from pydantic import ValidationError
 
+from deployments.access import KeyConfig
 from deployments.config import AppConfig
 from engine.media.guard import FetchPolicy
 from engine.model_parts import fetch_policy
+from tests.deployments.configuration import PARTS, options
 from tests.serving import app_args, changed_config
 
 
@@ -26,7 +28,7 @@ from tests.serving import app_args, changed_config
         (("ingress", "cors_origins"), ["localhost:3000"], "ingress.cors_origins"),
         (("ingress", "cors_origins"), ["http://localhost:3000/"], "ingress.cors_origins"),
         (("documents",), {"max_dpi": 100}, "documents"),
-        (("images",), {"formats": []}, "images"),
+        (("images",), {"formats": []}, "images.formats"),
         (("models", 0, "language_model", "num_gpu"), 1, "models.0.language_model.num_gpu"),
         (("models", 0, "encoder", "num_gpus"), 1.5, "models.0.encoder.num_gpus"),
         # What Ray would refuse when the application is deployed.
@@ -49,6 +51,21 @@ from tests.serving import app_args, changed_config
         (("images",), {"formats": ["EPS"]}, "images.formats.0"),
         (("ingress", "max_body_bytes"), 0, "ingress.max_body_bytes"),
         (("fetch", "timeout"), -1, "fetch.timeout"),
+        # What no machine can hold.
+        (("models", 0, "engine", "num_kv_blocks"), 10**12, "models.0.engine.num_kv_blocks"),
+        (("models", 0, "engine", "max_num_seqs"), 10**12, "models.0.engine.max_num_seqs"),
+        (("models", 0, "engine", "max_num_batched_tokens"), 10**12, "models.0.engine.max_num_batched_tokens"),
+        (("models", 0, "engine", "seed"), 1 << 63, "models.0.engine.seed"),
+        (("models", 0, "preprocessor", "threads"), 10**12, "models.0.preprocessor.threads"),
+        (("models", 0, "preprocessor", "video_processes"), 10**12, "models.0.preprocessor.video_processes"),
+        (
+            ("models", 0, "preprocessor"),
+            {"document_processes": 10**12},
+            "models.0.preprocessor.document_processes",
+        ),
+        (("ingress", "threads"), 10**12, "ingress.threads"),
+        (("models", 0, "engine", "model"), "", "models.0.engine.model"),
+        (("models", 0, "engine", "tokenizer"), "", "models.0.engine.tokenizer"),
     ],
 )
 def test_a_bad_value_is_named(path, value, field):
@@ -61,6 +78,34 @@ def test_a_bad_value_is_named(path, value, field):
         AppConfig.model_validate(args)
     (fault,) = caught.value.errors()
     assert ".".join(map(str, fault["loc"])) == field
+
+
+#: Values that hardly any option can have, and none may fail at.
+ODD = (True, [True], {"image": True}, 10**40, -(10**40), float("nan"), float("inf"), "", "x\0", [], {})
+
+
+@pytest.mark.parametrize(
+    ("part", "option"),
+    [(part, option.name) for part in dict.fromkeys(PARTS.values()) for option in options(part)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_every_option_takes_odd_values_or_is_named(part, option):
+    """A number takes no ``yes`` of YAML for 1."""
+    model = {"name": "n", "engine": {"model": "m"}}
+    given = {"model": "m", **model, "models": [model], "endpoint": "http://e"}
+    given = {name: value for name, value in given.items() if name in part.model_fields}
+    if part is KeyConfig and option not in ("env", "file", "key"):
+        given["env"] = "E"
+    default = part.model_fields[option].get_default(call_default_factory=True)
+    for value in ODD:
+        faults = []
+        try:
+            part.model_validate({**given, option: value})
+        except ValidationError as error:
+            faults = error.errors()
+        assert all(fault["loc"][:1] in ((option,), ()) for fault in faults), faults
+        if value is True:
+            assert bool(faults) == (not isinstance(default, bool))
 
 
 def test_names_that_would_collide():

@@ -85,13 +85,23 @@ def keys(*given: dict, **ingress) -> dict:
     [
         (model(model="./models/none"), ".models[0].engine: there is no folder './models/none'"),
         (model(model="models"), ".models[0].engine: "),
+        (model(tokenizer="./none"), ".models[0].engine.tokenizer: there is no folder './none'"),
         (model(chat_template="none.jinja"), ".models[0].engine.chat_template: 'none.jinja' is neither"),
         (model(max_model_len=5000), ".models[0].engine.max_model_len: max_model_len is 5000, but"),
         (keys({"env": "NO_SUCH_KEY"}), ".ingress: the key 'a' is empty"),
         (keys({"file": "/none"}), ".ingress: the key 'a' can't be read"),
         (keys({"key": "two words"}), ".ingress: the key 'a' must consist of"),
     ],
-    ids=["no model", "no checkpoint", "no template", "too long", "no variable", "no file", "no key"],
+    ids=[
+        "no model",
+        "no checkpoint",
+        "no tokenizer",
+        "no template",
+        "too long",
+        "no variable",
+        "no file",
+        "no key",
+    ],
 )
 def test_a_file_that_is_missing_is_named(tmp_path, capsys, monkeypatch, args, fault):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

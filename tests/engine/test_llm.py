@@ -226,6 +226,14 @@ def test_a_limit_on_media_is_named_and_the_others_stay(path, llm):
         ({"chat_template": "/nowhere.jinja"}, "neither a file nor the text"),
         ({"block_size": 12}, "block_size: .*power of two"),
         ({"fetch": {"timeout": -1}}, "timeout: .*greater than 0"),
+        ({"max_num_seqs": True}, "max_num_seqs: .*true and false"),
+        ({"num_kv_blocks": 10**12}, "num_kv_blocks: .*less than"),
+        ({"num_kv_blocks": 2**31 - 1}, "num_kv_blocks is 2147483647, which takes .* MiB, but there are"),
+        ({"kv_cache_bytes": 10}, "10 bytes are left .*raise kv_cache_bytes, or lower block_size"),
+        (
+            {"kv_cache_bytes": 1 << 60, "max_num_seqs": 65536, "max_num_batched_tokens": 65537},
+            "kv_cache_bytes is",
+        ),
     ],
     ids=str,
 )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
+
+from engine.settings import Settings
 
 
-class DocumentLimits(BaseModel):
+class DocumentLimits(Settings):
     """The pages that are shown to a model.
 
     Attributes:
@@ -17,8 +19,6 @@ class DocumentLimits(BaseModel):
         max_text: most characters of a document's text.
         seconds: most seconds that opening a document, or rendering pages of it in one go, may take.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     dpi: PositiveFloat = 144.0
     max_dpi: PositiveFloat = 600.0

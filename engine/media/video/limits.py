@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
+
+from engine.settings import Settings
 
 
-class VideoLimits(BaseModel):
+class VideoLimits(Settings):
     """The longest video that is decoded.
 
     Attributes:
@@ -16,8 +18,6 @@ class VideoLimits(BaseModel):
         max_pixels: most pixels of a frame, width times height.
         decode_seconds: most seconds that decoding one video may take.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_bytes: PositiveInt = 256 << 20
     max_seconds: PositiveFloat = 7200.0

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 from contextlib import asynccontextmanager
+from urllib.parse import quote
 
 import pytest
 from aiohttp import web
@@ -245,6 +246,15 @@ async def test_data_urls(size):
     assert await fetcher.fetch(source(data=data)) == data
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+async def test_base64_as_browsers_read_it(size):
+    """In lines, as programs write it; without padding; with percent signs."""
+    data = os.urandom(size)
+    lines, plain = base64.encodebytes(data).decode(), base64.b64encode(data).decode()
+    for payload in (lines, lines.replace("\n", " \r\n\t\f"), plain.rstrip("="), quote(plain), quote(lines)):
+        assert await MediaFetcher(FetchPolicy()).fetch(source(data_url(payload))) == data
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -252,10 +262,11 @@ async def test_data_urls(size):
         "data:image/png;base64",
         "data:;base64,A",
         "data:;base64,é",
-        "data:;base64,AA AA",
         "data:;base64,AA-_",
-        "data:;base64,AAA",
-        "data:;base64,%41AAA",
+        "data:;base64,AA=",
+        "data:;base64,A===",
+        "data:;base64,=AAA",
+        "data:;base64,AA%00",
     ],
 )
 async def test_data_urls_that_are_not_base64(url):
