@@ -231,8 +231,9 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     path = request.scope["path"][:200]
     if error.status_code == 404:
-        hint = f" Did you mean /v1{path}? Let the client's base URL end in /v1."
-        known = f"/v1{path}" in request.app.state.paths
+        meant = path.removeprefix("/v1") if path.startswith("/v1/v1/") else f"/v1{path}"
+        hint = f" Did you mean {meant}? Let the client's base URL end in /v1."
+        known = meant in request.app.state.paths
         missing = NoSuchRoute(f"There is no endpoint {path}.{hint if known else ''}")
         return error_response(missing, request.scope)
     if error.status_code == 405:

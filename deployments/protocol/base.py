@@ -26,7 +26,7 @@ class Part(BaseModel):
     DEFAULTS: ClassVar[Mapping[str, Collection[Any]]] = {}
     SILENT: ClassVar[Mapping[str, str]] = {}
 
-    model_config = ConfigDict(extra="ignore", populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
@@ -80,9 +80,7 @@ def known_fields(part: type[Part]) -> frozenset[str]:
 
 def _names(name: str, field: FieldInfo) -> Iterator[str]:
     """The names under which clients send a field."""
-    yield name
-    if field.alias is not None:
-        yield field.alias
+    yield name if field.alias is None else field.alias
     if isinstance(field.validation_alias, AliasChoices):
         yield from (each for each in field.validation_alias.choices if isinstance(each, str))
 

@@ -116,6 +116,8 @@ async def test_the_hint_for_a_base_url_without_v1_needs_no_description_of_the_ap
     async with httpx.AsyncClient(transport=AppTransport(api), base_url="http://test") as http:
         found = await http.post("/chat/completions", json={})
         assert "Did you mean /v1/chat/completions?" in found.json()["error"]["message"]
+        found = await http.post("/v1/v1/chat/completions", json={})
+        assert "Did you mean /v1/chat/completions?" in found.json()["error"]["message"]
         assert "Did you mean" not in (await http.post("/nothing", json={})).json()["error"]["message"]
     assert not described
 

@@ -207,6 +207,12 @@ async def test_a_background_response(client):
             None,
         ),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", None),
+        # The form of Chat Completions.
+        (
+            {"text": {"format": {"type": "json_schema", "json_schema": {"schema": {}}}}},
+            "text.format.schema",
+            None,
+        ),
         ({"text": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "text.format", None),
         ({"max_output_tokens": 9000}, "max_output_tokens", "context_length_exceeded"),
         ({"input": "word " * 4000}, "input", "context_length_exceeded"),
