@@ -7,13 +7,17 @@ from typing import Any, TypeAlias, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from deployments.errors import BadBody, BodyTooLarge
+from deployments.errors import BadBody, BodyTooLarge, BodyTooSlow
 from deployments.protocol.base import RequestBody
 
 M = TypeVar("M", bound=RequestBody)
 
 #: zlib's window sizes, which tell the formats apart.
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+
+#: Seconds within which the next piece of a body must come. A client whose network is gone would else hold one
+#: of the places for open requests.
+PIECE_S = 60.0
 
 #: Larger bodies are parsed on a thread.
 _LARGE = 1 << 17
@@ -27,15 +31,17 @@ _TOO_DEEP = f"The JSON is nested too deeply: more than {_MAX_DEPTH} lists and ob
 _Way: TypeAlias = "tuple[str | int, _Way] | None"
 
 
-async def read_body(request: Request, model: type[M], limit: int) -> M:
+async def read_body(request: Request, model: type[M], limit: int, deadline: float | None = None) -> M:
     """Read and parse the body.
 
     Args:
         model: the form of the body.
         limit: the most bytes.
+        deadline: when all of it must have come, by the event loop's clock; None for no limit.
 
     Raises:
         BodyTooLarge: naming the limit; the rest is not read.
+        BodyTooSlow: it has not come in time.
         BadBody, UnsupportedParameter: naming the field at fault.
     """
     length, encoding = b"", "identity"
@@ -46,23 +52,36 @@ async def read_body(request: Request, model: type[M], limit: int) -> M:
             encoding = value.decode("latin-1").strip().lower()
     if length.isdigit() and int(length) > limit:
         raise BodyTooLarge(_too_large(limit))
-    chunks, size, more = [], 0, True
-    while more:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        if size > limit:
-            raise BodyTooLarge(_too_large(limit))
-        more = message.get("more_body", False)
-    body = b"".join(chunks)
+    body = await _received(request, limit, deadline)
+    size = len(body)
     if encoding not in ("identity", ""):
         body = await asyncio.to_thread(_decompressed, body, encoding, limit)
         size = len(body)
     if size > _LARGE:
         return await asyncio.to_thread(_parse, body, model)
     return _parse(body, model)
+
+
+async def _received(request: Request, limit: int, deadline: float | None) -> bytes:
+    """All of the body; arguments and errors as of :func:`read_body`."""
+    chunks, size, more = [], 0, True
+    clock = asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout(None) as patience:
+            while more:
+                until = clock() + PIECE_S
+                patience.reschedule(until if deadline is None else min(until, deadline))
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                chunks.append(message.get("body", b""))
+                size += len(chunks[-1])
+                if size > limit:
+                    raise BodyTooLarge(_too_large(limit))
+                more = message.get("more_body", False)
+    except TimeoutError:
+        raise BodyTooSlow("The rest of the request's body has not come in time; send it again.") from None
+    return b"".join(chunks)
 
 
 def _decompressed(body: bytes, encoding: str, limit: int) -> bytes:

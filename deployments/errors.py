@@ -24,6 +24,7 @@ _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
@@ -48,6 +49,13 @@ class UnsupportedParameter(SightlineError):
 class BodyTooLarge(SightlineError):
     status = 413
     code = "request_too_large"
+
+
+class BodyTooSlow(SightlineError):
+    """The rest of a body has not come in time."""
+
+    status = 408
+    code = "request_timeout"
 
 
 class NoSuchRoute(SightlineError):

@@ -1,6 +1,5 @@
 """One model's way from a request to an answer: prepare the media, build the prompt, encode, generate."""
 
-import asyncio
 import itertools
 import random
 import secrets
@@ -19,7 +18,7 @@ from deployments.media import Shown, prepare_media
 from deployments.metrics.collector import Measured
 from deployments.metrics.ingress import ModelMeter, arrival
 from deployments.references import MediaKeeper, Owner, ReferenceConfig, References
-from deployments.replay import Patience, attempt_name, carried_on
+from deployments.replay import Patience, attempt_name, carried_on, deadline
 from deployments.report import ItemReport, current_report
 from deployments.stages import Generation, Pixels, Pooling, Rows, RowsLost, StageLost, Stages
 from deployments.tasks import all_or_none
@@ -364,11 +363,7 @@ class Pipeline:
         return output
 
     def _patience(self, work: str) -> Patience:
-        deadline = None
-        if self.timeout_s is not None:
-            began = arrival.get() or time.perf_counter()
-            deadline = asyncio.get_running_loop().time() + self.timeout_s - (time.perf_counter() - began)
-        return Patience(self.replay, deadline, lambda: self.meter.failover(work))
+        return Patience(self.replay, deadline(self.timeout_s), lambda: self.meter.failover(work))
 
 
 def _asked() -> float:

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import TypeVar
 from deployments.caller_fields import caller_fields
 from deployments.config import ReplayConfig
 from deployments.errors import release
+from deployments.metrics.ingress import arrival
 from deployments.stages import Generation, LanguageModelStage, Rows, RowsLost, StageLost
 from engine.errors import Overloaded, SightlineError, Unavailable
 from engine.mailbox import Taker
@@ -30,6 +32,18 @@ class DeadlineExceeded(SightlineError):
 
     status = 504
     code = "deadline_exceeded"
+
+
+def deadline(timeout_s: float | None) -> float | None:
+    """When the time of the current HTTP request is up, by the event loop's clock; None for no limit.
+
+    Args:
+        timeout_s: seconds from its arrival, or from now if this is no work for one.
+    """
+    if timeout_s is None:
+        return None
+    now = time.perf_counter()
+    return asyncio.get_running_loop().time() + timeout_s - (now - (arrival.get() or now))
 
 
 class Patience:

@@ -8,8 +8,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from deployments.body import M, read_body
+from deployments.config import IngressConfig
 from deployments.pipeline import Pipeline
 from deployments.protocol.models import ModelCard, ModelList
+from deployments.replay import deadline
 from deployments.report import current_report
 from engine.errors import InvalidRequest, ModelNotFound, Unavailable
 
@@ -38,7 +40,8 @@ async def read_request(request: Request, form: type[M]) -> tuple[M, Pipeline]:
         SightlineError: as :func:`~deployments.body.read_body` and :func:`find_pipeline`.
         InvalidRequest: the body names no model, and there are several.
     """
-    body = await read_body(request, form, request.app.state.config.max_body_bytes)
+    config: IngressConfig = request.app.state.config
+    body = await read_body(request, form, config.max_body_bytes, deadline(config.request_timeout_s))
     body.model = body.model or _only_model(request, form.TASKS)
     return body, find_pipeline(request, body.model)
 

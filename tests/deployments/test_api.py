@@ -1,5 +1,6 @@
 """The ASGI application around the endpoints: limits, and errors that no endpoint handles."""
 
+import asyncio
 import logging
 import re
 
@@ -35,6 +36,21 @@ async def test_a_body_beyond_the_limit_is_refused_before_all_of_it_is_read(runni
     assert start["status"] == 413
     assert b"request_too_large" in b"".join([part async for part in exchange])
     assert exchange.read == (0 if announced else 65)
+    await exchange.aclose()
+
+
+@pytest.mark.parametrize("timed", [True, False], ids=["the request's time", "the piece's time"])
+async def test_a_body_that_does_not_come_gives_its_place_back(running, monkeypatch, timed):
+    if not timed:
+        monkeypatch.setattr("deployments.body.PIECE_S", 0.01)
+    config = IngressConfig(request_timeout_s=0.01 if timed else None)
+    api = create_api(config, running.app.api.state.pipelines)
+    exchange = Exchange(api, scope(), [b'{"model": '], then="wait")
+    start = await asyncio.wait_for(exchange.next_message(), 60)
+    assert start["status"] == 408
+    assert b"request_timeout" in b"".join([part async for part in exchange])
+    await exchange.finished()
+    assert not api.state.admission.active
     await exchange.aclose()
 
 
