@@ -63,6 +63,9 @@ def _alone(args: dict[str, Any]) -> dict[str, Any]:
     """The first model, now the only one. Its requests are carried on however often that is needed."""
     args["models"] = args["models"][:1]
     args["ingress"]["replay"] = {"max_losses": 1000, "patience_s": 900}
+    for stage in (args["models"][0][name] for name in ("preprocessor", "encoder", "language_model")):
+        # A process that hangs is found within a minute, not two.
+        stage |= {"health_check_period_s": 2, "health_check_timeout_s": 15}
     return args["models"][0]
 
 

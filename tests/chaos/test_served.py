@@ -7,6 +7,7 @@
 
 import asyncio
 import os
+import signal
 from collections.abc import Iterator
 
 import httpx
@@ -57,6 +58,17 @@ def test_no_answer_is_lost_or_changed_and_nothing_stays_behind(served):
     assert not report.failures, report.failures[:3]
     assert not report.differences, report.differences[:3]
     assert not report.asked_again and min(killer.killed.values()) >= 2
+
+
+def test_processes_that_hang_are_replaced(served):
+    """Each is found by three checks of its health in a row."""
+    load = load_of(served)
+    killer = Killer(served, [*STAGES, ENGINE], PERIOD_S, by=signal.SIGSTOP)
+    with as_before(served):
+        report = asyncio.run(killed_under_load(load, killer, SECONDS / 10, least=1))
+    assert not report.failures, report.failures[:3]
+    assert not report.differences, report.differences[:3]
+    assert not report.asked_again and min(killer.killed.values()) >= 1
 
 
 def test_clients_that_ask_again_survive_the_ingress(served):

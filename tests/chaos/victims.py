@@ -67,6 +67,12 @@ def _pids_that_run(module: str, processes: Iterable[psutil.Process]) -> list[int
     return found
 
 
+def _is_stopped(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    return True
+
+
 def everything_runs(served: Served) -> bool:
     """Return whether a replica of each of pocket's stages answers."""
     try:
@@ -83,6 +89,7 @@ class Killer:
         served: the application.
         kinds: what is killed; the kinds of a tuple are killed at the same time.
         period_s: seconds between two kills. The next victims must be back, too.
+        by: how. SIGSTOP leaves a process that does nothing: others must notice, and kill it.
 
     Attributes:
         killed: by kind.
@@ -91,6 +98,7 @@ class Killer:
     served: Served
     kinds: Sequence[str | tuple[str, ...]]
     period_s: float
+    by: signal.Signals = signal.SIGKILL
     seed: int = 0
     killed: Counter[str] = field(default_factory=Counter)
 
@@ -122,7 +130,7 @@ class Killer:
                 for kind, pids in (await self._victims(group)).items():
                     # It may have ended together with another one that was killed.
                     with suppress(ProcessLookupError):
-                        os.kill(rng.choice(pids), signal.SIGKILL)
+                        os.kill(rng.choice(pids), self.by)
                         self.killed[kind] += 1
 
     async def _victims(self, kinds: Sequence[str]) -> dict[str, list[int]]:
@@ -141,6 +149,9 @@ class Killer:
         return {kind: self._processes(kind) for kind in kinds} if everything_runs(self.served) else {}
 
     def _processes(self, kind: str) -> list[int]:
+        return [pid for pid in self._all_processes(kind) if not _is_stopped(pid)]
+
+    def _all_processes(self, kind: str) -> list[int]:
         if kind == INGRESS:
             return processes_of(self.served, kind)
         if kind == RANK:
