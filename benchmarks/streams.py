@@ -52,7 +52,6 @@ def build(args: dict[str, Any]) -> Application:
     options: dict[str, Any] = {"max_ongoing_requests": 4096, "ray_actor_options": {"num_cpus": 0}}
     router = RequestRouterConfig(
         request_router_class=LanguageModelRouter,  # type: ignore[arg-type]
-        request_router_kwargs={"by_line": True},
     )
     model = serve.deployment(name="LanguageModel", request_router_config=router, **options)(StandIn)
     ingress = serve.deployment(name="Ingress", **options)(Ingress)

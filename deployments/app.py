@@ -119,7 +119,6 @@ def _deploy_stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> d
         request_router_config=_routing(
             FirstHostRouter if spread else LanguageModelRouter,
             spec.language_model.routing,
-            by_line=spec.language_model.by_line,
         ),
     )
     if encodes:
@@ -164,9 +163,9 @@ def _options(stage: StageConfig, logging: LoggingConfig) -> dict[str, Any]:
     return options
 
 
-def _routing(router: type, routing: Routing, **options: Any) -> RequestRouterConfig:
+def _routing(router: type, routing: Routing) -> RequestRouterConfig:
     return RequestRouterConfig(
         request_router_class=router,  # type: ignore[arg-type]
-        request_router_kwargs={"by_content": routing == "content", **options},
+        request_router_kwargs={"by_content": routing == "content"},
         request_routing_stats_period_s=1.0,  # type: ignore[arg-type]
     )

@@ -238,12 +238,6 @@ class LanguageModelConfig(StageConfig):
         object.__setattr__(self, "num_gpus", float(gpus))
         return self
 
-    @property
-    def by_line(self) -> bool:
-        """Whether requests may reach a replica past Ray Serve, see :mod:`deployments.ray_serve.line`. Its
-        autoscaling counts the calls that it knows of."""
-        return self.autoscaling is None and self.hosts == 1
-
     def options(self) -> dict[str, Any]:
         """See :meth:`StageConfig.options`. Serve counts hosts, not copies of the model."""
         options = super().options()

@@ -128,17 +128,13 @@ class _RemoteStage(_Remote):
 
 class RemotePreprocessor(_RemoteStage):
     """The preprocessor stage. Pixels are in the object store, but for those of images that replicas on this
-    host prepare by a line.
-
-    Args:
-        by_line: whether that may be. Ray Serve doesn't count these calls.
-    """
+    host prepare by a line. Ray Serve doesn't count these calls, so there are none under an autoscaling."""
 
     name = "preprocessor"
 
-    def __init__(self, handle: DeploymentHandle, *, by_line: bool = False) -> None:
+    def __init__(self, handle: DeploymentHandle) -> None:
         super().__init__(handle)
-        self._lines = ReplicaLines(partial(everywhere, self._handle, "line", MEASURE_S)) if by_line else None
+        self._lines = ReplicaLines(partial(everywhere, self._handle, "line", MEASURE_S))
 
     async def prepare(
         self,
@@ -148,7 +144,7 @@ class RemotePreprocessor(_RemoteStage):
         images: int | None = None,
         salt: str = "",
     ) -> list[PixelsRef]:
-        if self._lines is not None and not files and _are_small(sources):
+        if not files and _are_small(sources):
             line = self._lines.choose(limits_here(self._handle))
             args = list(sources), caller, images, salt, current.get()
             if line is not None:
@@ -517,13 +513,10 @@ def remote_stages(
     language_model: DeploymentHandle,
     preprocessor: DeploymentHandle | None = None,
     encoder: DeploymentHandle | None = None,
-    *,
-    prepared_by_line: bool = False,
 ) -> Stages:
     """The stages of one model behind the handles of its deployments.
 
     Args:
-        prepared_by_line: see :class:`RemotePreprocessor`.
         encoder: a handle of the language model's deployment if its replicas encode.
     """
     encoding: RemoteEncoder | LaterEncoder | None = None
@@ -533,7 +526,7 @@ def remote_stages(
     generating = RemoteLanguageModel(language_model)
     return Stages(
         generating,
-        None if preprocessor is None else RemotePreprocessor(preprocessor, by_line=prepared_by_line),
+        None if preprocessor is None else RemotePreprocessor(preprocessor),
         encoding,
         generating.ways,
     )

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api import create_api, take_over
-from deployments.config import AppConfig, ModelSpec
+from deployments.config import AppConfig
 from deployments.in_place import InPlace
 from deployments.leaving import PIECES, ends_with_client
 from deployments.metrics.families import Part
@@ -51,11 +51,7 @@ class Ingress:
         prepare_process()
         handles = [{name: _handle(given) for name, given in each.items()} for each in stages]
         media_keeper = None if references is None else RemoteReferences(references)
-        made = [
-            remote_stages(**each, prepared_by_line=_counts_nothing(spec))
-            for spec, each in zip(config.models, handles, strict=True)
-        ]
-        pipelines = make_pipelines(config, made, media_keeper)
+        pipelines = make_pipelines(config, [remote_stages(**each) for each in handles], media_keeper)
 
         @asynccontextmanager
         async def announced(_: FastAPI) -> AsyncIterator[None]:
@@ -125,12 +121,6 @@ class Disconnects:
                 return {"type": "http.disconnect"}
 
         await self._app(scope, receive_or_leave if scope["type"] == "http" else receive, send)
-
-
-def _counts_nothing(spec: ModelSpec) -> bool:
-    """Return whether the preprocessor's number of replicas is known to be fixed: an autoscaling needs Ray
-    Serve's counts of its calls."""
-    return spec.application is None and spec.preprocessor.autoscaling is None
 
 
 def _handle(given: DeploymentHandle | tuple[str, str]) -> DeploymentHandle:

@@ -102,20 +102,20 @@ class LanguageModelRouter(_ExactRouter):
         asked: requests of this process that each replica was asked by its line, and has not answered yet.
     """
 
-    def initialize_state(self, by_content: bool = True, by_line: bool = False, **_: Any) -> None:
-        self._by_content, self._by_line = by_content, by_line
+    def initialize_state(self, by_content: bool = True, **_: Any) -> None:
+        self._by_content = by_content
         self._places = PromptPlaces()
         self.asked: Counter[str] = Counter()
 
     def by_line(self, inputs: EngineInput, lines: Container[str]) -> str | None:
         """The replica that is to be asked for the answer to a prompt by its line. None if Ray Serve is to
-        choose: a replica has no line yet, or as many requests as it may have, or nothing may go by lines.
+        choose: a replica has no line yet, or as many requests as it may have.
 
         Args:
             lines: names of the replicas to which one is open.
         """
         replicas = {replica.replica_id.unique_id: replica for replica in self.curr_replicas.values()}
-        if not (self._by_line and replicas) or any(name not in lines for name in replicas):
+        if not replicas or any(name not in lines for name in replicas):
             return None
         name, *others = replicas
         if others:
@@ -165,21 +165,25 @@ class LanguageModelRouter(_ExactRouter):
 
 
 def router_here(handle: DeploymentHandle) -> LanguageModelRouter | None:
-    """The router of a handle of a language model, if it runs on this event loop and knows the replicas."""
+    """The router of a handle of a language model on one host, if calls may go past Ray Serve: it runs on this
+    event loop and knows the replicas, and nothing counts the calls."""
     router = _any_router_here(handle)
     # By its name: Ray Serve pickles the class by value, so each process has one of its own.
     return router if type(router).__name__ == LanguageModelRouter.__name__ else None
 
 
 def limits_here(handle: DeploymentHandle) -> dict[str, int]:
-    """The most requests of each replica, by its name; none if the handle's router runs on another event
-    loop."""
+    """The most requests of each replica, by its name; none if calls may not go past Ray Serve, as in
+    :func:`router_here`."""
     router = _any_router_here(handle)
     replicas = [] if router is None else router.curr_replicas.values()
     return {replica.replica_id.unique_id: replica.max_ongoing_requests for replica in replicas}
 
 
 def _any_router_here(handle: DeploymentHandle) -> Any:
-    wrapper = getattr(handle, "_router", None)
-    router = getattr(getattr(wrapper, "_asyncio_router", None), "request_router", None)
-    return router if getattr(router, "_event_loop", None) is asyncio.get_running_loop() else None
+    serving: Any = getattr(getattr(handle, "_router", None), "_asyncio_router", None)
+    router = getattr(serving, "request_router", None)
+    if getattr(router, "_event_loop", None) is not asyncio.get_running_loop():
+        return None
+    # As it is now: an autoscaling may come while replicas run. It counts the calls that Ray Serve knows of.
+    return router if serving._metrics_manager.autoscaling_config is None else None

@@ -276,7 +276,9 @@ class Preparing(PreprocessorReplica):
         self.calls = 0
         limits = SimpleNamespace(replica_id=SimpleNamespace(unique_id="a"), max_ongoing_requests=8)
         router = SimpleNamespace(curr_replicas={"a": limits}, _event_loop=asyncio.get_running_loop())
-        self._router = SimpleNamespace(_asyncio_router=SimpleNamespace(request_router=router))
+        self.metrics = SimpleNamespace(autoscaling_config=None)
+        serving = SimpleNamespace(request_router=router, _metrics_manager=self.metrics)
+        self._router = SimpleNamespace(_asyncio_router=serving)
 
     def options(self, **_: Any) -> "Preparing":
         return self
@@ -309,8 +311,8 @@ class Preparing(PreprocessorReplica):
         """Nothing was loaded."""
 
 
-def stage_of(replica: Preparing, *, by_line: bool = True) -> RemotePreprocessor:
-    stage = RemotePreprocessor(replica, by_line=by_line)  # type: ignore[arg-type]
+def stage_of(replica: Preparing) -> RemotePreprocessor:
+    stage = RemotePreprocessor(replica)  # type: ignore[arg-type]
     stage._handle = SimpleNamespace(_router=replica._router, prepare=replica, broadcast=replica.broadcast)  # type: ignore[assignment]
     return stage
 
@@ -371,7 +373,9 @@ async def test_large_requests_and_what_is_kept_are_prepared_by_ray_serve():
 
 async def test_replicas_whose_calls_are_counted_are_called_by_ray_serve():
     replica = Preparing(np.zeros(1, np.uint8))
-    stage = stage_of(replica, by_line=False)
+    stage = stage_of(replica)
+    await opened(stage, replica)
+    replica.metrics.autoscaling_config = object()
     for _ in range(2):
         with pytest.raises(InvalidRequest, match="by Ray Serve"):
             await prepared(stage, IMAGE)

@@ -202,14 +202,16 @@ class Handle:
     def __init__(self, *replicas: Replica) -> None:
         self.replicas = {replica.name: replica for replica in replicas}
         self.calls: dict[str, list] = {"generate": [], "updates": [], "hold": []}
-        self._router = SimpleNamespace(_asyncio_router=SimpleNamespace(request_router=None))
+        metrics = SimpleNamespace(autoscaling_config=None)
+        serving = SimpleNamespace(request_router=None, _metrics_manager=metrics)
+        self._router = SimpleNamespace(_asyncio_router=serving)
 
     def allow_lines(self) -> LanguageModelRouter:
         """Let replicas be asked by their lines; returns the router that chooses among them."""
         router = LanguageModelRouter(
             DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=False
         )
-        router.initialize_state(by_line=True)
+        router.initialize_state()
         router.update_replicas([Routed(name) for name in self.replicas])
         self._router._asyncio_router.request_router = router
         return router

@@ -2,12 +2,15 @@
 
 import asyncio
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve._private.request_router.common import PendingRequest
+from ray.serve.config import AutoscalingConfig
 
-from deployments.ray_serve.routing import EncoderRouter, LanguageModelRouter
+from deployments.ray_serve.hosts import FirstHostRouter
+from deployments.ray_serve.routing import EncoderRouter, LanguageModelRouter, limits_here, router_here
 from deployments.routing import ItemPlaces, ranked
 from deployments.stages import Generation
 from engine.prompt import EngineInput
@@ -115,7 +118,7 @@ async def test_what_replicas_report_counts():
 
 
 async def test_a_prompt_is_asked_for_by_the_line_of_the_replica_that_has_seen_its_beginning():
-    router = await router_of(LanguageModelRouter, *map(Replica, "ab"), by_line=True)
+    router = await router_of(LanguageModelRouter, *map(Replica, "ab"))
     prompt, longer = EngineInput(list(range(400))), EngineInput(list(range(401)))
     seen = router.by_line(prompt, "ab")
     assert seen is not None
@@ -126,10 +129,25 @@ async def test_a_prompt_is_asked_for_by_the_line_of_the_replica_that_has_seen_it
     assert router.by_line(longer, "ab") is None
     router.asked[seen] = 0
     assert router.by_line(longer, seen) is None
-    by_load = await router_of(LanguageModelRouter, *map(Replica, "ab"), by_line=True, by_content=False)
+    by_load = await router_of(LanguageModelRouter, *map(Replica, "ab"), by_content=False)
     by_load.asked["a"] = 1
     assert [by_load.by_line(prompt, "ab") for _ in range(4)] == ["b"] * 4
-    assert (await router_of(LanguageModelRouter, Replica("a"))).by_line(prompt, "a") is None
+
+
+async def test_nothing_goes_past_ray_serve_while_an_autoscaling_counts_calls():
+    """Whether one does may change while replicas run, by ``deployments`` of Serve's configuration."""
+    router = await router_of(LanguageModelRouter, Replica("a"))
+    metrics = SimpleNamespace(autoscaling_config=None)
+    serving = SimpleNamespace(request_router=router, _metrics_manager=metrics)
+    handle: Any = SimpleNamespace(_router=SimpleNamespace(_asyncio_router=serving))
+    assert router_here(handle) is router and limits_here(handle) == {"a": 5}
+    metrics.autoscaling_config = AutoscalingConfig()
+    assert router_here(handle) is None and limits_here(handle) == {}
+    metrics.autoscaling_config = None
+    assert router_here(handle) is router
+    # Of a language model over several hosts, the first one alone may be asked.
+    serving.request_router = await router_of(FirstHostRouter, Replica("a"))
+    assert router_here(handle) is None
 
 
 @pytest.mark.parametrize(
