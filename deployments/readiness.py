@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from deployments.errors import logger
 from deployments.pipeline import Pipeline
-from engine.errors import Unavailable
+from engine.errors import Overloaded, Unavailable
 
 #: Seconds between two questions to a model that is not there yet.
 _INTERVAL_S = 1.0
@@ -31,5 +31,5 @@ async def _described(pipeline: Pipeline) -> dict[str, str | int]:
                 "device": await pipeline.device(),
                 "context": await pipeline.max_model_len(),
             }
-        except Unavailable:
+        except (Unavailable, Overloaded):
             await asyncio.sleep(_INTERVAL_S)

@@ -31,7 +31,7 @@ from deployments.ray_serve.handoff import (
 )
 from deployments.ray_serve.line import follow
 from deployments.ray_serve.packing import Encoded, PixelsInfo, RowsInfo
-from deployments.ray_serve.refusals import Misrouted, abandoned, checked, was_cancelled
+from deployments.ray_serve.refusals import Misrouted, Refusal, abandoned, checked, was_cancelled
 from deployments.ray_serve.routing import LanguageModelRouter, limits_here, router_here
 from deployments.references import Owner, without_payload
 from deployments.report import current_report
@@ -254,7 +254,10 @@ class RemoteLanguageModel(_RemoteStage):
         )
 
     async def max_model_len(self) -> int:
-        return await self._result(self._handle.max_model_len.remote())
+        # Past the queue: replicas that have much to do are well. They differ while an update is under way.
+        answers = await everywhere(self._handle, "max_model_len", MEASURE_S)
+        found = [each for each in answers if not isinstance(each, Refusal)]
+        return min(found) if found else await self._result(self._handle.max_model_len.remote())
 
     async def device(self) -> str:
         return await self._result(self._handle.device.remote())

@@ -17,6 +17,7 @@ from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from deployments.in_place import InPlace
 from deployments.metrics.families import Part
 from deployments.ray_serve.process import prepare_process
+from deployments.ray_serve.refusals import Misrouted, Refusal
 from deployments.ray_serve.replicas import LanguageModelReplica, leave
 from deployments.ray_serve.routing import LanguageModelRouter
 from deployments.stage_config import LanguageModelConfig
@@ -60,6 +61,12 @@ class HostReplica(LanguageModelReplica):
     def record_replica_metadata(self) -> dict[str, int]:
         """Return what :class:`FirstHostRouter` knows of this replica."""
         return {"host": self._host}
+
+    async def max_model_len(self) -> int | Refusal:
+        """As its base; a host without the engine refuses."""
+        if self._host == 0:
+            return await super().max_model_len()
+        return Refusal(Misrouted("The first host of a language model alone answers."))
 
     async def measured(self) -> Part:
         """The metrics of this replica; a host without the engine has none."""

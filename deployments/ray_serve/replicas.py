@@ -380,7 +380,7 @@ class LanguageModelReplica:
     def _name() -> str:
         return serve.get_replica_context().replica_id.unique_id
 
-    async def max_model_len(self) -> int:
+    async def max_model_len(self) -> int | Refusal:
         """The most tokens of prompt and answer together."""
         return await self._stage.max_model_len()
 

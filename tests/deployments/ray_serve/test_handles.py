@@ -186,6 +186,31 @@ async def test_a_stream_s_failure_is_reported_and_not_repeated(item, kind):
     assert type(caught.value) is kind and len(handle.starts) == 1
 
 
+async def test_a_full_queue_hides_no_replica_that_is_well():
+    answers: list = [2048, 1024, Refusal(Misrouted("the second host")), asyncio.CancelledError()]
+
+    async def answer(given):
+        if isinstance(given, BaseException):
+            raise given
+        return given
+
+    async def results():
+        return [SimpleNamespace(get_async=partial(answer, each)) for each in answers]
+
+    async def full():
+        raise BackPressureError(1, 1)
+
+    handle = Handle(lambda start: [])
+    handle.broadcast = lambda method: SimpleNamespace(_fetch_replica_results_async=results)
+    handle.max_model_len = SimpleNamespace(remote=full)
+    model = RemoteLanguageModel(handle)
+    assert await model.max_model_len() == 1024
+    # Where none answers, the queue says what there is to be said.
+    answers.clear()
+    with pytest.raises(Overloaded):
+        await model.max_model_len()
+
+
 async def test_a_call_that_can_t_be_made_is_reported():
     def hold(*args):
         raise DeploymentUnavailableError(DeploymentID("model"))
@@ -300,6 +325,13 @@ class Recorder:
             return Response(self, streams[name]) if name in streams else self._answer(name)
 
         return SimpleNamespace(remote=remote)
+
+    def broadcast(self, method: str):
+        async def none() -> list:
+            return []
+
+        self.calls.append((method, ()))
+        return SimpleNamespace(_fetch_replica_results_async=none)
 
     async def _answer(self, name: str) -> Any:
         return ("b", []) if name in ("hold", "embed") else "b"
