@@ -72,7 +72,6 @@ async def create_response(request: Request) -> Response:
 
     events = events_of(builder, running, stored, first)
     if body.store:
-        await store.put(stored)
         events = _stored_events(events, request, stored, builder)
     return sse.EventResponse(sse.named(events), failed)
 
@@ -121,14 +120,17 @@ def _keep(request: Request, work: Coroutine[Any, Any, None]) -> asyncio.Task[Non
 async def _stored_events(
     events: AsyncGenerator[Json, None], request: Request, stored: StoredResponse, builder: ResponseBuilder
 ) -> AsyncGenerator[Json, None]:
-    """``events``, and the response in the store as they leave it: before the last of them is sent, since the
-    client may go on from there at once, by way of another replica."""
+    """``events``, and the response in the store: before the first of them is sent, which tells its id; and as
+    they leave it, before the last one, since the client may go on from there at once, by way of another
+    replica."""
     store: ResponseStore = request.app.state.responses
     saved = False
     try:
         async with aclosing(events):
             async for event in events:
-                if event["type"] in ENDS:
+                if event["type"] == "response.created":
+                    await store.put(stored)
+                elif event["type"] in ENDS:
                     await store.update(stored)
                     saved = True
                 yield event

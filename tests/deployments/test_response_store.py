@@ -99,6 +99,28 @@ async def test_a_client_that_leaves_its_stream(two):
     assert (await ended(other, name)).status == "cancelled"
 
 
+class FullKeeper(KeptResponses):
+    """A keeper that never says that it has taken a new response."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 1 << 20, 60.0)
+        self.asked = asyncio.Event()
+
+    async def put(self, name, owner, data):
+        self.asked.set()
+        await asyncio.Future()
+
+
+async def test_a_client_that_leaves_while_its_response_is_put_away(running):
+    keeper = FullKeeper()
+    asking = ask(ingress(running, keeper), stream=True, extra_body={"ignore_eos": True})
+    asked = asyncio.ensure_future(_kinds(await asyncio.wait_for(asking, 60)))
+    await asyncio.wait_for(keeper.asked.wait(), 60)
+    assert not running.pocket.language_model.is_idle()
+    asked.cancel()
+    await running.wait_until_idle()
+
+
 async def test_a_background_response_is_stopped_by_way_of_the_other_ingress(two, running):
     one, other = two
     started = await endless(one)
