@@ -23,8 +23,9 @@ import numpy as np
 from engine.core import EngineCore
 from engine.metrics import EngineMetrics
 from engine.offline import STEPS_TOGETHER
-from engine.output_processor import OutputProcessor, new_group
+from engine.output_processor import OutputProcessor
 from engine.request import Request
+from engine.request_group import RequestGroup
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import ScheduledBatch, StepResult
 from engine.scheduling.block_pool import BlockPool
@@ -79,7 +80,7 @@ def measure(count: int, steps: int) -> dict[str, float]:
         count_of_ids = PROMPT - index % BLOCK
         ids = [(index * 7 + i) % 250 + 10 for i in range(count_of_ids)]
         request = Request(f"{index}/0", ids, count_of_ids, params, length, frozenset({2}))
-        outputs.add(new_group(str(index), [request], count_of_ids))
+        outputs.add(RequestGroup.of(str(index), [request], count_of_ids))
         core.add(request)
     stepping, made = [], []
     text: dict[int, list[float]] = {1: [], STEPS_TOGETHER: []}

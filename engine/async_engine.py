@@ -15,13 +15,13 @@ from engine.errors import NoTokenAllowed, RequestFailed, SightlineError, Unavail
 from engine.executor.launch import Launcher
 from engine.loading import LoadedEngine, load_engine
 from engine.mailbox import Mailbox, Result, Taker
-from engine.output_processor import RequestGroup
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
 from engine.placement import describe_device, resolve_device
 from engine.pooling_params import PoolingParams
 from engine.progress import Progress
 from engine.prompt import EngineInput
 from engine.request_factory import Embedding
+from engine.request_group import RequestGroup
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvents
 from engine.turns import Turns

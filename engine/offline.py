@@ -21,10 +21,10 @@ from engine.frontend import Encode, Name, PreparedPrompt
 from engine.loading import LoadedEngine
 from engine.lru import LruCache
 from engine.mailbox import Result
-from engine.output_processor import RequestGroup
 from engine.outputs import EmbeddingOutput, StreamUpdate, merge_updates
 from engine.pooling_params import PoolingParams
 from engine.prompt import EngineInput, PreparedMedia
+from engine.request_group import RequestGroup
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvents
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,86 +21,16 @@ from engine.outputs import (
     OutputDelta,
     StreamUpdate,
     TokenLogprob,
-    Usage,
     merge_updates,
 )
-from engine.progress import Progress
 from engine.request import Request
+from engine.request_group import ChoiceText, RequestGroup
 from engine.scheduling.batch import StepEvents
-from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.token_texts import TokenTexts
 from engine.text.tokenizer import Tokenizer
-from engine.token_rows import Row, UnsettledRows, token_row
+from engine.token_rows import token_row
 
 logger = logging.getLogger(__name__)
-
-#: Prompt tokens a detokenizer sees before the first output token: some decoders depend on the left context.
-_PROMPT_TAIL = 8
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """One of a request's ``n`` completions, while it is generated.
-
-    Attributes:
-        num_characters: of the text so far.
-        num_given: characters at the text's beginning that the caller has from another engine.
-        plain: a token adds its text and nothing else, unless it ends the sequence: the usual, kept cheap.
-    """
-
-    index: int
-    request: Request
-    detokenizer: IncrementalDetokenizer
-    texts: TokenTexts
-    unsettled: UnsettledRows | None = None
-    num_characters: int = 0
-    num_given: int = 0
-    plain: bool = False
-    done: bool = False
-
-    def carry_on(self, token_ids: Sequence[int], num_given: int) -> None:
-        """Get into the state after these tokens, without giving anything."""
-        for token in token_ids:
-            self.num_characters += len(self.detokenizer.append_one(token))
-            if self.request.params.logprobs is not None:
-                text, piece = self.texts.take(token)
-                if self.unsettled is not None:
-                    self.unsettled.pass_over(text, piece)
-        self.num_given = num_given
-
-    def give(self, delta: OutputDelta, text: str) -> None:
-        """Add new text to ``delta``, without what the caller has already."""
-        delta.text += text[max(0, self.num_given - self.num_characters) :]
-        self.num_characters += len(text)
-
-
-@dataclass(slots=True, eq=False)
-class RequestGroup:
-    """A caller's request: one prompt, ``n`` sequences. Equal to itself alone, so that it may be a key.
-
-    Attributes:
-        id: the caller's request id.
-        requests: the engine's requests, by completion index; without those that another engine finished.
-        usage: token counts so far.
-        progress: what the caller had of the answer when it came here.
-        num_scored: positions of the prompt whose log-probabilities were given, the first one's None included.
-        prompt_texts: texts of the prompt's tokens, as far as they are scored.
-        held: the part of the answer that waits for more tokens.
-    """
-
-    id: str
-    requests: list[Request]
-    usage: Usage
-    progress: Progress = field(default_factory=Progress)
-    sequences: dict[str, _Sequence] = field(default_factory=dict)
-    last_token_at: float | None = None
-    num_scored: int = 0
-    prompt_texts: TokenTexts | None = None
-    held: StreamUpdate | None = None
-
-    @property
-    def finished(self) -> bool:
-        return all(sequence.done for sequence in self.sequences.values())
 
 
 @dataclass(slots=True)
@@ -135,7 +65,7 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._interval = interval
-        self._running: dict[str, tuple[RequestGroup, _Sequence]] = {}
+        self._running: dict[str, tuple[RequestGroup, ChoiceText]] = {}
         self._failures: list[tuple[RequestGroup, SightlineError]] = []
 
     def add(self, group: RequestGroup) -> None:
@@ -147,23 +77,8 @@ class OutputProcessor:
 
     def _add(self, group: RequestGroup) -> None:
         for request in group.requests:
-            params = request.params
-            detokenizer = IncrementalDetokenizer(
-                self._tokenizer,
-                prompt_tail=request.token_ids[: request.num_prompt][-_PROMPT_TAIL:],
-                stop=params.stop,
-                include_stop=params.include_stop_str_in_output,
-                skip_special_tokens=params.skip_special_tokens,
-                min_tokens=params.min_tokens,
-            )
-            skipped = self._tokenizer.special_ids if params.skip_special_tokens else frozenset()
-            texts = TokenTexts(self._tokenizer, skipped=skipped)
-            sequence = group.sequences[request.id] = _Sequence(request.choice, request, detokenizer, texts)
-            if params.stop and params.logprobs is not None:
-                sequence.unsettled = UnsettledRows()
             known = group.progress.of(request.choice)
-            sequence.carry_on(known.token_ids, known.num_characters)
-            sequence.plain = not params.stop and params.logprobs is None and not known.num_characters
+            sequence = group.sequences[request.id] = ChoiceText.of(request, self._tokenizer, known)
             self._running[request.id] = group, sequence
 
     def remove(self, group: RequestGroup) -> None:
@@ -281,7 +196,7 @@ class OutputProcessor:
             error = failure
         self._failures.append((group, error))
 
-    def _continue(self, delta: OutputDelta, group: RequestGroup, sequence: _Sequence, token: int) -> None:
+    def _continue(self, delta: OutputDelta, group: RequestGroup, sequence: ChoiceText, token: int) -> None:
         """Add a token of a plain sequence that doesn't end it; as :meth:`_extend` would."""
         usage = group.usage
         if not usage.completion_tokens:
@@ -293,7 +208,7 @@ class OutputProcessor:
         delta.token_ids.append(token)
 
     def _extend_all(
-        self, delta: OutputDelta, group: RequestGroup, sequence: _Sequence, row: int, step: StepEvents
+        self, delta: OutputDelta, group: RequestGroup, sequence: ChoiceText, row: int, step: StepEvents
     ) -> int:
         """Add the token of ``row`` and those forced around it, up to the sequence's end; return how many were
         added."""
@@ -309,7 +224,7 @@ class OutputProcessor:
         self,
         delta: OutputDelta,
         group: RequestGroup,
-        sequence: _Sequence,
+        sequence: ChoiceText,
         token: int,
         row: int,
         step: StepEvents,
@@ -322,7 +237,7 @@ class OutputProcessor:
             delta.finish_reason = reason
             delta.stop_reason = dead_end(request.params, sequence.detokenizer.num_tokens_consumed)
             sequence.done = True
-            _settle(delta, sequence)
+            sequence.settle(delta)
             return
         if group.usage.completion_tokens == 0:
             group.usage.cached_tokens = request.num_cached or 0
@@ -347,11 +262,7 @@ class OutputProcessor:
             delta.token_ids.append(token)
         else:
             found = token_row(step.logprobs, row, token, count, sequence.texts, adds_text=adds_text)
-            if sequence.unsettled is not None:
-                sequence.unsettled.add(token, found)
-                _settle(delta, sequence)
-            else:
-                _append(delta, token, found)
+            sequence.give_row(delta, token, found)
 
     def _update(
         self, group: RequestGroup, changed: dict[str, tuple[RequestGroup, StreamUpdate]]
@@ -429,38 +340,9 @@ class OutputProcessor:
         group.last_token_at = now
 
 
-def _append(delta: OutputDelta, token: int, row: Row) -> None:
-    delta.token_ids.append(token)
-    delta.logprobs = delta.logprobs or []
-    delta.logprobs.append(row)
-
-
-def _settle(delta: OutputDelta, sequence: _Sequence) -> None:
-    """Add the tokens and rows that were held back to ``delta``, as far as their text has come out."""
-    if (unsettled := sequence.unsettled) is None:
-        return
-    settle = unsettled.end if sequence.done else unsettled.settle
-    for token, row in settle(sequence.num_characters):
-        _append(delta, token, row)
-
-
 def _is_empty(update: StreamUpdate) -> bool:
     return update.prompt_logprobs is None and not any(delta.token_ids for delta in update.deltas)
 
 
 def _floats(vector: np.ndarray) -> list[float]:
     return vector.astype(np.float64).tolist()
-
-
-def new_group(
-    group_id: str, requests: Sequence[Request], num_prompt: int, progress: Progress | None = None
-) -> RequestGroup:
-    """The group of one caller's request.
-
-    Args:
-        num_prompt: tokens of its prompt.
-        progress: what the caller has of the answer already.
-    """
-    progress = progress or Progress()
-    usage = Usage(num_prompt, progress.num_tokens, progress.cached_tokens or 0)
-    return RequestGroup(group_id, list(requests), usage, progress, num_scored=progress.num_scored)

@@ -16,11 +16,11 @@ from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.families.base import ModelConfig
 from engine.families.registry import family_named
 from engine.goal_queue import deadline_of
-from engine.output_processor import RequestGroup, new_group
 from engine.pooling_params import PoolingParams
 from engine.progress import Progress
 from engine.prompt import EmbeddedMedia, EngineInput, MediaSpan
 from engine.request import Request
+from engine.request_group import RequestGroup
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import Scheduler
 from engine.structured.grammar import GrammarCompiler
@@ -122,7 +122,7 @@ class RequestFactory:
             )
             self._carry_on(request)
             requests.append(request)
-        return new_group(request_id, requests, first.num_prompt, progress)
+        return RequestGroup.of(request_id, requests, first.num_prompt, progress)
 
     def _appends_forced(self, params: SamplingParams) -> bool:
         """Return whether a token that alone may come next can be appended without being sampled: nothing else
@@ -164,7 +164,7 @@ class RequestFactory:
             InvalidRequest: the length or an embedding is unusable.
         """
         request = self._pooled(request_id, inputs, params, embeddings)
-        return new_group(request_id, [request], request.num_prompt)
+        return RequestGroup.of(request_id, [request], request.num_prompt)
 
     def check(self, inputs: EngineInput, params: SamplingParams | PoolingParams) -> None:
         """Refuse a request before its media are encoded.

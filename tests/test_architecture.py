@@ -27,7 +27,7 @@ FLOORS = [
         *("checkpoint", "text", "mailbox", "media", "metrics", "layers", "progress"),
     ],
     ["constraints", "request", "structured", "token_rows", "vision", "weights"],
-    ["families", "scheduling"],
+    ["families", "request_group", "scheduling"],
     ["fit", "placement", "inputs", "preparation", "runner", "core"],
     ["model_parts", "encoder", "executor", "output_processor", "prepared_items"],
     ["frontend", "request_factory"],

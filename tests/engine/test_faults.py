@@ -17,8 +17,8 @@ from engine.config import EngineConfig
 from engine.errors import RequestFailed, SightlineError
 from engine.frontend import Frontend, PreparedPrompt
 from engine.loading import LoadedEngine, load_engine
-from engine.output_processor import RequestGroup
 from engine.outputs import StreamUpdate, merge_updates
+from engine.request_group import RequestGroup
 from engine.sampling_params import SamplingParams, StructuredSpec
 from tests.engine import tiny
 from tests.engine.faults import ATTRIBUTED, SHARED, Faults, PlannedFault

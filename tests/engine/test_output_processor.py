@@ -12,9 +12,10 @@ from benchmarks.host import MODEL
 from engine.errors import RequestFailed
 from engine.logprobs import LogprobTensors
 from engine.metrics import EngineMetrics
-from engine.output_processor import OutputProcessor, RequestGroup
+from engine.output_processor import OutputProcessor
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage, merge_updates
 from engine.request import Request
+from engine.request_group import RequestGroup
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvents
 from engine.text.tokenizer import Tokenizer

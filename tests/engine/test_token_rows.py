@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from engine.logprobs import LogprobTensors
 from engine.metrics import EngineMetrics
-from engine.output_processor import OutputProcessor, RequestGroup
+from engine.output_processor import OutputProcessor
 from engine.outputs import Usage
 from engine.request import Request
+from engine.request_group import RequestGroup
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvents
 from engine.text.tokenizer import Tokenizer
