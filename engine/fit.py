@@ -36,11 +36,11 @@ def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:
 
 def _check_tower(model: ModelConfig) -> None:
     """Check that the matrices of a tower's blocks can be in fp8, which is multiplied in steps of 16."""
-    if model.vision is None:
+    tower: VisionConfig | None = None if model.vision is None else model.vision.tower
+    if tower is None:
         raise ConfigError(
-            f"encoder_quantization: {model.architecture} has no vision encoder", param="encoder_quantization"
+            f"encoder_quantization: {model.architecture} has no vision tower", param="encoder_quantization"
         )
-    tower: VisionConfig = model.vision.tower
     if tower.sandwich:
         raise ConfigError(
             f"encoder_quantization: the encoder of {model.architecture} can't have fp8 matrices",

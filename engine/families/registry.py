@@ -13,6 +13,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "colqwen2": ("ColQwen2ForRetrieval",),
     "gemma3": ("Gemma3ForConditionalGeneration",),
     "gemma4": ("Gemma4ForConditionalGeneration",),
+    "gemma4_unified": ("Gemma4UnifiedForConditionalGeneration",),
     "glm4v": (
         "Glm46VForConditionalGeneration",
         "Glm4vForConditionalGeneration",

@@ -1,4 +1,4 @@
-"""The configuration of Gemma 4's encoder. No torch here."""
+"""The configuration of Gemma 4's encoder, and what it shares with its relatives. No torch here."""
 
 from __future__ import annotations
 
@@ -9,23 +9,32 @@ from engine.vision.transformer_config import VisionConfig
 
 
 @dataclass(frozen=True, slots=True)
-class PooledVisionConfig:
-    """A tower for images of any size, whose features are averaged over squares.
+class SquaresConfig:
+    """Images of any size, cut into squares of patches, each of which becomes one row.
 
     Attributes:
-        tower: the transformer, without learned positions.
         patch_size: side of a patch in pixels.
-        num_positions: rows of the tables of learned positions, one for columns and one for rows.
-        side: side, in patches, of the square that becomes one row.
-        standardised: averages are shifted and scaled by learned vectors.
+        side: of a square, in patches.
         out_features: width of a row.
         normalisation: of the pixels' bytes.
     """
 
-    tower: VisionConfig
     patch_size: int
-    num_positions: int
     side: int
-    standardised: bool
     out_features: int
     normalisation: Normalisation
+
+
+@dataclass(frozen=True, slots=True)
+class PooledVisionConfig(SquaresConfig):
+    """A tower whose features are averaged over squares.
+
+    Attributes:
+        tower: the transformer, without learned positions.
+        num_positions: rows of the tables of learned positions of patches, one for columns and one for rows.
+        standardised: averages are shifted and scaled by learned vectors.
+    """
+
+    tower: VisionConfig
+    num_positions: int
+    standardised: bool

@@ -12,7 +12,7 @@ from engine.errors import CheckpointError
 from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
 from engine.families.family import Family
 from engine.families.gemma4.config import PooledVisionConfig
-from engine.families.gemma4.processor import Gemma4Processor, normalisation
+from engine.families.gemma4.processor import Gemma4Processor, centred, stated_normalisation
 from engine.families.parsing.fields import Json, flag, integer, number, vision_activation
 from engine.families.parsing.model import (
     ConfigReader,
@@ -52,11 +52,20 @@ _LAYER = r"(?:model\.)?vision_tower\.encoder\.layers\.(\d+)\."
 _BLOCK = r"tower.blocks.\1."
 
 
-def _vision(raw: Json, processor: Json, hidden: int) -> PooledVisionConfig:
+def stated_vision(raw: Json) -> Json:
+    """The vision part of config.json.
+
+    Raises:
+        CheckpointError: the model has none.
+    """
     stated = raw.get("vision_config")
     if stated is None:
         raise CheckpointError("config.json: vision_config null is not supported", param="vision_config")
-    config = {**_TOWER, **stated}
+    return stated
+
+
+def _vision(raw: Json, processor: Json, hidden: int) -> PooledVisionConfig:
+    config = {**_TOWER, **stated_vision(raw)}
     width, heads = integer(config, "hidden_size"), integer(config, "num_attention_heads")
     head_dim = integer(config, "head_dim")
     if head_dim * heads != width or head_dim % 4 or integer(config, "num_key_value_heads") != heads:
@@ -96,14 +105,20 @@ def _vision(raw: Json, processor: Json, hidden: int) -> PooledVisionConfig:
         side=integer(config, "pooling_kernel_size"),
         standardised=flag(config, "standardize"),
         out_features=hidden,
-        normalisation=normalisation(processor, normalises=False),
+        normalisation=centred(stated_normalisation(processor, normalises=False)),
     )
 
 
-def _finished(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """Adds the tokens of images that the tokenizer's files name, and what they are to the decoder."""
+def with_media_tokens(
+    config: ModelConfig, checkpoint: Checkpoint, both_ways: str | None = None
+) -> ModelConfig:
+    """Adds the tokens of images that the tokenizer's files name, and what they are to the decoder.
+
+    Args:
+        both_ways: ``use_bidirectional_attention`` where config.json doesn't say.
+    """
     text = checkpoint.config.get("text_config") or {}
-    sees_ahead = text.get("use_bidirectional_attention") == "vision"
+    sees_ahead = text.get("use_bidirectional_attention", both_ways) == "vision"
     sound = checkpoint.config.get("audio_token_id", 258881)
     media = (config.image_token_id, config.video_token_id, sound)
     decoder = replace(
@@ -182,7 +197,7 @@ FAMILY = Family(
         vision=_vision,
         image_token=token_field("image_token_id", default=258880),
         video_token=token_field("video_token_id", default=258884),
-        finish=_finished,
+        finish=with_media_tokens,
     ),
     prompt_format=_prompt_format,
     around=_around,

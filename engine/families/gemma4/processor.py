@@ -12,7 +12,7 @@ import numpy as np
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import ModelConfig, SizedImages, sized_item
-from engine.families.gemma4.config import PooledVisionConfig
+from engine.families.gemma4.config import SquaresConfig
 from engine.families.parsing.processor import (
     count_option,
     lowered,
@@ -40,13 +40,17 @@ _OPTION = "max_soft_tokens"
 _UNCHANGED = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-def normalisation(stated: Mapping[str, Any], *, normalises: bool) -> Normalisation:
-    """What an image or video processor's JSON does to a byte, and the tower behind it: ``2 * (pixel - 0.5)``.
+def stated_normalisation(stated: Mapping[str, Any], *, normalises: bool) -> Normalisation:
+    """What an image or video processor's JSON does to a byte.
 
     Args:
         normalises: whether it uses its mean and deviation where it doesn't say.
     """
-    found = parse_normalisation({"do_normalize": normalises, **stated}, _UNCHANGED)
+    return parse_normalisation({"do_normalize": normalises, **stated}, _UNCHANGED)
+
+
+def centred(found: Normalisation) -> Normalisation:
+    """``found``, and what Gemma 4's tower does behind it: ``2 * (pixel - 0.5)``."""
     mean = tuple(mean + 0.5 * std for mean, std in zip(found.mean, found.std, strict=True))
     return Normalisation(mean, tuple(0.5 * std for std in found.std), found.scale)
 
@@ -83,21 +87,21 @@ class Gemma4Processor(SizedImages):
         """The checkpoint's processor with the option ``max_soft_tokens``, which counts for frames, too.
 
         Raises:
-            CheckpointError: naming the field that is not supported or doesn't fit the tower.
+            CheckpointError: naming the field that is not supported or doesn't fit the encoder.
             ConfigError: naming the option that is out of bounds.
         """
         vision, images = config.vision, checkpoint.preprocessor_config
         videos = checkpoint.video_preprocessor_config
-        assert isinstance(vision, PooledVisionConfig) and config.image_token_id is not None
+        assert isinstance(vision, SquaresConfig) and config.image_token_id is not None
         for file, raw in (("preprocessor_config.json", images), ("video_preprocessor_config.json", videos)):
             require_steps(raw, "do_resize")
             wanted = {"patch_size": (16, vision.patch_size), "pooling_kernel_size": (3, vision.side)}
             for field, (usual, value) in wanted.items():
                 if (found := raw.get(field, usual)) != value:
                     raise CheckpointError(
-                        f"{file}: {field} should be the tower's {value}, not {found!r}", param=field
+                        f"{file}: {field} should be the encoder's {value}, not {found!r}", param=field
                     )
-        if normalisation(videos, normalises=True) != vision.normalisation:
+        if stated_normalisation(videos, normalises=True) != stated_normalisation(images, normalises=False):
             raise CheckpointError(
                 "video_preprocessor_config.json: image_mean differs from the one for images",
                 param="image_mean",

@@ -7,7 +7,7 @@ from engine.families.parsing.cohere import cohere_fields
 from engine.families.parsing.defaults import DEFAULTS, DecoderKind
 from engine.families.parsing.experts import parse_experts
 from engine.families.parsing.fields import Json, activation, flag, integer, number
-from engine.families.parsing.gemma4 import gemma4_fields
+from engine.families.parsing.gemma4 import GEMMA4_KINDS, gemma4_fields
 from engine.families.parsing.lfm2 import lfm2_fields
 from engine.families.parsing.rope import parse_ropes, stretched_context
 from engine.families.parsing.switches import SWITCHES
@@ -21,7 +21,7 @@ _BIASED_QKV = ("glm4v_text", "qwen2", "qwen2_vl")
 _UNBIASED_OUTPUT = ("glm", "glm4", "glm4_moe", "glm4v_moe_text")
 _NORMED_QK = (
     "gemma3_text",
-    "gemma4_text",
+    *GEMMA4_KINDS,
     "hunyuan_v1_dense",
     "hunyuan_vl_text",
     "lfm2",
@@ -41,7 +41,7 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         CheckpointError: naming the field that is missing or not supported.
     """
     defaults = DEFAULTS[kind]
-    if "hidden_activation" in raw and kind in ("gemma2", "gemma3_text", "gemma4_text"):
+    if "hidden_activation" in raw and kind in ("gemma2", "gemma3_text", *GEMMA4_KINDS):
         raw = {**raw, "hidden_act": raw["hidden_activation"]}
     if kind == "gemma" and raw.get("hidden_act") == "gelu":
         # Files of the first releases call the activation so.
@@ -50,7 +50,7 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         raw = cohere_fields(raw)
     if kind == "lfm2":
         raw = lfm2_fields(raw)
-    if kind == "gemma4_text":
+    if kind in GEMMA4_KINDS:
         raw = gemma4_fields(raw)
     if "num_local_experts" in raw and "num_experts" in defaults:
         # As Transformers 5 saves what public files call num_experts.

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from engine.families.parsing.cohere import COHERE2_DEFAULTS, COHERE_DEFAULTS
 from engine.families.parsing.experts import LOCAL_EXPERTS, QWEN_EXPERTS, ROUTED_EXPERTS, SPARSE_LAYERS
-from engine.families.parsing.gemma4 import GEMMA4_DEFAULTS
+from engine.families.parsing.gemma4 import GEMMA4_DEFAULTS, UNIFIED_DEFAULTS
 from engine.families.parsing.lfm2 import LFM2_DEFAULTS
 
 DecoderKind = Literal[
@@ -17,6 +17,7 @@ DecoderKind = Literal[
     "gemma2",
     "gemma3_text",
     "gemma4_text",
+    "gemma4_unified_text",
     "glm",
     "glm4",
     "glm4_moe",
@@ -238,6 +239,7 @@ DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "use_bidirectional_attention": False,
     },
     "gemma4_text": GEMMA4_DEFAULTS,
+    "gemma4_unified_text": UNIFIED_DEFAULTS,
     "glm": _GLM,
     "glm4": _GLM,
     "glm4_moe": {**_GLM_MOE, "use_qk_norm": False},

@@ -40,6 +40,16 @@ GEMMA4_DEFAULTS: dict[str, Any] = {
     "top_k_experts": None,
     "moe_intermediate_size": None,
 }
+#: Of Gemma 4 unified, whose files state neither inputs of layers nor experts.
+UNIFIED_DEFAULTS: dict[str, Any] = {
+    **GEMMA4_DEFAULTS,
+    "max_position_embeddings": 262144,
+    "sliding_window": 1024,
+    "use_bidirectional_attention": "vision",
+    "hidden_size_per_layer_input": 0,
+}
+#: The kinds of decoder that have the layers of Gemma 4.
+GEMMA4_KINDS = ("gemma4_text", "gemma4_unified_text")
 #: Fields of layers with full attention in files of Transformers 5.23, under ``per_layer_config``.
 _OF_LAYERS = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from engine.errors import CheckpointError
 from engine.families.parsing.fields import Json, integer, number, numbers
+from engine.families.parsing.gemma4 import GEMMA4_KINDS
 from engine.layers.decoder_config import RopeConfig, RopeType
 
 _PARAM = "rope_scaling"
@@ -28,7 +29,7 @@ _ALIASES: dict[str, dict[Any, str]] = {
     "hunyuan_vl_text": {"xdrope": "dynamic"},
 }
 _TYPES: dict[str, tuple[RopeType, ...]] = {
-    "gemma4_text": ("default", "linear", "proportional"),
+    **dict.fromkeys(GEMMA4_KINDS, ("default", "linear", "proportional")),
     "phi3": ("default", "longrope"),
 }
 _ALL_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")

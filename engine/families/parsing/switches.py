@@ -92,6 +92,7 @@ SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "glm_ocr_text": lambda config: {"sandwich": True},
     "gemma3_text": _gemma3,
     "gemma4_text": gemma4_switches,
+    "gemma4_unified_text": gemma4_switches,
     "granite": _granite,
     "hunyuan_v1_dense": lambda config: {"qk_norm_last": True},
     "hunyuan_vl_text": lambda config: {"qk_norm_last": True},

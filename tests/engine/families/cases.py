@@ -18,6 +18,7 @@ from tests.engine.families.gemma4 import FRAME as GEMMA4_FRAME
 from tests.engine.families.gemma4 import IMAGE as GEMMA4_IMAGE
 from tests.engine.families.gemma4 import VIDEO as GEMMA4_VIDEO
 from tests.engine.families.gemma4 import Gemma4Reference, make_gemma4
+from tests.engine.families.gemma4_unified import Gemma4UnifiedReference, make_gemma4_unified
 from tests.engine.families.glm import FPS as GLM_FPS
 from tests.engine.families.glm import FRAME as GLM_FRAME
 from tests.engine.families.glm import IMAGE as GLM_IMAGE
@@ -157,8 +158,8 @@ CASES = [
     *(
         FamilyCase(
             name,
-            partial(make_gemma4, large=large),
-            Gemma4Reference,
+            make,
+            reference,
             frame=GEMMA4_FRAME,
             placeholder=lambda index, count: GEMMA4_IMAGE,
             video=GEMMA4_VIDEO,
@@ -166,7 +167,11 @@ CASES = [
             # Of one square, and a line of squares.
             several=(((90, 30), (33, 70)), ((8, 9), (3, 400), (41, 83))),
         )
-        for name, large in (("Gemma 4 E2B", False), ("Gemma 4 31B", True))
+        for name, make, reference in (
+            ("Gemma 4 E2B", make_gemma4, Gemma4Reference),
+            ("Gemma 4 31B", partial(make_gemma4, large=True), Gemma4Reference),
+            ("Gemma 4 unified", make_gemma4_unified, Gemma4UnifiedReference),
+        )
     ),
     FamilyCase(
         "InternVL",
@@ -422,13 +427,14 @@ CASES = [
     ),
 ]
 
-#: Cases whose tower and decoder have the code of another case, with other numbers, names or experts; and the
-#: name of that case. Laws about the engine's ways to run that code are wide for them.
+#: Cases whose tower, if any, and decoder have the code of another case, with other numbers, names or experts;
+#: and the name of that case. Laws about the engine's ways to run that code are wide for them.
 LIKE = {
     "LLaVA with Pixtral": "Mistral3",
     "LightOnOCR": "Mistral3",
     "Gemma 3 with pan and scan": "Gemma 3",
     "Gemma 4 31B": "Gemma 4 E2B",
+    "Gemma 4 unified": "Gemma 4 E2B",
     "InternVL, publishers' names": "InternVL",
     "Qianfan-OCR": "InternVL",
     "gemma4": "Gemma 4 E2B",

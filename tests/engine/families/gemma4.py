@@ -122,20 +122,29 @@ def make_gemma4(path: Path, hub: bool = False, *, large: bool = False) -> Path:
     model.generation_config.eos_token_id = [1, SPECIALS.index("<turn|>")]
     model.save_pretrained(path)
     tok.save_pretrained(path)
+    write_processors(path, "Gemma4")
+    if hub:
+        _publish(path, text)
+    return path
+
+
+def write_processors(path: Path, name: str) -> None:
+    """The file of both processors, whose classes begin with ``name``."""
     sizes = {"patch_size": PATCH, "pooling_kernel_size": SIDE}
     stated = {
-        "processor_class": "Gemma4Processor",
-        "image_processor": {"image_processor_type": "Gemma4ImageProcessor", "max_soft_tokens": ROWS, **sizes},
+        "processor_class": f"{name}Processor",
+        "image_processor": {
+            "image_processor_type": f"{name}ImageProcessor",
+            "max_soft_tokens": ROWS,
+            **sizes,
+        },
         "video_processor": {
-            "video_processor_type": "Gemma4VideoProcessor",
+            "video_processor_type": f"{name}VideoProcessor",
             "max_soft_tokens": FRAME_ROWS,
             **sizes,
         },
     }
     (path / "processor_config.json").write_text(json.dumps(stated))
-    if hub:
-        _publish(path, text)
-    return path
 
 
 def draw_gemma4_buffers(model: torch.nn.Module, scores: float) -> None:
@@ -185,8 +194,10 @@ class Gemma4Reference:
         options: of both processors.
     """
 
+    architecture = "Gemma4ForConditionalGeneration"
+
     def __init__(self, path: Path, **options: Any) -> None:
-        cls = transformers.Gemma4ForConditionalGeneration
+        cls = getattr(transformers, self.architecture)
         self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
         stated = json.loads((path / "processor_config.json").read_text())
@@ -206,10 +217,10 @@ class Gemma4Reference:
         text, made, images = "", list[dict[str, torch.Tensor]](), iter(prompt.pictures)
         for piece in re.split(r"(<\|image\|>|<\|video\|>)", prompt.text):
             if piece == IMAGE:
-                made.append(self.images([next(images)], return_tensors="pt"))
+                made.append(self.prepared(self.images, next(images)))
                 piece = self.processor.replace_image_token(made[-1], 0)
             elif piece == VIDEO:
-                of_frames = [self.frames([frame], return_tensors="pt") for frame in prompt.frames]
+                of_frames = [self.prepared(self.frames, frame) for frame in prompt.frames]
                 made += of_frames
                 piece = self.placeholder(of_frames[0]["num_soft_tokens_per_image"][0], prompt.frames)
             text += piece
@@ -221,6 +232,10 @@ class Gemma4Reference:
             arguments["mm_token_type_ids"] = (given == row).long()
             arguments |= _padded(made)
         return Inputs(ids[0].tolist(), self.model, arguments)
+
+    def prepared(self, processor: Any, image: Image.Image) -> dict[str, torch.Tensor]:
+        """An image as the model takes it, in a batch of its own."""
+        return processor([image], return_tensors="pt")
 
     def placeholder(
         self, rows: Any, frames: Sequence[Image.Image], metadata: VideoMetadata | None = None

@@ -37,6 +37,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "smollm3": (1,),
     "hunyuan_v1_dense": (1,),
     "gemma4": (1,),
+    "gemma4_unified": (1,),
     "internvl": (12,),
     "internvl_chat": (11,),
     "ovis2": (1,),

@@ -101,7 +101,7 @@ def test_models_that_have_no_such_tower_are_refused(tmp_path):
     gated = replace(tower, gated_mlp=True)
     check_fit(config, replace(model, vision=replace(model.vision, tower=gated)))
     text = parse(make_text(tmp_path / "text", "llama"))[1]
-    for refused, words in ((odd, "intermediate size is 3420"), (text, "has no vision encoder")):
+    for refused, words in ((odd, "intermediate size is 3420"), (text, "has no vision tower")):
         check_fit(EngineConfig(model="any"), refused)
         with pytest.raises(ConfigError, match=words) as caught:
             check_fit(config, refused)

@@ -28,7 +28,7 @@ _ALL: tuple[Family, ...] = (
     LlavaNextFamily(),
     *(SquaresFamily(kind) for kind in ("Mistral3", "LightOnOcr")),
     Gemma3Family(),
-    Gemma4Family(),
+    *(Gemma4Family(unified) for unified in (False, True)),
     *(InternVLFamily(kind) for kind in ("InternVL", "QianfanOCR")),
     InternVLChatFamily(),
     Ovis2Family(),

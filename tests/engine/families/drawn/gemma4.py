@@ -26,35 +26,49 @@ from tests.engine.families.gemma4 import (
     draw_gemma4_buffers,
     gemma4_tokenizer,
 )
+from tests.engine.families.gemma4_unified import Gemma4UnifiedReference
 
 _TOKENS = 768
-_ARCHITECTURE = "Gemma4ForConditionalGeneration"
 _KINDS = ("sliding_attention", "full_attention")
 _IMAGE, _VIDEO = SPECIALS.index(IMAGE), SPECIALS.index(VIDEO)
 
 
 class Gemma4Family:
-    """Layers of two kinds with heads of their own, borrowed keys, inputs of layers, towers with bounds."""
+    """Layers of two kinds with heads of their own, borrowed keys, inputs of layers, towers with bounds; or
+    none of the last two.
 
-    name = "gemma4"
-    architectures = (_ARCHITECTURE,)
+    Args:
+        unified: draws Gemma 4 unified.
+    """
+
+    def __init__(self, unified: bool = False) -> None:
+        self._unified = unified
+        self.name = "gemma4_unified" if unified else "gemma4"
+        architecture = (
+            "Gemma4UnifiedForConditionalGeneration" if unified else "Gemma4ForConditionalGeneration"
+        )
+        self.architectures = (architecture,)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         tok = gemma4_tokenizer()
         tok.save_pretrained(path)
         rows, frame_rows = draw.choice("rows", (4, 9, 16)), draw.choice("rows of a frame", (2, 6))
         patch, side = draw.choice("patch", (4, 5)), draw.choice("patches per row", (2, 3))
-        text = draw_gemma4_decoder(draw, len(tok))
+        text = draw_gemma4_decoder(draw, len(tok), self._unified)
         both_ways = draw.varies("images attend both ways", 0.5)
         if both_ways:
             text["use_bidirectional_attention"] = "vision"
             # Releases of Transformers differ in what they make of longer images.
             text["sliding_window"] = max(text["sliding_window"], max(rows, frame_rows) + 2)
+        elif self._unified:
+            text["use_bidirectional_attention"] = None
         raw: dict[str, Any] = {
-            "model_type": "gemma4",
+            "model_type": self.name,
             "torch_dtype": "float32",
             "text_config": text,
-            "vision_config": _draw_tower(draw, patch, side),
+            "vision_config": _draw_projection(draw, patch, side, rows)
+            if self._unified
+            else _draw_tower(draw, patch, side),
             "audio_config": None,
             "image_token_id": _IMAGE,
             "video_token_id": _VIDEO,
@@ -63,11 +77,11 @@ class Gemma4Family:
             "audio_token_id": text["vocab_size"] - 1,
         }
         place_tied(draw, raw, text)
-        model = write_model(draw, path, raw, _ARCHITECTURE, most_embedding=0.1)
+        model = write_model(draw, path, raw, *self.architectures, most_embedding=0.1)
         draw_gemma4_buffers(model, 0.25)
         save(draw, path, model, None)
         draw_ends(draw, path, text, 1, SPECIALS.index("<turn|>"))
-        write_json(path / "config.json", {"architectures": [_ARCHITECTURE], **raw})
+        write_json(path / "config.json", {"architectures": list(self.architectures), **raw})
         sizes = {"patch_size": patch, "pooling_kernel_size": side}
         pixels = draw_pixels(draw)
         if "image_mean" in pixels:
@@ -84,7 +98,9 @@ class Gemma4Family:
         style = Style(FRAME, "<turn|>\n", placeholder=lambda index, count: IMAGE, video=VIDEO, frames=4)
         return Drawn(
             path,
-            same_weights(Gemma4Reference(path, **kwargs), model),
+            same_weights(
+                (Gemma4UnifiedReference if self._unified else Gemma4Reference)(path, **kwargs), model
+            ),
             style,
             _TOKENS,
             {"mm_processor_kwargs": kwargs},
@@ -118,8 +134,27 @@ def _draw_tower(draw: Draw, patch: int, side: int) -> dict[str, Any]:
     return tower
 
 
-def draw_gemma4_decoder(draw: Draw, vocab: int) -> dict[str, Any]:
-    """``text_config``; the last token of the vocabulary is none of the tokenizer's."""
+def _draw_projection(draw: Draw, patch: int, side: int, rows: int) -> dict[str, Any]:
+    width = draw.choice("width", (24, 40))
+    vision: dict[str, Any] = {
+        "model_type": "gemma4_unified_vision",
+        "patch_size": patch,
+        "pooling_kernel_size": side,
+        "mm_embed_dim": width,
+        "output_proj_dims": width,
+        "mm_posemb_size": max(rows, 10) + draw.choice("further positions", (0, 7)),
+    }
+    if draw.varies("norm eps of the projection", 0.3):
+        vision["rms_norm_eps"] = 1e-3
+    return vision
+
+
+def draw_gemma4_decoder(draw: Draw, vocab: int, unified: bool = False) -> dict[str, Any]:
+    """``text_config``; the last token of the vocabulary is none of the tokenizer's.
+
+    Args:
+        unified: of Gemma 4 unified, which has neither experts nor inputs of layers.
+    """
     heads = draw.choice("heads", (1, 2, 4))
     kv = [n for n in (1, 2, 4) if heads % n == 0]
     layers = draw.choice("layers", (2, 3, 5, 6), (1, 2, 3, 3))
@@ -128,7 +163,7 @@ def draw_gemma4_decoder(draw: Draw, vocab: int) -> dict[str, Any]:
     kinds[-1] = "full_attention"
     vocab += draw.choice("padded vocabulary", (1, 13, 64))
     text: dict[str, Any] = {
-        "model_type": "gemma4_text",
+        "model_type": "gemma4_unified_text" if unified else "gemma4_text",
         "vocab_size": vocab,
         "hidden_size": draw.choice("hidden", (32, 48, 64)),
         "intermediate_size": draw.choice("intermediate", (32, 48, 96)),
@@ -143,13 +178,14 @@ def draw_gemma4_decoder(draw: Draw, vocab: int) -> dict[str, Any]:
         "sliding_window": draw.choice("window", (7, 16, 33, 4096)),
         "hidden_activation": draw.variant("activation", ("gelu_pytorch_tanh", "silu", "gelu"), 0.2),
         "final_logit_softcapping": draw.choice("cap", (30.0, 3.0, None)),
-        "hidden_size_per_layer_input": draw.choice("inputs of layers", (0, 8, 12)),
-        "vocab_size_per_layer_input": vocab + draw.variant("more inputs", (0, 5), 0.2),
         "tie_word_embeddings": draw.variant("tied", (True, False), 0.2),
         "bos_token_id": 2,
         "eos_token_id": 1,
         "pad_token_id": 0,
     }
+    if not unified:
+        text["hidden_size_per_layer_input"] = draw.choice("inputs of layers", (0, 8, 12))
+        text["vocab_size_per_layer_input"] = vocab + draw.variant("more inputs", (0, 5), 0.2)
     if draw.varies("keys are values", 0.4):
         text["attention_k_eq_v"] = True
     if draw.varies("global kv heads stated", 0.5):
@@ -158,9 +194,10 @@ def draw_gemma4_decoder(draw: Draw, vocab: int) -> dict[str, Any]:
     if layers - 1 - most > 0 and draw.varies("borrowing layers", 0.6):
         text["num_kv_shared_layers"] = draw.integer("number of borrowing layers", 1, layers - 1 - most)
         text["use_double_wide_mlp"] = draw.varies("wide", 0.5)
-        # Transformers' class can't do without.
-        text["hidden_size_per_layer_input"] = draw.choice("inputs beside borrowed keys", (8, 12))
-    if draw.varies("experts", 0.35):
+        if not unified:
+            # Transformers' class can't do without.
+            text["hidden_size_per_layer_input"] = draw.choice("inputs beside borrowed keys", (8, 12))
+    if not unified and draw.varies("experts", 0.35):
         count = draw.choice("number of experts", (4, 8))
         text |= {
             "enable_moe_block": True,
