@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import ipaddress
-import socket
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from engine.errors import MediaError, MediaForbidden, MediaTooLarge
 from engine.media.address import redirect_target
 from engine.media.gate import HostGate
-from engine.media.guard import FetchPolicy, check_url, is_allowed
+from engine.media.guard import FetchPolicy, check_url
 from engine.media.limits import ByteBudget, check_size
+from engine.media.names import CheckedResolver, SystemResolver
 from engine.media.source import MediaSource
 
 _HEADERS = {"Accept-Encoding": "identity", "User-Agent": "sightline"}
@@ -62,7 +61,7 @@ class HttpClient:
 
     def __init__(self, policy: FetchPolicy, resolver: AbstractResolver | None = None) -> None:
         self._policy = policy
-        self._resolver = resolver
+        self._resolver = resolver or SystemResolver(policy.max_connections)
         self._loops: dict[asyncio.AbstractEventLoop, _OnLoop] = {}
 
     async def get(self, source: MediaSource, budget: ByteBudget) -> bytes:
@@ -187,7 +186,7 @@ class HttpClient:
     def _open(self) -> aiohttp.ClientSession:
         # The gate bounds the downloads; each needs a connection at once.
         connector = aiohttp.TCPConnector(
-            resolver=_CheckedResolver(self._resolver or aiohttp.ThreadedResolver(), self._policy),
+            resolver=CheckedResolver(self._resolver, self._policy),
             limit=0,
         )
         return aiohttp.ClientSession(
@@ -234,26 +233,6 @@ class _Flight:
             _, _, text = result.message.partition(": ")
             raise type(result)(f"{where}: {text}", param=where)
         return result
-
-
-class _CheckedResolver(AbstractResolver):
-    """Finds addresses, all of which may be dialled."""
-
-    def __init__(self, inner: AbstractResolver, policy: FetchPolicy) -> None:
-        self._inner = inner
-        self._policy = policy
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[ResolveResult]:
-        found = await self._inner.resolve(host, port, family)
-        for result in found:
-            if not is_allowed(ipaddress.ip_address(result["host"]), self._policy):
-                raise MediaForbidden(f"The host {host} has an address that is not public.")
-        return found
-
-    async def close(self) -> None:
-        await self._inner.close()
 
 
 def _header_count() -> dict[str, Any]:

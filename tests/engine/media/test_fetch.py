@@ -128,6 +128,34 @@ async def test_a_name_is_resolved_and_dialled_as_checked():
         assert here.seen[0].headers["Host"] == f"pictures.example:{here.server.port}"
 
 
+async def test_names_that_are_never_answered_hold_up_nothing_else(monkeypatch):
+    """The system can't be told to stop asking; meanwhile other files are fetched and decoded."""
+    answered, look_up = threading.Event(), socket.getaddrinfo
+
+    def silent(host, *more):
+        if host.startswith("silent"):
+            answered.wait(60)
+            raise socket.gaierror
+        return look_up("127.0.0.1" if host == "pictures.example" else host, *more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    large = "data:image/png;base64," + base64.b64encode(bytes(1 << 18)).decode()
+    async with site() as (here, fetcher):
+        port = here.server.port
+        # More than the threads of an event loop.
+        urls = [f"http://silent{number}.example:{port}/ok" for number in range(40)]
+        waiting = [asyncio.ensure_future(fetcher.fetch(source(url))) for url in urls]
+        try:
+            async with asyncio.timeout(30):
+                assert await fetcher.fetch(source(f"http://pictures.example:{port}/ok")) == BODY
+                assert len(await fetcher.fetch(source(large))) == 1 << 18
+            assert not any(fetch.done() for fetch in waiting)
+        finally:
+            answered.set()
+        errors = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all("no address is known" in str(error) for error in errors)
+
+
 @pytest.mark.parametrize("addresses", [[PRIVATE], [PUBLIC, PRIVATE], ["::ffff:10.0.0.1"], ["fe80::1"]])
 async def test_a_name_with_any_private_address_is_refused(addresses):
     async with site(Names(evil_example=[addresses])) as (here, fetcher):
