@@ -163,7 +163,9 @@ def check_files(applications: Mapping[str, AppConfig], environment: Mapping[str,
 
 def _fault(where: str, error: ErrorDetails) -> str:
     """One fault of the options, with the way to it."""
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
+    path = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"] if part != "[key]"
+    )
     path = f"{where}{path}".removeprefix(".")
     if error["type"] == "extra_forbidden":
         return f"{path}: there is no such option."

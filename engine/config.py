@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
@@ -123,6 +124,11 @@ class EngineConfig(Settings):
     chat_template: str | None = None
     allowed_local_media_path: str | None = None
     seed: int = Field(default=0, ge=-_INT64, lt=_INT64)
+
+    @field_validator("model", "tokenizer", "chat_template", "allowed_local_media_path", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     @field_validator("task", mode="before")
     @classmethod

@@ -285,7 +285,10 @@ _NO_OPTION = "there is no such option"
 
 def _config_error(error: ValidationError) -> ConfigError:
     faults = [
-        (".".join(map(str, fault["loc"])), _NO_OPTION if fault["type"] == "extra_forbidden" else fault["msg"])
+        (
+            ".".join(str(part) for part in fault["loc"] if part != "[key]"),
+            _NO_OPTION if fault["type"] == "extra_forbidden" else fault["msg"],
+        )
         for fault in error.errors()
     ]
     return ConfigError("; ".join(f"{field}: {words}" for field, words in faults), param=faults[0][0] or None)
@@ -293,9 +296,10 @@ def _config_error(error: ValidationError) -> ConfigError:
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     # What is neither a prompt nor several is refused as a prompt would be.
-    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
         return [prompts]  # type: ignore[list-item]
-    many: list[Any] = list(prompts)
+    # Ids may come in an array.
+    many: list[Any] = [each.tolist() if hasattr(each, "tolist") else each for each in prompts]
     return [many] if is_token_ids(many) else many
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from engine.errors import InvalidRequest
@@ -27,6 +27,20 @@ def check_number(name: str, value: Any, low: float, high: float, *, open_below: 
 def check_count(name: str, values: Any, limit: int) -> None:
     if len(values) > limit:
         raise InvalidRequest(f"{name} has {len(values)} entries; the limit is {limit}.", param=name)
+
+
+def check_list(name: str, values: Any) -> list[Any]:
+    """``values`` as a list, which is empty for None. A text is no list: it would be one of its characters."""
+    if values is None:
+        return []
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise InvalidRequest(f"{name} must be a list, got {shown(values)}.", param=name)
+    return list(values)
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be True or False, got {shown(value)}.", param=name)
 
 
 def check_text(name: str, text: Any, limit: int) -> None:

@@ -17,7 +17,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 def is_token_ids(value: Any) -> TypeGuard[Sequence[int]]:
     """Return whether ``value`` is a list of token ids, rather than of prompts."""
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(each, int) for each in value)
+    return isinstance(value, list | tuple) and bool(value) and all(type(each) is int for each in value)
 
 
 @dataclass(frozen=True, slots=True)

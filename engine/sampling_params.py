@@ -11,7 +11,9 @@ from typing import Any, Literal
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.param_checks import (
     check_count,
+    check_flag,
     check_int,
+    check_list,
     check_number,
     check_text,
     check_vocabulary,
@@ -248,6 +250,8 @@ class SamplingParams:
         for name, limit in (("logprobs", MAX_LOGPROBS), ("prompt_logprobs", MAX_LOGPROBS)):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 0, limit)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            check_flag(name, getattr(self, name))
         if self.seed is not None:
             check_int("seed", self.seed, -_INT64, _INT64 - 1)
 
@@ -262,34 +266,41 @@ class SamplingParams:
             raise InvalidRequest(message, param="min_tokens")
 
     def _check_texts(self) -> None:
-        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        self.stop = [self.stop] if isinstance(self.stop, str) else check_list("stop", self.stop)
         check_count("stop", self.stop, MAX_STOP_STRINGS)
         for text in self.stop:
             check_text("stop", text, MAX_STOP_LENGTH)
-        self.bad_words = list(self.bad_words or ())
+        self.bad_words = check_list("bad_words", self.bad_words)
         check_count("bad_words", self.bad_words, MAX_BAD_WORDS)
         for text in self.bad_words:
             check_text("bad_words", text, MAX_BAD_WORD_LENGTH)
 
     def _check_token_lists(self) -> None:
-        self.stop_token_ids = list(self.stop_token_ids or ())
+        self.stop_token_ids = check_list("stop_token_ids", self.stop_token_ids)
         check_count("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
-        if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise InvalidRequest("allowed_token_ids must not be empty.", param="allowed_token_ids")
-        check_count("logit_bias", self.logit_bias or (), MAX_LOGIT_BIAS)
-        self.logit_bias = {token_id(key): bias for key, bias in (self.logit_bias or {}).items()}
+        if self.allowed_token_ids is not None:
+            self.allowed_token_ids = check_list("allowed_token_ids", self.allowed_token_ids)
+            if not self.allowed_token_ids:
+                raise InvalidRequest("allowed_token_ids must not be empty.", param="allowed_token_ids")
+        biases = self.logit_bias or {}
+        if not isinstance(biases, Mapping):
+            raise InvalidRequest("logit_bias must have a number for each token id.", param="logit_bias")
+        check_count("logit_bias", biases, MAX_LOGIT_BIAS)
+        self.logit_bias = {token_id(key): bias for key, bias in biases.items()}
         for bias in self.logit_bias.values():
             check_number("logit_bias", bias, -100.0, 100.0)
-        self.suppress_tokens = list(self.suppress_tokens or ())
-        self.begin_suppress_tokens = list(self.begin_suppress_tokens or ())
+        self.suppress_tokens = check_list("suppress_tokens", self.suppress_tokens)
+        self.begin_suppress_tokens = check_list("begin_suppress_tokens", self.begin_suppress_tokens)
         check_count("begin_suppress_tokens", self.begin_suppress_tokens, MAX_BEGIN_SUPPRESS)
         for name in ("suppress_tokens", "begin_suppress_tokens"):
             for token in getattr(self, name):
                 check_int(name, token, -_INT64, _INT64 - 1)
-        self.bad_words_ids = list(self.bad_words_ids or ())
+        self.bad_words_ids = check_list("bad_words_ids", self.bad_words_ids)
         _check_sequences("bad_words_ids", self.bad_words_ids)
 
     def _check_structured(self, spec: StructuredSpec) -> None:
+        if not isinstance(spec, StructuredSpec):
+            raise InvalidRequest("structured must be a StructuredSpec.", param="structured")
         if len(spec.text) > MAX_STRUCTURED_TEXT:
             message = f"The grammar has {len(spec.text)} characters; the limit is {MAX_STRUCTURED_TEXT}."
             raise InvalidRequest(message, param="structured")

@@ -117,6 +117,11 @@ class PromptBuilder:
             InvalidRequest: there is no template, it refuses the messages, something is nested too deeply, or
                 the placeholders that it prints don't fit the items.
         """
+        if not isinstance(template_kwargs, Mapping | None):
+            raise InvalidRequest(
+                "chat_template_kwargs must hold the template's variables by name.",
+                param="chat_template_kwargs",
+            )
         self.check_messages(messages, len(items))
         messages, items = spread(messages, items)
         in_order = [

@@ -100,6 +100,14 @@ def _tensors(value: Any) -> list[torch.Tensor]:
         raise InvalidRequest(f"{_ROWS} must be a tensor, not {type(value).__name__}.", param=_WHERE)
     if value.layout != torch.strided or value.is_quantized or value.is_nested:
         raise InvalidRequest(f"{_ROWS} must be dense, not {value.layout}.", param=_WHERE)
+    if value.is_meta:
+        raise InvalidRequest(f"{_ROWS} is on the device meta: it has no numbers.", param=_WHERE)
+    if value.dtype == torch.uint8:
+        raise InvalidRequest(
+            f"{_WHERE} of the shape {tuple(value.shape)} is no image: pixels are (height, width, 3), "
+            "(height, width, 4) or (height, width). Embeddings are floating-point numbers.",
+            param=_WHERE,
+        )
     if not value.is_floating_point():
         raise InvalidRequest(f"{_ROWS} must be of floating-point numbers, not {value.dtype}.", param=_WHERE)
     if value.dim() not in (2, 3):

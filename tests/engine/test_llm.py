@@ -90,6 +90,7 @@ def test_every_way_to_give_a_prompt(llm):
         {"prompt_token_ids": encode("hello world")},
         {"prompt_token_ids": np.array(encode("hello world"))},
         encode("hello world"),
+        np.array(encode("hello world")),
         about(one),
         about([one]),
         about(np.array(one)),
@@ -99,11 +100,12 @@ def test_every_way_to_give_a_prompt(llm):
     ]
     together = generated(llm, prompts)
     assert together == [tokens for prompt in prompts for tokens in generated(llm, prompt)]
-    assert together[0] == together[1] == together[2] == together[3] == together[4]
-    assert together[5] == together[6] == together[7] == together[8]
+    assert together[0] == together[1] == together[2] == together[3] == together[4] == together[5]
+    assert together[6] == together[7] == together[8] == together[9]
     assert len({tuple(tokens) for tokens in together}) == 4
     assert llm.generate([], use_tqdm=False) == []
     assert generated(llm, encode("hello world")) == together[:1]
+    assert generated(llm, np.array(encode("hello world"))) == together[:1]
 
 
 def test_every_way_to_show_a_picture_in_a_message(llm):
@@ -161,7 +163,12 @@ def test_what_are_no_sampling_params(llm, given):
         (about(3), r"multi_modal_data\.image\[0\] must be a PIL image, not int"),
         ({"prompt": "a", "multi_modal_data": {"audio": []}}, "no entry 'audio'"),
         ({"prompt": "a", "multi_modal_data": "a.png"}, "multi_modal_data must be a dict, not str"),
-        (about(np.zeros((4, 4, 4, 3), np.uint8)), "must be of floating-point numbers"),
+        (about(np.zeros((4, 4, 4, 3), np.uint8)), r"shape \(4, 4, 4, 3\) is no image"),
+        (about(np.zeros((3, 5, 5), np.uint8)), r"shape \(3, 5, 5\) is no image"),
+        (about(np.zeros((4, 8), np.int32)), "must be of floating-point numbers"),
+        (about({"image_embeds": torch.zeros(1, 4, 8, device="meta")}), "on the device meta"),
+        (b"ab", "not bytes"),
+        ([True, False], "not bool"),
         (about([]), "image placeholders in the prompt is 1, but the number of images given is 0"),
     ],
     ids=str,
@@ -170,6 +177,12 @@ def test_what_is_no_prompt(llm, prompt, words):
     with pytest.raises(InvalidRequest, match=words):
         generated(llm, prompt)
     llm.check_integrity()
+
+
+def test_variables_of_the_template_have_names(llm):
+    with pytest.raises(InvalidRequest) as refused:
+        llm.chat([{"role": "user", "content": "a"}], GREEDY, use_tqdm=False, chat_template_kwargs=["a"])
+    assert refused.value.param == "chat_template_kwargs"
 
 
 def test_options_of_the_processor_come_with_a_prompt_or_a_chat(llm):
@@ -221,7 +234,7 @@ def test_a_limit_on_media_is_named_and_the_others_stay(path, llm):
         ({"dtype": torch.int8}, "dtype: .*'bfloat16'"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization: .*less than or equal to 1"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size is 3.*over 1, 2, 4 ranks"),
-        ({"limit_mm_per_prompt": {"audio": 1}}, r"limit_mm_per_prompt\.audio"),
+        ({"limit_mm_per_prompt": {"audio": 1}}, r"^limit_mm_per_prompt\.audio: "),
         ({"mm_processor_kwargs": {"num_crops": 4}}, "mm_processor_kwargs.*num_crops"),
         ({"chat_template": "/nowhere.jinja"}, "neither a file nor the text"),
         ({"block_size": 12}, "block_size: .*power of two"),
@@ -245,7 +258,7 @@ def test_bad_options_are_named(path, options, words):
 def test_options_that_are_understood(path, caplog):
     with caplog.at_level(logging.WARNING):
         llm = LLM(
-            model=str(path),
+            model=Path(path),
             trust_remote_code=True,
             dtype=torch.bfloat16,
             gpu_memory_utilization=0.5,
