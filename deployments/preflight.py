@@ -26,6 +26,7 @@ from ray.serve.schema import ServeDeploySchema
 from deployments.config import AppConfig
 from engine.errors import ConfigError, SightlineError
 from engine.model_parts import load_media_processor, load_prompt_builder, load_retrieval
+from engine.settings import nearest, no_such_option
 
 #: Ray Serve's defaults for ``http_options``.
 _HOST, _PORT = "0.0.0.0", 8000
@@ -101,7 +102,7 @@ def check_applications(config: Mapping[str, Any]) -> dict[str, AppConfig]:
         try:
             found[where] = AppConfig.model_validate(application.get("args") or {})
         except ValidationError as error:
-            faults = [_fault(where, each) for each in error.errors()]
+            faults = [_fault(where, each, AppConfig) for each in error.errors()]
             raise InTheWay(" ".join([*faults, _LISTED])) from None
     return found
 
@@ -113,19 +114,21 @@ def check_options(config: Mapping[str, Any]) -> None:
         InTheWay: an option doesn't exist, is missing, or has a value that it can't have.
     """
     if (unknown := next(_unknown(ServeDeploySchema, config), None)) is not None:
-        raise InTheWay(f"{unknown}: Ray Serve has no such option.")
+        raise InTheWay(unknown)
     try:
         ServeDeploySchema.model_validate(config)
     except ValidationError as error:
-        raise InTheWay(" ".join(_fault("", each) for each in error.errors())) from None
+        faults = [_fault("", each, ServeDeploySchema) for each in error.errors()]
+        raise InTheWay(" ".join(faults)) from None
 
 
 def _unknown(form: type[BaseModel], given: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    """The ways to the fields of ``given`` that ``form`` and the forms within it don't have."""
+    """What is said of the fields of ``given`` that ``form`` and the forms within it don't have."""
     for name, value in given.items():
         field = form.model_fields.get(name)
         if field is None:
-            yield f"{where}{name}"
+            near = nearest(name, form.model_fields)
+            yield f"{where}{name}: Ray Serve has no such option{f'; did you mean {near}?' if near else '.'}"
             continue
         options = (field.annotation, *get_args(field.annotation))
         forms = [each for each in options if isinstance(each, type) and issubclass(each, BaseModel)]
@@ -161,14 +164,19 @@ def check_files(applications: Mapping[str, AppConfig], environment: Mapping[str,
             raise InTheWay(f"{where}.ingress: {error.message}") from None
 
 
-def _fault(where: str, error: ErrorDetails) -> str:
-    """One fault of the options, with the way to it."""
+def _fault(where: str, error: ErrorDetails, whole: type[BaseModel]) -> str:
+    """One fault of the options, with the way to it.
+
+    Args:
+        whole: the class that reads the options below ``where``.
+    """
     path = "".join(
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"] if part != "[key]"
     )
     path = f"{where}{path}".removeprefix(".")
     if error["type"] == "extra_forbidden":
-        return f"{path}: there is no such option."
+        words = no_such_option(whole, error["loc"])
+        return f"{path}: {words}" if words.endswith("?") else f"{path}: {words}."
     if error["type"] == "missing":
         return f"{path} must be given."
     return f"{path}: {error['msg'].removeprefix('Value error, ').rstrip('.')}."

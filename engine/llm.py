@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -23,10 +23,12 @@ from engine.outputs import CompletionOutput, EmbeddingOutput, RequestOutput
 from engine.pooling_params import Pooling, PoolingParams
 from engine.prompt import Prompt, is_token_ids
 from engine.sampling_params import SamplingParams
+from engine.settings import Settings, no_such_option
 
 logger = logging.getLogger(__name__)
 
 Messages = Sequence[Mapping[str, Any]]
+Part = TypeVar("Part", bound=Settings)
 
 
 class LLM:
@@ -56,11 +58,8 @@ class LLM:
     ) -> None:
         if trust_remote_code:
             logger.warning("trust_remote_code is ignored: code from checkpoints is never run")
-        try:
-            self.config = EngineConfig(model=model, **options)
-            policy = FetchPolicy(**(fetch or {}))
-        except ValidationError as error:
-            raise _config_error(error) from None
+        self.config = _settings(EngineConfig, {"model": model, **options})
+        policy = _settings(FetchPolicy, fetch or {}, "fetch.")
         self._frontend = Frontend.load(self.config, policy)
         self._encoder = None
         if self._frontend.takes_media:
@@ -279,19 +278,27 @@ class LLM:
         return [_request_output(job) for job in self._run(prepare, params, use_tqdm)]
 
 
-#: What is said of an option that doesn't exist.
-_NO_OPTION = "there is no such option"
+def _settings(part: type[Part], options: Mapping[str, Any], where: str = "") -> Part:
+    """A part of the configuration.
 
+    Args:
+        where: before the names of its options.
 
-def _config_error(error: ValidationError) -> ConfigError:
+    Raises:
+        ConfigError: naming the options that can't be used.
+    """
+    try:
+        return part.model_validate(options)
+    except ValidationError as error:
+        found = error.errors()
     faults = [
         (
-            ".".join(str(part) for part in fault["loc"] if part != "[key]"),
-            _NO_OPTION if fault["type"] == "extra_forbidden" else fault["msg"],
+            where + ".".join(str(step) for step in fault["loc"] if step != "[key]"),
+            no_such_option(part, fault["loc"]) if fault["type"] == "extra_forbidden" else fault["msg"],
         )
-        for fault in error.errors()
+        for fault in found
     ]
-    return ConfigError("; ".join(f"{field}: {words}" for field, words in faults), param=faults[0][0] or None)
+    raise ConfigError("; ".join(f"{field}: {words}" for field, words in faults), param=faults[0][0] or None)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -34,3 +35,47 @@ def _may_be_boolean(hint: Any) -> bool:
     if hint in (Any, bool) or (isinstance(hint, type) and issubclass(hint, BaseModel)):
         return True
     return get_origin(hint) is not Literal and any(map(_may_be_boolean, get_args(hint)))
+
+
+def no_such_option(whole: type[BaseModel], place: Sequence[str | int]) -> str:
+    """What is said of an option that doesn't exist, and of the option that may be meant.
+
+    Args:
+        whole: the class of the whole configuration, or of a part of it.
+        place: of the option, as pydantic's errors have it.
+    """
+    *steps, name = place
+    part = whole
+    for step in steps:
+        if isinstance(step, str) and (inner := _part_of(part, step)) is not None:
+            part = inner
+    if near := nearest(str(name), part.model_fields):
+        return f"there is no such option; did you mean {near}?"
+    ways = [way for way, each in _parts(whole) if name in each.model_fields]
+    return f"there is no such option here, but in {' and '.join(ways)}" if ways else "there is no such option"
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one of ``names`` of which ``name`` may be a misspelling; None if there is none."""
+    return next(iter(get_close_matches(name, list(names), 1, 0.75)), None)
+
+
+def _part_of(whole: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The part of the configuration that an option holds, or that the entries of its list are."""
+    field = whole.model_fields.get(name)
+    waiting: list[Any] = [] if field is None else [field.annotation]
+    while waiting:
+        hint = waiting.pop()
+        if isinstance(hint, type) and issubclass(hint, BaseModel):
+            return hint
+        waiting += get_args(hint)
+    return None
+
+
+def _parts(whole: type[BaseModel], way: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """The parts within a part, with the way to each."""
+    for name, field in whole.model_fields.items():
+        if (part := _part_of(whole, name)) is not None:
+            inner = f"{way}{name}{'[]' if get_origin(field.annotation) in (list, tuple) else ''}"
+            yield inner, part
+            yield from _parts(part, f"{inner}.")

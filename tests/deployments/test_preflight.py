@@ -58,8 +58,14 @@ def test_a_free_port_and_no_cluster(tmp_path, capsys):
     [
         (
             {"models": [{"name": "a", "engine": {"model": "m", "max_model_length": 5}}]},
-            ".models[0].engine.max_model_length: there is no such option.",
+            ".models[0].engine.max_model_length: there is no such option; did you mean max_model_len?",
         ),
+        ({"model": []}, ".model: there is no such option; did you mean models?"),
+        (
+            {"models": [{"name": "a", "engine": {"model": "m"}, "max_num_seqs": 5}]},
+            ".models[0].max_num_seqs: there is no such option here, but in models[].engine.",
+        ),
+        ({"swap_space": 4}, ".swap_space: there is no such option."),
         ({"models": [{"engine": {"model": "m"}}]}, ".models[0].name must be given."),
         ({"models": []}, ".models: at least one model."),
         ({"ingress": {"num_replicas": 0}}, ".ingress.num_replicas: Input should be greater than 0."),

@@ -226,7 +226,11 @@ def test_a_limit_on_media_is_named_and_the_others_stay(path, llm):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_model_length": 5}, "max_model_length: there is no such option"),
+        ({"max_model_length": 5}, r"max_model_length: there is no such option; did you mean max_model_len\?"),
+        ({"swap_space": 4}, "swap_space: there is no such option$"),
+        ({"prompt_lookup": 4}, "prompt_lookup: there is no such option here, but in speculation"),
+        ({"speculation": {"prompt_lookups": 4}}, r"speculation\.prompt_lookups: .* mean prompt_lookup\?"),
+        ({"fetch": {"allow_https": True}}, r"fetch\.allow_https: .*did you mean allow_http\?"),
         ({"task": "embeddings"}, "task: .*'embed'"),
         ({"max_model_len": 0}, "max_model_len: .*greater than 0"),
         ({"max_model_len": 4096}, "max_model_len is 4096, but the model was made for 1024"),
