@@ -9,6 +9,7 @@ from engine.errors import CheckpointError
 from engine.families.family import Family, with_head
 
 _FAMILIES: dict[str, tuple[str, ...]] = {
+    "aya_vision": ("AyaVisionForConditionalGeneration", "Cohere2VisionForConditionalGeneration"),
     "colpali": ("ColPaliForRetrieval",),
     "colqwen2": ("ColQwen2ForRetrieval",),
     "gemma3": ("Gemma3ForConditionalGeneration",),

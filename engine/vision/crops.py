@@ -17,7 +17,7 @@ from engine.vision.averaging import AveragingConnector
 from engine.vision.bucketed_positions import bucketed_positions
 from engine.vision.connector import MLPConnector
 from engine.vision.crops_config import CropVisionConfig
-from engine.vision.pixel_shuffle import PixelShuffleConnector, ShuffledMLPConnector
+from engine.vision.pixel_shuffle import GatedShuffleConnector, PixelShuffleConnector, ShuffledMLPConnector
 from engine.vision.pixels import PixelInput, blank, unfit
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer import VisionTransformer
@@ -97,6 +97,9 @@ def _connector(config: CropVisionConfig, build: BuildContext) -> nn.Module:
     if config.vocabulary is not None:
         factor = config.pixel_shuffle or 1
         return VocabularyConnector(width, config.grid_side, factor, config.vocabulary, out, build)
+    if config.gated is not None:
+        factor = config.pixel_shuffle or 1
+        return GatedShuffleConnector(width, config.grid_side, factor, config.gated, out, build)
     if config.mlp is None:
         return Linear(width, out, build)
     if config.pixel_shuffle is not None and config.shuffled_mlp:

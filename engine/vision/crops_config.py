@@ -25,6 +25,19 @@ class VisualVocabulary:
 
 
 @dataclass(frozen=True, slots=True)
+class GatedSquares:
+    """A connector that makes a row of each square of features by a gated MLP (Aya Vision).
+
+    Attributes:
+        intermediate_size: of the MLP.
+        norm_eps: of a LayerNorm before it; None if there is none.
+    """
+
+    intermediate_size: int
+    norm_eps: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CropVisionConfig:
     """A tower of fixed resolution, and a connector: an MLP, or a projection of shuffled pixels.
 
@@ -37,6 +50,7 @@ class CropVisionConfig:
         mlp: the MLP connector; None makes a row of a feature by one projection with bias.
         pixel_shuffle: side, in patches, of the square that becomes one row; None makes one row of each patch.
         shuffled_mlp: whether a square becomes a row by a LayerNorm and the MLP, else by a single projection.
+        gated: makes rows of shuffled squares; None without it.
         vocabulary: makes rows of shuffled squares; None without it.
         averaged: side, in patches, of the square whose average becomes one row; None averages nothing.
         bucketed_positions: whether a patch's learned position depends on its place relative to the image's
@@ -53,6 +67,7 @@ class CropVisionConfig:
     mlp: MLPConfig | None = field(default_factory=MLPConfig)
     pixel_shuffle: int | None = None
     shuffled_mlp: bool = False
+    gated: GatedSquares | None = None
     vocabulary: VisualVocabulary | None = None
     averaged: int | None = None
     bucketed_positions: bool = False

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from engine.layers.build import BuildContext
 from engine.layers.linear import Linear
 from engine.layers.norm import LayerNorm
 from engine.vision.connector import MLPConnector
+from engine.vision.crops_config import GatedSquares
 from engine.vision.mlp_config import MLPConfig
 
 _NORM_EPS = 1e-5
@@ -54,3 +56,22 @@ class ShuffledMLPConnector(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.mlp(self.norm(shuffled(x, self.side, self.factor)))
+
+
+class GatedShuffleConnector(nn.Module):
+    """Pixel shuffle with ``down(silu(gate(x)) * up(x))`` as the projection, perhaps after a LayerNorm."""
+
+    def __init__(
+        self, width: int, side: int, factor: int, config: GatedSquares, out_features: int, build: BuildContext
+    ) -> None:
+        super().__init__()
+        self.side, self.factor = side, factor
+        features, inner = width * factor**2, config.intermediate_size
+        self.norm = None if config.norm_eps is None else LayerNorm(features, config.norm_eps, build)
+        self.up_gate_proj = Linear(features, 2 * inner, build)
+        self.down_proj = Linear(inner, out_features, build)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = shuffled(x, self.side, self.factor)
+        up, gate = self.up_gate_proj(x if self.norm is None else self.norm(x)).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)

@@ -130,12 +130,7 @@ class InternVLProcessor(SizedImages):
         return self.grid(size)[0] * self.rows
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
-        crops, rows, columns = self.grid(image.size)
-        pixels = np.empty((crops, self.side, self.side, 3), np.uint8)
-        pixels[-1] = resize(image, (self.side, self.side), self.resample[0])
-        if rows:
-            whole = resize(image, (columns * self.side, rows * self.side), self.resample[0])
-            cut_in_tiles(whole, self.side, out=pixels[:-1])
+        pixels = cut_image(image, self.side, self.grid(image.size), self.resample[0])
         key = content_hash(pixels, family="internvl", options=self._options, kind="image", size=image.size)
         return PreparedMedia(sized_item(self, image.size, key), pixels)
 
@@ -169,6 +164,21 @@ class InternVLProcessor(SizedImages):
         return {"tiled": self.tiled, "tiles": (self.min_tiles, self.max_tiles)}
 
 
+def cut_image(image: Image.Image, side: int, grid: tuple[int, int, int], resample: int) -> np.ndarray:
+    """The tiles of an image, row by row, and the whole behind them: uint8 ``(crops, side, side, 3)``.
+
+    Args:
+        grid: ``(crops, rows, columns)``; an image in one crop has no rows and columns.
+        resample: PIL's filter number.
+    """
+    crops, rows, columns = grid
+    pixels = np.empty((crops, side, side, 3), np.uint8)
+    pixels[-1] = resize(image, (side, side), resample)
+    if rows:
+        cut_in_tiles(resize(image, (columns * side, rows * side), resample), side, out=pixels[:-1])
+    return pixels
+
+
 @lru_cache(maxsize=16)
 def tilings(least: int, most: int) -> list[tuple[int, int]]:
     """``(columns, rows)`` of all tilings of ``least`` to ``most`` tiles, by their number of tiles."""
@@ -192,12 +202,15 @@ def best_tiling(size: tuple[int, int], side: int, least: int, most: int) -> tupl
     return best
 
 
-def require_side(file: str, raw: Mapping[str, Any], side: int) -> None:
+def require_side(file: str, raw: Mapping[str, Any], side: int, usual: int = _DEFAULT_SIDE) -> None:
     """Refuse a processor's JSON, ``raw``, whose ``size`` isn't a square of the tower's ``side``.
+
+    Args:
+        usual: the side where ``raw`` states none.
 
     Raises:
         CheckpointError: naming ``file`` and the field.
     """
-    size = stated_size(raw) or (dict.fromkeys(("height", "width"), _DEFAULT_SIDE) if raw else {})
+    size = stated_size(raw) or (dict.fromkeys(("height", "width"), usual) if raw else {})
     if {size.get("height", side), size.get("width", side)} != {side} or size.keys() - {"height", "width"}:
         raise CheckpointError(f"{file}: size should be the tower's {side} pixels, not {size}", param="size")

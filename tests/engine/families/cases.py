@@ -8,6 +8,9 @@ from pathlib import Path
 from tests.engine.families import minicpm_v_reference as minicpm_v
 from tests.engine.families import phi3_v_reference as phi3_v
 from tests.engine.families import qwen
+from tests.engine.families.aya_vision import FRAME as AYA_FRAME
+from tests.engine.families.aya_vision import IMAGES as AYA_IMAGES
+from tests.engine.families.aya_vision import AyaVisionReference, make_aya_vision
 from tests.engine.families.case import FamilyCase
 from tests.engine.families.colpali import ColPaliReference, make_colpali
 from tests.engine.families.colqwen2 import ColQwen2Reference, make_colqwen2
@@ -172,6 +175,19 @@ CASES = [
             ("Gemma 4 31B", partial(make_gemma4, large=True), Gemma4Reference),
             ("Gemma 4 unified", make_gemma4_unified, Gemma4UnifiedReference),
         )
+    ),
+    *(
+        FamilyCase(
+            name,
+            partial(make_aya_vision, kind=kind),
+            partial(AyaVisionReference, kind=kind),
+            frame=AYA_FRAME,
+            placeholder=lambda index, count, image=AYA_IMAGES[kind]: image,
+            windows=True,
+            # Two tiles beside each other, and several below each other.
+            single=((60, 33), (9, 300)),
+        )
+        for name, kind in (("Aya Vision", "AyaVision"), ("Command A Vision", "Cohere2Vision"))
     ),
     FamilyCase(
         "InternVL",
@@ -435,6 +451,7 @@ LIKE = {
     "Gemma 3 with pan and scan": "Gemma 3",
     "Gemma 4 31B": "Gemma 4 E2B",
     "Gemma 4 unified": "Gemma 4 E2B",
+    "Command A Vision": "Aya Vision",
     "InternVL, publishers' names": "InternVL",
     "Qianfan-OCR": "InternVL",
     "gemma4": "Gemma 4 E2B",
@@ -446,8 +463,8 @@ LIKE = {
     "MiniCPM-V 4.7": "MiniCPM-V 4.6",
     "PaliGemma": "PaliGemma 2",
     "SmolVLM": "Idefics3",
-    "cohere": "cohere2",
     "hunyuan_v1_dense": "HunyuanOCR",
+    **dict.fromkeys(("cohere", "cohere2"), "Aya Vision"),
     "glm": "qwen3",
     "glm4": "qwen3",
     "glm4_moe": "qwen2_moe",

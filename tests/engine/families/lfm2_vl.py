@@ -6,15 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from PIL import Image
-from transformers.image_processing_backends import TorchvisionBackend
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
-from tests.engine.families.without_torchvision import imported
+from tests.engine.families.without_torchvision import WithoutTorchvision, imported
 from tests.engine.tiny import LFM2_TEXT, spread, tokenizer
 
 IMAGE = "<image>"
@@ -95,29 +92,10 @@ def make_lfm2_vl(path: Path, hub: bool) -> Path:
     return path
 
 
-class _WithoutTorchvision(TorchvisionBackend):
-    """Transformers' backend, but images are resized by Pillow and normalised in two steps."""
-
-    def resize(self, image: torch.Tensor, size: Any, resample: Any = None, **kwargs: Any) -> torch.Tensor:
-        filter_ = Image.Resampling(int(resample))
-        images = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in image]
-        made = [np.asarray(one.resize((size.width, size.height), filter_)) for one in images]
-        return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2)
-
-    def rescale_and_normalize(
-        self, images: torch.Tensor, do_rescale, rescale_factor, do_normalize, image_mean, image_std
-    ) -> torch.Tensor:
-        made = images.double() * rescale_factor if do_rescale else images.double()
-        if do_normalize:
-            mean, std = (torch.tensor(list(v))[:, None, None].double() for v in (image_mean, image_std))
-            made = (made - mean) / std
-        return made.float()
-
-
 def processor_of(path: Path, **options: Any) -> Any:
     """Transformers' processor of a checkpoint, with ``options`` of its image processor."""
     images, texts = imported("lfm2_vl.image_processing_lfm2_vl", "lfm2_vl.processing_lfm2_vl")
-    both = type("Lfm2VlImageProcessor", (images.Lfm2VlImageProcessor, _WithoutTorchvision), {})
+    both = type("Lfm2VlImageProcessor", (images.Lfm2VlImageProcessor, WithoutTorchvision), {})
     nested = path / "processor_config.json"
     stated = json.loads(nested.read_text()) if nested.exists() else {}
     if "image_processor" not in stated:

@@ -10,7 +10,7 @@ import transformers
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub, under_vision_model
-from tests.engine.families.references import with_divided_logits
+from tests.engine.families.references import with_scaled_logits
 from tests.engine.tiny import TEXT_SIZES, rewrite_tensors, spread, tokenizer
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
@@ -85,7 +85,7 @@ class LlavaNextReference:
 
     def __init__(self, path: Path) -> None:
         cls = transformers.LlavaNextForConditionalGeneration
-        self.model = with_divided_logits(cls.from_pretrained(path, dtype=torch.float32).eval())
+        self.model = with_scaled_logits(cls.from_pretrained(path, dtype=torch.float32).eval())
         config = self.model.config
         strategy = config.vision_feature_select_strategy
         self.processor = transformers.LlavaNextProcessor(

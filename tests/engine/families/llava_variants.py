@@ -11,7 +11,7 @@ import transformers
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
-from tests.engine.families.references import with_divided_logits
+from tests.engine.families.references import with_scaled_logits
 from tests.engine.tiny import TEXT_SIZES, spread, tokenizer
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<pad>", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
@@ -84,7 +84,7 @@ class LlavaVariantReference:
 
     def __init__(self, path: Path) -> None:
         cls = transformers.LlavaForConditionalGeneration
-        self.model = with_divided_logits(cls.from_pretrained(path, dtype=torch.float32).eval())
+        self.model = with_scaled_logits(cls.from_pretrained(path, dtype=torch.float32).eval())
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
         stated, _ = transformers.CLIPImageProcessorPil.get_image_processor_dict(path)
         kind = stated["image_processor_type"].removesuffix("ImageProcessor")

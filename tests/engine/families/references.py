@@ -48,14 +48,16 @@ class LlavaReference:
         return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
 
 
-def with_divided_logits(model: torch.nn.Module) -> torch.nn.Module:
-    """``model`` with the logits of its text model: divided where that is a Granite.
+def with_scaled_logits(model: torch.nn.Module) -> torch.nn.Module:
+    """``model`` with the logits of its text model: divided where that is a Granite, multiplied in a Cohere.
 
-    Transformers 5's LLaVA classes have a head of their own and leave the division out.
+    Transformers 5's classes of LLaVA, Aya Vision and Command A Vision have a head of their own and leave this
+    out.
     """
-    divisor = getattr(model.config.text_config, "logits_scaling", 1)
-    if divisor != 1:
-        model.lm_head.register_forward_hook(lambda head, given, logits: logits / divisor)
+    text = model.config.text_config
+    factor = getattr(text, "logit_scale", 1) / getattr(text, "logits_scaling", 1)
+    if factor != 1:
+        model.lm_head.register_forward_hook(lambda head, given, logits: logits * factor)
     return model
 
 

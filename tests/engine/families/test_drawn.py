@@ -38,6 +38,8 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "hunyuan_v1_dense": (1,),
     "gemma4": (1,),
     "gemma4_unified": (1,),
+    "aya_vision": (1,),
+    "cohere2_vision": (1,),
     "internvl": (12,),
     "internvl_chat": (11,),
     "ovis2": (1,),

@@ -25,6 +25,9 @@ from PIL import Image
 
 from engine.errors import InvalidRequest
 from engine.families.base import MediaProcessor, PromptAwareProcessor
+from tests.engine.families.aya_vision import PATCH as AYA_PATCH
+from tests.engine.families.aya_vision import image_processor as image_processor_of_aya
+from tests.engine.families.aya_vision import make_aya_vision
 from tests.engine.families.colpali import make_colpali
 from tests.engine.families.gemma3 import PATCH as GEMMA3_PATCH
 from tests.engine.families.gemma3 import Gemma3Reference, make_gemma3
@@ -107,6 +110,11 @@ def ovis2(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any])
     (grid,) = made["grids"].tolist()
     grids = [tuple(grid)] if grid != [1, 1] else [(1, 0, 0)]
     return unfolded(torch.as_tensor(made["pixel_values"]), OVIS2_PATCH), grids
+
+
+def command_a_vision(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    made = image_processor_of_aya(path, "Cohere2Vision")(list(images), return_tensors="pt", **options)
+    return unfolded(made["pixel_values"], AYA_PATCH), [(int(made["num_patches"][0]),)]
 
 
 def gemma3(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
@@ -263,6 +271,7 @@ ROWS = {
     "InternVL, hub": Row(partial(make_internvl, hub=True), TILED, internvl),
     "InternVL, in one crop": Row(make_internvl, TILED, internvl, options={"crop_to_patches": False}),
     "InternVL, up to 3 tiles": Row(make_internvl, TILED, internvl, options={"max_patches": 3}),
+    "Command A Vision": Row(partial(make_aya_vision, kind="Cohere2Vision"), TILED, command_a_vision),
     "LLaVA-OneVision": Row(make_onevision, TILED, onevision),
     "LLaVA-OneVision, several": Row(make_onevision, TILED, onevision, count=2),
     "LLaVA-OneVision, hub": Row(partial(make_onevision, hub=True), TILED, onevision),

@@ -8,6 +8,11 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_backends import TorchvisionBackend
+
 
 def imported(*names: str) -> list[Any]:
     """Import the modules ``names`` below ``transformers.models``, with an empty torchvision where there is
@@ -29,3 +34,22 @@ def _installed(name: str) -> bool:
     except ModuleNotFoundError:
         return False
     return True
+
+
+class WithoutTorchvision(TorchvisionBackend):
+    """Transformers' backend, but images are resized by Pillow and normalised in two steps."""
+
+    def resize(self, image: torch.Tensor, size: Any, resample: Any = None, **kwargs: Any) -> torch.Tensor:
+        filter_ = Image.Resampling(int(resample))
+        images = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in image]
+        made = [np.asarray(one.resize((size.width, size.height), filter_)) for one in images]
+        return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2)
+
+    def rescale_and_normalize(
+        self, images: torch.Tensor, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+    ) -> torch.Tensor:
+        made = images.double() * rescale_factor if do_rescale else images.double()
+        if do_normalize:
+            mean, std = (torch.tensor(list(v))[:, None, None].double() for v in (image_mean, image_std))
+            made = (made - mean) / std
+        return made.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.engine.families.drawn.aya_vision import AyaVisionFamily
 from tests.engine.families.drawn.checkpoint import Family
 from tests.engine.families.drawn.composed import MiniCPMVFamily, Phi3VFamily
 from tests.engine.families.drawn.gemma3 import Gemma3Family
@@ -29,6 +30,7 @@ _ALL: tuple[Family, ...] = (
     *(SquaresFamily(kind) for kind in ("Mistral3", "LightOnOcr")),
     Gemma3Family(),
     *(Gemma4Family(unified) for unified in (False, True)),
+    *(AyaVisionFamily(kind) for kind in ("AyaVision", "Cohere2Vision")),
     *(InternVLFamily(kind) for kind in ("InternVL", "QianfanOCR")),
     InternVLChatFamily(),
     Ovis2Family(),
