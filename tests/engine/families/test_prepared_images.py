@@ -114,7 +114,7 @@ def ovis2(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any])
 
 def command_a_vision(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
     made = image_processor_of_aya(path, "Cohere2Vision")(list(images), return_tensors="pt", **options)
-    return unfolded(made["pixel_values"], AYA_PATCH), [(int(made["num_patches"][0]),)]
+    return unfolded(made["pixel_values"], AYA_PATCH), []
 
 
 def gemma3(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
