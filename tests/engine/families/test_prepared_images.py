@@ -271,7 +271,14 @@ ROWS = {
     "InternVL, hub": Row(partial(make_internvl, hub=True), TILED, internvl),
     "InternVL, in one crop": Row(make_internvl, TILED, internvl, options={"crop_to_patches": False}),
     "InternVL, up to 3 tiles": Row(make_internvl, TILED, internvl, options={"max_patches": 3}),
-    "Command A Vision": Row(partial(make_aya_vision, kind="Cohere2Vision"), TILED, command_a_vision),
+    # Its only processor normalises by torchvision, in another order of roundings.
+    "Command A Vision, as it is": Row(
+        partial(
+            make_aya_vision, kind="Cohere2Vision", processor={"do_normalize": False, "do_rescale": False}
+        ),
+        TILED,
+        command_a_vision,
+    ),
     "LLaVA-OneVision": Row(make_onevision, TILED, onevision),
     "LLaVA-OneVision, several": Row(make_onevision, TILED, onevision, count=2),
     "LLaVA-OneVision, hub": Row(partial(make_onevision, hub=True), TILED, onevision),
