@@ -27,7 +27,7 @@ SANDWICH_RULES: tuple[tuple[str, str], ...] = (
     (_LAYER + r"post_feedforward_layernorm\.(.*)", r"\1mlp_out_norm.\2"),
     *DECODER_RULES,
 )
-"""Rules of a decoder with norms after attention and MLP as well, by Gemma's names."""
+"""Rules of a decoder with norms after attention and MLP as well, or alone, by Gemma's names."""
 
 GEMMA4_RULES: tuple[tuple[str, str], ...] = (
     (_LAYER + r"layer_scalar", r"\1layer_scale"),

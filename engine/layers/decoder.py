@@ -24,6 +24,7 @@ from engine.layers.mlp import GatedMLP
 from engine.layers.norm import LayerNorm, RMSNorm
 from engine.layers.parallel_experts import ParallelExperts
 from engine.layers.parallel_layer import ParallelLayer
+from engine.layers.post_norm_layer import PostNormLayer
 from engine.layers.rotary import Rotary
 from engine.layers.short_conv import ShortConv
 
@@ -143,7 +144,7 @@ class Decoder(nn.Module):
         self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, build)
         inputs = config.layer_inputs
         self.layer_inputs = None if inputs is None else LayerInputs(config, inputs, build.at("layer_inputs"))
-        make = ParallelLayer if config.parallel else DecoderLayer
+        make = ParallelLayer if config.parallel else PostNormLayer if config.post_norm else DecoderLayer
         self.layers = nn.ModuleList(
             make(config, index, rotary, build.at(f"layers.{index}")) for index, rotary in enumerate(rotaries)
         )
@@ -161,7 +162,7 @@ class Decoder(nn.Module):
     def active_layer_parameters(self) -> int:
         """Count the parameters of the first layer on this rank that one token uses."""
         layer = self.layers[0]
-        assert isinstance(layer, DecoderLayer | ParallelLayer)
+        assert isinstance(layer, DecoderLayer | ParallelLayer | PostNormLayer)
         count = sum(parameter.numel() for parameter in layer.parameters())
         if isinstance(layer.mlp, ExpertsMLP | ParallelExperts):
             count -= layer.mlp.idle_parameters()
@@ -171,7 +172,7 @@ class Decoder(nn.Module):
         """The factors of each layer's keys and values in fp8; 1 where the checkpoint has no scales."""
         found = []
         for layer in self.layers:
-            assert isinstance(layer, DecoderLayer | ParallelLayer)
+            assert isinstance(layer, DecoderLayer | ParallelLayer | PostNormLayer)
             found.append((1.0, 1.0) if layer.self_attn is None else layer.self_attn.kv_scales())
         return found
 

@@ -191,6 +191,8 @@ class DecoderConfig:
             None to round before scaling, see :func:`~engine.kernels.rms_norm.rms_norm`.
         parallel: attention and MLP of a layer have one input, see
             :class:`~engine.layers.parallel_layer.ParallelLayer`; norms are LayerNorms without shift.
+        post_norm: norms come after attention and MLP alone, see
+            :class:`~engine.layers.post_norm_layer.PostNormLayer`.
         sandwich: norms after attention and MLP as well, before their results are added to the residual.
         embedding_multiplier: factor of the token embeddings, rounded to the model's dtype.
         multiplies_rows: the factor is that of embedding rows too.
@@ -244,6 +246,7 @@ class DecoderConfig:
     windows: tuple[int | None, ...] = ()
     norm_offset: float | None = None
     parallel: bool = False
+    post_norm: bool = False
     sandwich: bool = False
     embedding_multiplier: float = 1.0
     multiplies_rows: bool = False

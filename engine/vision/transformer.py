@@ -56,10 +56,12 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig, build: BuildContext) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        kv_heads = config.num_kv_heads or config.num_heads
+        self.heads = [config.num_heads, kv_heads, kv_heads]
         self.qkv = qkv_linear(
             config.hidden_size,
             config.num_heads,
-            config.num_heads,
+            kv_heads,
             config.head_dim,
             replace(build, formats=Formats(every=build.tower)),
             bias=config.bias if config.qkv_bias is None else config.qkv_bias,
@@ -79,7 +81,7 @@ class VisionAttention(nn.Module):
     def forward(
         self, x: torch.Tensor | RoundedRows, segments: VisionSegments, index: torch.Tensor | None
     ) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             if not self.each:
                 q, k = q.flatten(1), k.flatten(1)
@@ -87,6 +89,9 @@ class VisionAttention(nn.Module):
         if index is not None:
             assert segments.cos is not None and segments.sin is not None
             rotary(q, k, index, RotaryTable(segments.cos, segments.sin))
+        if self.heads[1] < self.heads[0]:
+            shared = self.heads[0] // self.heads[1]
+            k, v = (part.repeat_interleave(shared, dim=1) for part in (k, v))
         out = vision_attention(
             q,
             k,

@@ -13,6 +13,8 @@ class VisionConfig:
 
     Attributes:
         num_layers: number of blocks that are built and run: those up to the last one whose output is used.
+        num_kv_heads: heads of keys and values, each of which serves as many consecutive heads of queries;
+            None: as many as ``num_heads``.
         patch_dim: numbers per flattened patch, channels before pixels.
         patch_bias: whether the patch projection has a bias.
         bias: whether the blocks' projections have biases; an ungated MLP always has.
@@ -47,6 +49,7 @@ class VisionConfig:
     num_layers: int
     num_heads: int
     patch_dim: int
+    num_kv_heads: int | None = None
     patch_bias: bool = False
     bias: bool = True
     qkv_bias: bool | None = None

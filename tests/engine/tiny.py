@@ -297,6 +297,7 @@ TEXT_ARCHITECTURES = (
     "cohere",
     "cohere2",
     "ernie4_5",
+    "exaone4",
     "gemma",
     "gemma2",
     "gemma3",
@@ -478,6 +479,8 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
         common["logit_scale"] = 0.3
         if kind == "cohere2":
             common |= {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+    elif kind == "exaone4":
+        common |= {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
     elif kind in ("ernie4_5", "glm", "glm4", "seed_oss"):
         common["head_dim"] = 32
     elif kind == "hunyuan_v1_dense":

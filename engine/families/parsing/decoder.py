@@ -20,6 +20,7 @@ _BIASED_QKV = ("glm4v_text", "qwen2", "qwen2_vl")
 #: Kinds whose ``attention_bias`` is that of queries, keys and values alone.
 _UNBIASED_OUTPUT = ("glm", "glm4", "glm4_moe", "glm4v_moe_text")
 _NORMED_QK = (
+    "exaone4",
     "gemma3_text",
     *GEMMA4_KINDS,
     "hunyuan_v1_dense",
@@ -63,7 +64,7 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         config["rope_parameters"] = defaults["rope_parameters"]
     heads = integer(config, "num_attention_heads")
     layers, positions = integer(config, "num_hidden_layers"), integer(config, "max_position_embeddings")
-    if kind == "cohere2":
+    if kind == "cohere2" or (kind == "exaone4" and config["sliding_window"] is not None):
         config = window_rotates(config, layers)
     head_dim = _head_dim(config, kind, heads)
     local_dim = config["local_heads"][1] if "local_heads" in config else head_dim

@@ -64,7 +64,7 @@ def parse_ropes(
 ) -> tuple[RopeConfig, RopeConfig | None]:
     """Read the rotary embeddings of a decoder: that of all layers, or of those with full attention; and that
     of the layers with a window, if they have one of their own (Gemma 3 and 4), or of those that don't rotate
-    (Cohere 2, SmolLM3).
+    (Cohere 2, EXAONE 4, SmolLM3).
 
     Args:
         config: see :func:`parse_rope`.

@@ -85,6 +85,7 @@ def _qwen3_5(config: Json) -> dict[str, Any]:
 SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "cohere": cohere_switches,
     "cohere2": cohere_switches,
+    "exaone4": lambda config: {"post_norm": True},
     "gemma": _gemma,
     "gemma2": _gemma2,
     "glm4": lambda config: {"sandwich": True},

@@ -29,7 +29,13 @@ def patch_times(pace: Pace, temporal: int) -> tuple[float, ...]:
     return tuple(step * (temporal / pace.rate) for step in range(-(-len(pace.times) // temporal)))
 
 
-def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
+def windowed_vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
+    """The tower that attends within windows; arguments as of
+    :attr:`~engine.families.parsing.model.ConfigReader.vision`.
+
+    Raises:
+        CheckpointError: naming the field that is not supported.
+    """
     filled = {
         "depth": 32,
         "hidden_size": 1280,
@@ -90,7 +96,7 @@ FAMILY = replace(
     QWEN2_VL,
     name="qwen2_5_vl",
     architectures=("Qwen2_5_VLForConditionalGeneration",),
-    reader=replace(QWEN2_VL.reader, vision=_vision, finish=_with_pace),
+    reader=replace(QWEN2_VL.reader, vision=windowed_vision, finish=_with_pace),
     positions=_positions,
     processor=QwenProcessor.with_videos(VideoRules(times=patch_times)),
     options=("min_pixels", "max_pixels", "fps"),

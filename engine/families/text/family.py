@@ -1,6 +1,6 @@
-"""Language models without images: Cohere 1 and 2, Ernie 4.5, Gemma 1 to 4, GLM-4, Granite, Hunyuan, LFM2,
-Llama, Mistral, Ministral-3, Phi3, Qwen2, Qwen3, Qwen3.5, Seed-OSS, SmolLM3; with experts Gemma 4, GLM-4.5,
-Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
+"""Language models without images: Cohere 1 and 2, Ernie 4.5, EXAONE 4, Gemma 1 to 4, GLM-4, Granite, Hunyuan,
+LFM2, Llama, Mistral, Ministral-3, Phi3, Qwen2, Qwen3, Qwen3.5, Seed-OSS, SmolLM3; with experts Gemma 4,
+GLM-4.5, Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ _KINDS: dict[str, DecoderKind] = {
     "CohereForCausalLM": "cohere",
     "Cohere2ForCausalLM": "cohere2",
     "Ernie4_5ForCausalLM": "ernie4_5",
+    "Exaone4ForCausalLM": "exaone4",
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
@@ -64,7 +65,8 @@ def _text(raw: Json) -> tuple[Json, DecoderKind]:
 
 
 def _weights(config: ModelConfig) -> WeightRules:
-    rules = SANDWICH_RULES if config.decoder.sandwich else DECODER_RULES
+    behind = config.decoder.sandwich or config.decoder.post_norm
+    rules = SANDWICH_RULES if behind else DECODER_RULES
     rules = rules if config.decoder.experts is None else EXPERT_RULES
     if config.architecture.startswith("Glm"):
         return WeightRules(language=GLM_RULES, ignore=(further_layers(config.decoder.num_layers),))

@@ -254,6 +254,13 @@ CASES = [
         **_QWEN,
     ),
     FamilyCase(
+        "EXAONE 4.5",
+        partial(_later_qwen, make=qwen.make_exaone4_5),
+        partial(qwen.Reference, kind="Exaone4_5_"),
+        windows=True,
+        **_QWEN,
+    ),
+    FamilyCase(
         "Qwen3-VL",
         partial(_later_qwen, make=qwen.make_qwen3_vl),
         partial(qwen.Reference, kind="Qwen3VL"),
@@ -399,7 +406,7 @@ CASES = [
             partial(make_text_model, kind=kind),
             TextReference,
             texts=TEXTS,
-            windows=kind in ("cohere2", "gemma2", "gemma3", "gemma4", "mistral", "mixtral"),
+            windows=kind in ("cohere2", "exaone4", "gemma2", "gemma3", "gemma4", "mistral", "mixtral"),
             # Recurrent states of all slots come out of it.
             options={"kv_cache_bytes": 32 << 20} if kind in HYBRIDS else {},
         )
@@ -407,6 +414,7 @@ CASES = [
             "cohere",
             "cohere2",
             "ernie4_5",
+            "exaone4",
             "gemma",
             "gemma2",
             "gemma3",
@@ -465,6 +473,7 @@ LIKE = {
     "SmolVLM": "Idefics3",
     "hunyuan_v1_dense": "HunyuanOCR",
     **dict.fromkeys(("cohere", "cohere2"), "Aya Vision"),
+    "exaone4": "EXAONE 4.5",
     "glm": "qwen3",
     "glm4": "qwen3",
     "glm4_moe": "qwen2_moe",

@@ -92,6 +92,39 @@ def make_qwen2_5_vl(
     return path
 
 
+def make_exaone4_5(
+    path: Path, *, tied: bool = False, gqa_ratio: int = 2, names: str = "saved", seed: int = 0, **tower: Any
+) -> Path:
+    """An EXAONE 4.5 checkpoint, with a tower as :func:`make_qwen2_5_vl` has it, but one KV head of two.
+
+    Args:
+        names: ``saved`` as Transformers writes it; ``hub`` as the first public checkpoint is: another name of
+            the decoder, tensors of a head for further tokens, preprocessor_config.json and several shards.
+        tower: further fields of the tower's configuration.
+    """
+    text = {
+        **_TEXT,
+        "model_type": "exaone4",
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4 // gqa_ratio,
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
+    vision = {**_VISION, "num_key_value_heads": 1, "depth": 3, "window_size": 16}
+    vision |= {"fullatt_block_indexes": [1], **tower}
+    _save(path, "Exaone4_5_", text, vision, tied=tied, seed=seed, options={})
+    if names == "hub":
+        config = json.loads((path / "config.json").read_text())
+        config["text_config"]["model_type"] = "exaone4_5_text"
+        (path / "config.json").write_text(json.dumps(config))
+        processor = {"min_pixels": 256, "max_pixels": 4096, "patch_size": 4, "merge_size": 2}
+        (path / "preprocessor_config.json").write_text(json.dumps(processor))
+        rewrite_tensors(path, lambda tensors: {**tensors, "mtp.norm.weight": torch.ones(64)})
+        split_shards(path)
+    return path
+
+
 def make_qwen3_vl(
     path: Path,
     *,
@@ -361,7 +394,8 @@ class Reference:
         if prompt.frames:
             of_video = arguments["input_ids"] == self.tokenizer.convert_tokens_to_ids("<|vision_pad|>")
             arguments["input_ids"].masked_fill_(of_video, self.model.config.video_token_id)
-            arguments["mm_token_type_ids"].masked_fill_(of_video, 2)
+            if "mm_token_type_ids" in arguments:
+                arguments["mm_token_type_ids"].masked_fill_(of_video, 2)
             arguments["pixel_values_videos"], arguments["video_grid_thw"] = patches, grid
             if self.kind == "Qwen2_5_VL":
                 seconds = self.vision.temporal_patch_size / self.fps

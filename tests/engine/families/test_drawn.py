@@ -33,6 +33,8 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "cohere": (1,),
     "cohere2": (1,),
     "ernie4_5": (1,),
+    "exaone4": (1,),
+    "exaone4_5": (1,),
     "seed_oss": (1,),
     "smollm3": (1,),
     "hunyuan_v1_dense": (1,),

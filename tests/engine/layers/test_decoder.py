@@ -19,7 +19,7 @@ from engine.families.registry import resolve
 from engine.kernels.split_sums import SplitSums
 from engine.layers import linear
 from engine.layers.build import BuildContext
-from engine.layers.decoder import Decoder
+from engine.layers.decoder import Decoder, DecoderLayer
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.weights.loader import fill_from_checkpoint
@@ -87,9 +87,9 @@ def test_norms_add_up_what_programs_computed_apart(tmp_path, monkeypatch, kind):
     decoder = load(path, max_model_len=64)
     for found, plain in zip(run(decoder, texts), expected, strict=True):
         torch.testing.assert_close(found, plain, atol=1e-4, rtol=0)
-    config = decoder.config
-    plain = not config.sandwich and not config.parallel and config.residual_multiplier == 1
-    dense = [layer for layer in decoder.layers if plain and isinstance(layer.mlp, GatedMLP)]
+    plain = not decoder.config.sandwich and decoder.config.residual_multiplier == 1
+    before = [layer for layer in decoder.layers if plain and isinstance(layer, DecoderLayer)]
+    dense = [layer for layer in before if isinstance(layer.mlp, GatedMLP)]
     assert len(taken) == len(dense) + sum(layer.self_attn is not None for layer in dense)
 
 

@@ -41,6 +41,7 @@ _DEFAULT_KV = {
     "glm_ocr": 8,
     "paddleocr_vl": 2,
     "ernie4_5": 2,
+    "exaone4": 32,
     "seed_oss": 8,
     "smollm3": 4,
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_vl"), None),
@@ -69,7 +70,7 @@ _HAS_HEAD_DIM = (
 _COUNTED_KV = (
     *("mistral", "mixtral", "qwen3_moe", "qwen2_moe", "gemma"),
     *("glm4", "glm4_moe", "glm4v_moe"),
-    *("ministral3", "glm_ocr", "lfm2", *DELTA_NETS, "qwen3_vl_moe"),
+    *("exaone4", "ministral3", "glm_ocr", "lfm2", *DELTA_NETS, "qwen3_vl_moe"),
 )
 _BIASED = (
     *("llama", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", *DELTA_NETS),
@@ -267,8 +268,11 @@ def _windows(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
         if how != "absent":
             fields["sliding_window"] = window if how == "stated" else None
         return
-    if kind == "cohere2":
+    if kind in ("cohere2", "exaone4"):
         fields["sliding_window"] = window
+        if kind == "exaone4" and draw.varies("no windows", 0.3):
+            fields |= {"sliding_window": None, "layer_types": ["full_attention"] * layers}
+            return
         how = draw.choice("layers spelled", ("pattern", "types", "neither"))
         if how == "pattern":
             fields["sliding_window_pattern"] = draw.choice("pattern", (1, 2, 3))

@@ -1,4 +1,4 @@
-"""Draws Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE, Qwen3.5 and Qwen3.5-MoE checkpoints."""
+"""Draws EXAONE 4.5, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE, Qwen3.5 and Qwen3.5-MoE checkpoints."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from tests.engine.tiny import QWEN_SPECIALS, TRANSFORMERS, tokenizer
 _MODEL_TYPES = {
     "Qwen2VL": "qwen2_vl",
     "Qwen2_5_VL": "qwen2_5_vl",
+    "Exaone4_5_": "exaone4_5",
     "Qwen3VL": "qwen3_vl",
     "Qwen3_5": "qwen3_5",
     "Qwen3_5Moe": "qwen3_5_moe",
     "Qwen3VLMoe": "qwen3_vl_moe",
 }
+#: Its decoder counts positions as a text model does, and nothing of a video's pace is told.
+_EXAONE = "Exaone4_5_"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class QwenVLFamily:
                 cell**2 * draw.choice("most cells", (9, 40)),
             )
             kwargs |= {"min_pixels": bounds[0], "max_pixels": bounds[1]}
-        if self.kind != "Qwen2VL":
+        if self.kind not in ("Qwen2VL", _EXAONE):
             fps = draw.choice("fps", (1.0, 2.0, 0.5) if self.kind == "Qwen2_5_VL" else (1.5, 24.0, 2.0, 0.3))
             if self.kind == "Qwen2_5_VL" and TRANSFORMERS < (5, 23):
                 # These releases cut off fractions of seconds.
@@ -91,7 +94,9 @@ class QwenVLFamily:
 
     def config(self, draw: Draw, vocab: int, tokens: int) -> dict[str, Any]:
         """config.json without ``architectures``."""
-        text = draw_decoder(draw, self.name, vocab, tokens=tokens, section=True)
+        exaone = self.kind == _EXAONE
+        kind = "exaone4" if exaone else self.name
+        text = draw_decoder(draw, kind, vocab, tokens=tokens, section=not exaone)
         special_names = ("image_pad", "video_pad", "vision_start", "vision_end")
         raw: dict[str, Any] = {
             "model_type": self.name,
@@ -100,7 +105,7 @@ class QwenVLFamily:
             **{f"{m.removesuffix('_pad')}_token_id": QWEN_SPECIALS.index(f"<|{m}|>") for m in special_names},
         }
         text |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
-        nested = self.kind in qwen.TIMED or draw.varies("text_config", 0.4)
+        nested = exaone or self.kind in qwen.TIMED or draw.varies("text_config", 0.4)
         if not nested:
             return {**raw, **text}
         tied = text.pop("tie_word_embeddings", None)
@@ -109,7 +114,9 @@ class QwenVLFamily:
                 f"tied stated {'within' if target is text else 'outside'}", 0.7
             ):
                 target["tie_word_embeddings"] = tied
-        if self.kind in qwen.TIMED or draw.varies("text model_type", 0.6):
+        if exaone:
+            text["model_type"] = draw.choice("text model_type", ("exaone4", "exaone4_5_text"))
+        elif self.kind in qwen.TIMED or draw.varies("text model_type", 0.6):
             text["model_type"] = f"{self.name}_text"
         return {**raw, "text_config": text}
 
@@ -147,11 +154,14 @@ class QwenVLFamily:
             "out_hidden_size": hidden,
             "intermediate_size": draw.choice("tower intermediate", (24, 48, 52)),
         }
-        if self.kind == "Qwen2_5_VL":
+        if self.kind in ("Qwen2_5_VL", _EXAONE):
             cell = fields["patch_size"] * fields.get("spatial_merge_size", 2)
             fields["window_size"] = cell * draw.integer("window rows", 1, 4)
             fields["fullatt_block_indexes"] = sorted(rng.sample(range(depth), rng.randint(0, depth)))
-            if draw.varies("tokens per second", 0.6):
+            if self.kind == _EXAONE:
+                shares = [count for count in range(1, heads + 1) if heads % count == 0]
+                fields["num_key_value_heads"] = draw.choice("tower kv heads", shares)
+            elif draw.varies("tokens per second", 0.6):
                 fields["tokens_per_second"] = rng.choice((1, 2, 25))
             return fields
         side = draw.integer("position table's side", 2, 7)

@@ -70,7 +70,7 @@ def draw_rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, sect
         _growing(draw, fields)
         return
     scalings = ("default", "longrope") if kind == "phi3" else _SCALINGS
-    if kind in ("cohere2", "smollm3"):
+    if kind in ("cohere2", "exaone4", "smollm3"):
         # Beside layers that don't rotate, frequencies by length are refused.
         scalings = _SCALINGS[:4]
     scaling = draw.variant("rope scaling", scalings, 0.4)

@@ -1,0 +1,48 @@
+"""A layer whose norms come behind attention and MLP alone (EXAONE 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from engine.kernels.paged import AttentionMetadata, KVCache
+from engine.kernels.split_sums import SplitSums, whole
+from engine.layers.attention import Attention
+from engine.layers.build import BuildContext
+from engine.layers.decoder_config import DecoderConfig
+from engine.layers.mlp import GatedMLP
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import Rotary
+
+
+class PostNormLayer(nn.Module):
+    """Attention, then a gated MLP, each of the residual as it is; their norms are added to it."""
+
+    def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary, build: BuildContext) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer, rotary, build.at("self_attn"))
+        self.attention_out_norm = RMSNorm(hidden, eps, build, offset=config.norm_offset)
+        self.mlp = GatedMLP(
+            hidden, config.intermediate_size, config.activation, build.at("mlp"), bias=config.mlp_bias
+        )
+        self.mlp_out_norm = RMSNorm(hidden, eps, build, offset=config.norm_offset)
+
+    def forward(
+        self,
+        x: torch.Tensor | SplitSums,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        cache: KVCache,
+        meta: AttentionMetadata,
+        rows: torch.Tensor | None,
+        given: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | SplitSums, torch.Tensor]:
+        """See :meth:`engine.layers.decoder.DecoderLayer.forward`; there are no inputs of a layer's own."""
+        total = whole(x) if residual is None else whole(x) + residual
+        qkv = self.self_attn.qkv_proj(total)
+        if rows is not None:
+            total = total.index_select(0, rows)
+        attended = whole(self.self_attn.attend(qkv, positions, cache, meta, rows))
+        total = total + self.attention_out_norm(attended)
+        return self.mlp_out_norm(whole(self.mlp(total))), total
