@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import Field, PositiveInt, SecretStr, model_validator
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deployments.admission import is_work
 from deployments.errors import error_response
 from deployments.report import current_report
 from deployments.turns import Turns
@@ -41,7 +42,8 @@ class KeyConfig(Settings):
         key: the key itself; prefer the others, since configurations are shown and copied.
         env: environment variable of the ingress that holds the key.
         file: file that holds the key, such as a mounted secret.
-        max_active_requests: requests that may be open at a time; more are refused with 429.
+        max_active_requests: requests for answers that may be open at a time, or go on in the background; more
+            are refused with 429.
         max_active_tokens: prompt and completion tokens that open requests may ask for in all.
         own_cache: keeps cached content of this name apart from that of others.
     """
@@ -116,13 +118,16 @@ class Caller:
         self.salt = f"{config.name}\n" if config.own_cache else ""
         self._max_requests, self._max_tokens = config.max_active_requests, config.max_active_tokens
 
-    def enter(self, ledger: Ledger) -> "Visit":
+    def enter(self, ledger: Ledger, *, works: bool = True) -> "Visit":
         """Begin a request, with an account in ``ledger``.
+
+        Args:
+            works: see :func:`~deployments.admission.is_work`.
 
         Raises:
             Overloaded: too many are open.
         """
-        if self._max_requests is not None and self._requests >= self._max_requests:
+        if works and self._max_requests is not None and self._requests >= self._max_requests:
             raise self._refusal(
                 f"This API key has {self._requests} requests open, which is its limit; try again shortly."
             )
@@ -276,7 +281,7 @@ class Access:
                 await app(scope, receive, send)
                 return
             try:
-                entered = self._caller(scope).enter(self._ledger)
+                entered = self._caller(scope).enter(self._ledger, works=is_work(scope))
             except SightlineError as error:
                 await error_response(error, scope)(scope, receive, send)
                 return

@@ -1,6 +1,7 @@
 """The limit on open requests of an ingress, and when refused clients should come back."""
 
 import asyncio
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -15,12 +16,38 @@ TURNS_PER_PLACE = 0.4
 MOST_TURNS = 100.0
 
 
+#: Key of a scope: the :class:`Place` that the request has.
+PLACE = "sightline.place"
+
+
+class Place:
+    """One of the places for open requests.
+
+    Args:
+        leave: called when nothing needs it any more.
+    """
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        self._leave, self._holders = leave, 1
+
+    def hold(self, task: asyncio.Future) -> None:
+        """Keep the place until ``task`` has ended, beyond the request's response."""
+        self._holders += 1
+        task.add_done_callback(lambda _: self.end())
+
+    def end(self) -> None:
+        """Need it no more: the response has ended, or a task has."""
+        self._holders -= 1
+        if not self._holders:
+            self._leave()
+
+
 class AdmissionLimit:
-    """Answers 429 while ``limit`` POST requests are open, before it reads the body.
+    """Answers 429 while ``limit`` requests are open that make or stream answers, before it reads the body.
 
     Attributes:
         limit: the most requests.
-        active: POST requests that are open.
+        active: such requests that are open, or whose work goes on in the background.
     """
 
     def __init__(self, limit: int = 0) -> None:
@@ -32,7 +59,7 @@ class AdmissionLimit:
         """``app`` behind this limit."""
 
         async def admit(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] != "http" or scope["method"] != "POST":
+            if scope["type"] != "http" or not is_work(scope):
                 await app(scope, receive, send)
                 return
             now = asyncio.get_running_loop().time
@@ -46,10 +73,23 @@ class AdmissionLimit:
                 # Clients that were refused have not come back.
                 self._turns.clear()
             self.active += 1
+            place = Place(self._leave)
             try:
-                await app(scope, receive, send)
+                await app({**scope, PLACE: place}, receive, send)
             finally:
-                self.active -= 1
-                self._turns.ended(now())
+                place.end()
 
         return admit
+
+    def _leave(self) -> None:
+        self.active -= 1
+        self._turns.ended(asyncio.get_running_loop().time())
+
+
+def is_work(scope: Scope) -> bool:
+    """Return whether a request may last as an answer does: a POST that doesn't cancel one, or a GET of a
+    response's events. All others are let in where limits are reached: they say how work stands, or end it."""
+    of_response = scope["path"].startswith("/v1/responses/")
+    if scope["method"] == "POST":
+        return not (of_response and scope["path"].endswith("/cancel"))
+    return of_response and b"stream=" in scope.get("query_string", b"")

@@ -141,7 +141,8 @@ class IngressConfig(StageConfig):
 
     Attributes:
         max_body_bytes: larger request bodies are refused with 413.
-        max_active_requests: requests that one ingress replica has open at a time; more are refused with 429.
+        max_active_requests: requests for answers that one ingress replica has open at a time, or works on in
+            the background; more are refused with 429.
         request_timeout_s: seconds from a request's arrival after which it is ended with an error; None for
             no limit. Ray Serve's own ``request_timeout_s`` would cut streams without a word.
         replay: bounds on carrying on requests whose replicas die.

@@ -60,6 +60,10 @@ class Ingress:
                 asyncio.ensure_future(collect_regularly()),
             ]
             yield
+            if responses is not None:
+                # Clients will ask other replicas for what is still made here in the background.
+                while background := self._api.state.background:
+                    await asyncio.wait(background)
             for task in tasks:
                 task.cancel()
 

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
 from deployments.access import caller_name, hold_open
+from deployments.admission import PLACE
 from deployments.conversations import Conversation, RunningAnswer, conversation, start, tokenize
 from deployments.errors import NotFound, as_sightline
 from deployments.openapi import described
@@ -100,6 +101,7 @@ def _run(
     work = _keep(request, to_the_end(builder, running, stored, store, log))
     work.add_done_callback(lambda _: logs.pop(stored.id, None))
     hold_open(work)
+    request.scope[PLACE].hold(work)
     _keep(request, store.unless_stopped(stored.id, work))
     return log
 

@@ -70,7 +70,7 @@ def _pids_that_run(module: str, processes: Iterable[psutil.Process]) -> list[int
 def _is_stopped(pid: int) -> bool:
     with suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() == psutil.STATUS_STOPPED
-    return True
+    return False
 
 
 def everything_runs(served: Served) -> bool:
@@ -79,6 +79,12 @@ def everything_runs(served: Served) -> bool:
         return all_answer(scraped(served.root))
     except (OSError, HTTPException):
         return False
+
+
+def nothing_hangs(served: Served) -> bool:
+    """Return whether no process is stopped, and a replica of each of pocket's stages answers."""
+    stopped = any(_is_stopped(child.pid) for child in served.process.children(recursive=True))
+    return not stopped and everything_runs(served)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Responses that several ingresses share."""
 
 import asyncio
+import contextlib
 import logging
 import time
 
@@ -130,6 +131,34 @@ async def test_a_background_response_is_stopped_by_way_of_the_other_ingress(two,
     assert (await one.responses.retrieve(started.id)).status == "cancelled"
     # Cancelling it once more changes nothing.
     assert (await one.responses.cancel(started.id)).status == "cancelled"
+
+
+@pytest.mark.parametrize("limit", ["ingress", "key"])
+async def test_background_responses_have_places_and_can_be_looked_at_and_ended(running, limit):
+    limits = {"max_active_requests": 2}
+    if limit == "key":
+        limits = {"keys": [{"name": "one", "key": "none", "max_active_requests": 2}]}
+    client = ingress(running, KeptResponses(16, 1 << 20, 60.0), IngressConfig.model_validate(limits))
+    first, second = await endless(client), await endless(client)
+    with pytest.raises(openai.RateLimitError):
+        await ask(client)
+    assert (await client.responses.retrieve(first.id)).status == "in_progress"
+    await client.responses.cancel(first.id)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(openai.RateLimitError):
+            await ask(client)
+            break
+        await asyncio.sleep(0.01)
+    else:
+        raise AssertionError("no place was given back")
+    # So have streams of their events.
+    stream = await client.responses.retrieve(first.id, stream=True)
+    with pytest.raises(openai.RateLimitError):
+        await client.responses.retrieve(first.id, stream=True)
+    await stream.close()
+    await client.responses.cancel(second.id)
+    await running.wait_until_idle()
 
 
 async def test_a_background_response_that_is_deleted_stops(two, running):

@@ -15,8 +15,8 @@ ENOUGH = 27
 
 
 @pytest.fixture(scope="module")
-def several(shared_applications) -> Iterator[openai.OpenAI]:
-    """A client of an ingress of two replicas, before the stages that run already."""
+def controller(shared_applications) -> Iterator[Controller]:
+    """An ingress of two replicas, before the stages that run already."""
     served = shared_applications["served"].get()
     controller = Controller(served.config)
     (first, *_) = controller.config["applications"]
@@ -26,11 +26,17 @@ def several(shared_applications) -> Iterator[openai.OpenAI]:
     controller.config["applications"].append({"import_path": first["import_path"], **added})
     controller.deploy()
     wait_for(lambda: "Responses" in controller.replicas())
-    yield openai.OpenAI(base_url=f"{served.root}/several/v1", api_key="none", max_retries=0, timeout=120)
+    yield controller
     controller.reset()
     controller.deploy()
     # There are no replicas to be seen while an application is being updated.
     wait_for(lambda: (found := controller.replicas()) and "Responses" not in found)
+
+
+@pytest.fixture
+def several(controller, served) -> openai.OpenAI:
+    """A client of that ingress."""
+    return openai.OpenAI(base_url=f"{served.root}/several/v1", api_key="none", max_retries=0, timeout=120)
 
 
 def test_any_replica_knows_a_response(several):
@@ -60,3 +66,14 @@ def test_any_replica_stops_a_response(served, several):
     # A response may be complete before it is cancelled.
     assert set(statuses) <= {"cancelled", "completed"} and "cancelled" in statuses
     assert served.engine_metrics()["requests_finished"] - finished == statuses.count("completed")
+
+
+def test_a_replica_that_leaves_ends_its_responses_first(controller, several):
+    """Its clients ask the other one."""
+    asked = {"max_output_tokens": 200, "extra_body": {"ignore_eos": True}, "background": True}
+    made = [several.responses.create(model="pocket", input=f"Hello {i}!", **asked).id for i in range(8)]
+    controller.config["applications"][-1]["deployments"] = [{"name": "Ingress", "num_replicas": 1}]
+    controller.deploy()
+    for name in made:
+        wait_for(lambda name=name: several.responses.retrieve(name).status == "completed")
+    assert wait_for(lambda: len(controller.replicas().get("Ingress", ())) == 1)
