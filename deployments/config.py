@@ -146,7 +146,7 @@ class IngressConfig(StageConfig):
         request_timeout_s: seconds from a request's arrival after which it is ended with an error; None for
             no limit. Ray Serve's own ``request_timeout_s`` would cut streams without a word.
         replay: bounds on carrying on requests whose replicas die.
-        health_timeout_s: how long ``/health`` waits for a model's replica.
+        health_timeout_s: how long ``/health`` and ``/v1/models`` wait for a model's replica.
         threads: prompts that are rendered and tokenized at a time.
         references: media that are kept for later requests which name them by ``uuid``, for all ingress
             replicas together.

@@ -121,6 +121,13 @@ class Pipeline:
             return await self._ask_max_model_len()
         return self._max_model_len
 
+    async def known_max_model_len(self) -> int | None:
+        """As :meth:`max_model_len`, but None for a model that sleeps and has not been asked yet."""
+        if self._sleeps and self._max_model_len is None:
+            # Asking would start a replica of a model that nobody uses.
+            return None
+        return await self.max_model_len()
+
     async def _ask_max_model_len(self) -> int:
         self._max_model_len = await self._stages.language_model.max_model_len()
         return self._max_model_len

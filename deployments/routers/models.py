@@ -1,7 +1,9 @@
 """Endpoints that list the served models."""
 
+import asyncio
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,7 +15,7 @@ from deployments.pipeline import Pipeline
 from deployments.protocol.models import ModelCard, ModelList
 from deployments.replay import deadline
 from deployments.report import current_report
-from engine.errors import InvalidRequest, ModelNotFound, Unavailable
+from engine.errors import InvalidRequest, ModelNotFound, Overloaded, Unavailable
 
 router = APIRouter()
 _STARTED = int(time.time())
@@ -63,7 +65,8 @@ def _listed(names: Iterable[str]) -> str:
 @router.get("/v1/models", response_model=ModelList)
 async def list_models(request: Request) -> Any:
     """All models; in Anthropic's form, on one page, for clients that send ``anthropic-version``."""
-    cards = [await _card(pipeline) for pipeline in request.app.state.pipelines.values()]
+    pipelines = request.app.state.pipelines.values()
+    cards = await asyncio.gather(*(_card(request, pipeline) for pipeline in pipelines))
     if not _is_anthropics(request):
         return ModelList(data=cards)
     data = [card.anthropic() for card in cards]
@@ -74,7 +77,7 @@ async def list_models(request: Request) -> Any:
 @router.get("/v1/models/{name:path}", response_model=ModelCard)
 async def retrieve_model(request: Request, name: str) -> Any:
     """One model; see :func:`list_models`."""
-    card = await _card(find_pipeline(request, name))
+    card = await _card(request, find_pipeline(request, name))
     return JSONResponse(card.anthropic()) if _is_anthropics(request) else card
 
 
@@ -82,10 +85,10 @@ def _is_anthropics(request: Request) -> bool:
     return "anthropic-version" in request.headers
 
 
-async def _card(pipeline: Pipeline) -> ModelCard:
-    try:
-        length = await pipeline.max_model_len()
-    except Unavailable:
-        # It is configured all the same, and will be back.
-        length = None
+async def _card(request: Request, pipeline: Pipeline) -> ModelCard:
+    length = None
+    # A model that doesn't answer is configured all the same, and will be back.
+    with suppress(Unavailable, Overloaded, TimeoutError):
+        async with asyncio.timeout(request.app.state.config.health_timeout_s):
+            length = await pipeline.known_max_model_len()
     return ModelCard(id=pipeline.name, created=_STARTED, root=pipeline.name, max_model_len=length)
