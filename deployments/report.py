@@ -160,11 +160,7 @@ class Report:
         """Note the last update of an answer, or of what a client has read of it."""
         self._last_update_at = time.perf_counter()
         self.choices += choices
-        self.usage = Usage(
-            self.usage.prompt_tokens + usage.prompt_tokens,
-            self.usage.completion_tokens + usage.completion_tokens,
-            self.usage.cached_tokens + usage.cached_tokens,
-        )
+        self.usage += usage
 
     def times(self) -> dict[str, float]:
         """Durations in milliseconds by name, in the order of the stages; those that are known.

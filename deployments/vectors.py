@@ -68,8 +68,7 @@ def _field_names(given: str | list[int] | Chat) -> dict[str, str]:
 
 def total_usage(outputs: list[EmbeddingOutput]) -> Usage:
     """The tokens of all outputs."""
-    tokens = sum(output.usage.prompt_tokens for output in outputs)
-    return Usage(tokens, 0, sum(output.usage.cached_tokens for output in outputs))
+    return sum((output.usage for output in outputs), Usage())
 
 
 def encoded(vector: np.ndarray) -> str:

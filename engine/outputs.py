@@ -54,11 +54,19 @@ class OutputDelta:
 
 @dataclass(slots=True)
 class Usage:
-    """Token counts of a request. ``cached_tokens`` of the prompt came from the prefix cache."""
+    """Token counts of a request. ``cached_tokens`` of the prompt came from the prefix cache. Those of several
+    requests can be added."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+        )
 
 
 @dataclass(slots=True)

@@ -193,10 +193,7 @@ class ModelMeter:
 
     def count_tokens(self, usage: Usage) -> None:
         """Count the tokens of a request that has ended."""
-        total = self._tokens
-        total.prompt_tokens += usage.prompt_tokens
-        total.completion_tokens += usage.completion_tokens
-        total.cached_tokens += usage.cached_tokens
+        self._tokens += usage
 
     def families(self) -> list[Family]:
         of = Family.of

@@ -218,15 +218,12 @@ class Answer:
 async def _whole(answer: Answer, running: list[_Running]) -> dict:
     """The finished response: the choices of the first prompt, then those of the second, and so on."""
     found = await all_or_none(gather(each.updates, AnswerReader(lambda: None)) for each in running)
-    choices, total = [], Usage()
-    for each, whole in zip(running, found, strict=True):
-        usage = whole.usage
-        total = Usage(
-            total.prompt_tokens + usage.prompt_tokens,
-            total.completion_tokens + usage.completion_tokens,
-            total.cached_tokens + usage.cached_tokens,
-        )
-        choices += [_choice(answer, each, choice, whole.prompt_logprobs) for choice in whole.choices]
+    choices = [
+        _choice(answer, each, choice, whole.prompt_logprobs)
+        for each, whole in zip(running, found, strict=True)
+        for choice in whole.choices
+    ]
+    total = sum((whole.usage for whole in found), Usage())
     usage_sent = usage_body(total, extras=answer.usage_extras())
     body = answer.completion(choices, usage=usage_sent).model_dump(exclude={"system_fingerprint"})
     for choice in body["choices"]:
@@ -336,12 +333,8 @@ async def _events(
                 yield data if left else sse.Closing(data)
             item = await anext(stream, None)
     if answer.body.ends_with_usage:
-        total = Usage(
-            sum(usage.prompt_tokens for usage in usages.values()),
-            sum(usage.completion_tokens for usage in usages.values()),
-            sum(usage.cached_tokens for usage in usages.values()),
-        )
-        event = answer.completion([], usage=usage_body(total, extras=answer.usage_extras()))
+        total = usage_body(sum(usages.values(), Usage()), extras=answer.usage_extras())
+        event = answer.completion([], usage=total)
         yield sse.Closing(sse.event(event))
 
 
