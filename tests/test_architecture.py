@@ -42,9 +42,9 @@ SERVER_FLOORS = [
     ["leaving", "logs", "report", "unknown_fields"],
     ["errors"],
     ["autoscaling", "in_place", "thought_tokens", "tracing", "turns"],
+    ["admission"],
     [
         "access",
-        "admission",
         "answers",
         "caller_fields",
         "metrics",
