@@ -199,6 +199,31 @@ class JsonCall:
         return text
 
 
+class HeldCall:
+    """Reads a :class:`JsonCall` from a buffer that is held until the name is known: the text may be no call.
+
+    Attributes:
+        call: as far as it was read.
+    """
+
+    def __init__(self) -> None:
+        self.call = JsonCall()
+        self._read = 0
+
+    def feed(self, buffer: str, start: int) -> tuple[str, str]:
+        """Read on in a buffer that has only grown since the last time; the call begins at ``start``.
+
+        Returns:
+            As :meth:`JsonCall.feed`. While the name isn't known, nothing is passed on.
+
+        Raises:
+            MalformedCall: as there.
+        """
+        arguments, rest = self.call.feed(buffer[max(start, self._read) :])
+        self._read = len(buffer)
+        return arguments, rest
+
+
 def _decoded(raw: list[str]) -> Any:
     try:
         return json.loads("".join(raw))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.parsers.events import CallArguments, CallStart, Event, SteppedParser, Text
-from engine.parsers.json_call import JsonCall, MalformedCall
+from engine.parsers.json_call import HeldCall, JsonCall, MalformedCall
 
 #: Characters between two calls.
 _BETWEEN = " \t\r\n;,"
@@ -22,7 +22,7 @@ class LeadingJsonCalls(SteppedParser):
         self._prefix = prefix
         super().__init__()
         self._state = "start"
-        self._call = JsonCall()
+        self._held, self._call = HeldCall(), JsonCall()
         self._calls = 0
 
     def finish(self) -> list[Event]:
@@ -68,19 +68,19 @@ class LeadingJsonCalls(SteppedParser):
         return True
 
     def _read_call(self, events: list[Event]) -> bool:
-        """Try the whole held text while the name isn't known; afterwards pass the arguments on."""
+        """Hold the text while the name isn't known; afterwards pass the arguments on."""
         if not self._named:
-            call = JsonCall()
             start = self._buffer.find("{") if self._calls == 0 else 0
             try:
-                arguments, rest = call.feed(self._buffer[start:])
+                arguments, rest = self._held.feed(self._buffer, start)
             except MalformedCall:
                 self._state = "text" if self._calls == 0 else "rest"
                 return True
-            if call.name is None:
+            name = self._held.call.name
+            if name is None:
                 return False
-            self._call = call
-            events.append(CallStart(self._calls, call.name))
+            self._call, self._held = self._held.call, HeldCall()
+            events.append(CallStart(self._calls, name))
         else:
             if not self._buffer:
                 return False

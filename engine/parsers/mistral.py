@@ -13,7 +13,7 @@ from engine.parsers.events import (
     first_marker,
     held_back,
 )
-from engine.parsers.json_call import JsonCall, JsonValue, MalformedCall
+from engine.parsers.json_call import HeldCall, JsonCall, JsonValue, MalformedCall
 
 _ARGS = "[ARGS]"
 _CALL_ID = "[CALL_ID]"
@@ -30,7 +30,7 @@ class MistralCalls(SteppedParser):
         super().__init__()
         self._tag = tag
         self._state: Callable[[list[Event]], bool] = self._read_text
-        self._call = JsonCall()
+        self._held, self._call = HeldCall(), JsonCall()
         self._value = JsonValue()
         self._calls = 0
         self._named = False
@@ -77,22 +77,22 @@ class MistralCalls(SteppedParser):
 
     def _read_list(self, events: list[Event]) -> bool:
         if self._call.name is None:
-            call = JsonCall()
             start = self._buffer.find("{")
             if start < 0:
                 return False
             try:
-                arguments, rest = call.feed(self._buffer[start:])
+                arguments, rest = self._held.feed(self._buffer, start)
             except MalformedCall:
-                self._state = self._read_rest
+                self._held, self._state = HeldCall(), self._read_rest
                 if self._calls == 0:
                     events.append(Text(self._tag))
                     self._state = self._read_text
                 return True
-            if call.name is None:
+            name = self._held.call.name
+            if name is None:
                 return False
-            self._call = call
-            events.append(CallStart(self._calls, call.name))
+            self._call, self._held = self._held.call, HeldCall()
+            events.append(CallStart(self._calls, name))
         elif self._buffer:
             arguments, rest = self._call.feed(self._buffer)
         else:

@@ -109,7 +109,7 @@ class PythonicCalls(SteppedParser):
                 events += [CallStart(self._calls, call[0]), CallArguments(self._calls, call[1])]
                 self._calls += 1
                 self._in_block += 1
-                self._buffer = self._buffer[position:]
+                self._buffer, self._scan = self._buffer[position:], _CallScan()
                 return True
         if kind == "end":
             self._buffer, self._between = self._buffer[position:], True
@@ -131,29 +131,35 @@ class PythonicCalls(SteppedParser):
 
 
 class _CallScan:
-    """Looks for the next complete call in a growing text.
+    """Looks for the next complete call in a growing text, of which each character is looked at once.
 
     Attributes:
-        start: where the call found begins.
+        start: where the call begins that is being read, or was found.
     """
 
     def __init__(self) -> None:
         self.start = 0
+        # Up to where the text was read; within a call, the open brackets and the open quote there.
+        self._index = self._depth = 0
+        self._quote = ""
+        self._inside = self._escaped = False
 
     def next(self, text: str, end: str | None) -> tuple[str, int] | None:
         """Find the next part of a list of calls.
 
         Args:
+            text: begins as the last call's text did.
             end: the tag behind the list; None where a bracket closes it.
 
         Returns:
             ``("call", index behind it)``, ``("end", index behind the list)`` or ``("broken", index)``. None
             if more text is needed.
         """
-        index = 0
-        while index < len(text):
-            rest = text[index:]
+        if self._inside:
+            return self._call(text)
+        while (index := self._index) < len(text):
             if end is not None:
+                rest = text[index : index + max(len(end), len("```"))]
                 if rest.startswith(end):
                     return "end", index + len(end)
                 if end.startswith(rest) or "```".startswith(rest):
@@ -162,43 +168,43 @@ class _CallScan:
                     fence = first_marker(text, ("\n", end), index)
                     if fence is None:
                         return None
-                    index = fence[0]
+                    self._index = fence[0]
                     continue
             elif text[index] == "]":
                 return "end", index + 1
             if text[index] not in " \t\r\n,;[]":
-                return self._call(text, index)
-            index += 1
+                self.start, self._inside = index, True
+                return self._call(text)
+            self._index += 1
         return None
 
-    def _call(self, text: str, start: int) -> tuple[str, int] | None:
-        self.start = start
-        depth, quote, escaped = 0, "", False
-        for index in range(start, len(text)):
+    def _call(self, text: str) -> tuple[str, int] | None:
+        for index in range(self._index, len(text)):
             character = text[index]
-            if index - start > _MAX_CALL:
+            if index - self.start > _MAX_CALL:
                 return "broken", index
-            if quote:
-                if escaped:
-                    escaped = False
+            if self._quote:
+                if self._escaped:
+                    self._escaped = False
                 elif character == "\\":
-                    escaped = True
-                elif character == quote:
-                    quote = ""
-            elif character in "'\"" and depth:
-                quote = character
+                    self._escaped = True
+                elif character == self._quote:
+                    self._quote = ""
+            elif character in "'\"" and self._depth:
+                self._quote = character
             elif character in _OPEN:
-                if depth == 0 and (character != "(" or index == start):
+                if self._depth == 0 and (character != "(" or index == self.start):
                     return "broken", index
-                depth += 1
+                self._depth += 1
             elif character in _CLOSE:
-                depth -= 1
-                if depth == 0:
+                self._depth -= 1
+                if self._depth == 0:
                     return "call", index + 1
-                if depth < 0:
+                if self._depth < 0:
                     return "broken", index
-            elif depth == 0 and not (character.isalnum() or character in "_.:-"):
+            elif self._depth == 0 and not (character.isalnum() or character in "_.:-"):
                 return "broken", index
+        self._index = len(text)
         return None
 
 

@@ -1,0 +1,47 @@
+"""A call of any length is read once: a long argument that comes in small pieces must not hold up others."""
+
+import pytest
+
+from engine.parsers.json_call import JsonCall
+from engine.parsers.leading_json import LeadingJsonCalls
+from engine.parsers.mistral import MistralCalls
+from engine.parsers.pythonic import _CallScan
+
+LONG = "some words, " * 200
+
+
+class Counted(str):
+    """A text that counts the characters that are looked at."""
+
+    looked_at = 0
+
+    def __getitem__(self, index):
+        Counted.looked_at += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("end", [None, "<|tool_call_end|>"])
+def test_characters_of_python_calls_are_looked_at_once(monkeypatch, end):
+    monkeypatch.setattr(Counted, "looked_at", 0)
+    scan, text = _CallScan(), f"[f(a='{LONG}', b={{'(': [1]}})]"
+    for length in range(len(text)):
+        found = scan.next(Counted(text[:length]), end)
+        if found is not None:
+            break
+    assert found == ("call", text.rindex(")") + 1) and scan.start == 1
+    assert len(text) <= Counted.looked_at < 2 * len(text)
+
+
+@pytest.mark.parametrize(
+    ("parser", "before"),
+    [(LeadingJsonCalls(), ""), (MistralCalls(), "[TOOL_CALLS][")],
+    ids=["llama", "mistral"],
+)
+def test_a_call_whose_name_comes_last_is_read_once(monkeypatch, parser, before):
+    read, feed = [], JsonCall.feed
+    monkeypatch.setattr(JsonCall, "feed", lambda self, text: read.append(len(text)) or feed(self, text))
+    text = f'{before}{{"arguments": {{"a": "{LONG}"}}, "name": "f"}}'
+    events = [event for place in range(0, len(text), 3) for event in parser.feed(text[place : place + 3])]
+    assert [getattr(event, "name", None) for event in events] == ["f", None]
+    assert events[1].text == f'{{"a": "{LONG}"}}'
+    assert len(text) - len(before) <= sum(read) < 2 * len(text)
