@@ -4,9 +4,65 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from engine.text.tokenizer import Tokenizer
+
+
+class StopSearch:
+    """Finds a string in a text that comes in pieces, in a time that is linear in the text (Knuth, Morris and
+    Pratt): a caller chooses both.
+
+    Attributes:
+        text: the string, not empty.
+        matched: how many of its first characters the text so far ends with, but not all of them.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0
+        self._borders = _borders(text)
+
+    def feed(self, piece: str, counts: bool) -> int | None:
+        """Read on; return the place in ``piece`` behind the string, if it is complete there first.
+
+        Args:
+            counts: False to pass over where it is complete.
+        """
+        text, borders, matched = self.text, self._borders, self.matched
+        place, end = 0, len(piece)
+        while place < end:
+            if matched:
+                character = piece[place]
+                while matched and text[matched] != character:
+                    matched = borders[matched - 1]
+                matched += text[matched] == character
+            else:
+                place = piece.find(text[0], place)
+                if place < 0:
+                    break
+                matched = 1
+            place += 1
+            if matched == len(text):
+                matched = borders[-1]
+                if counts:
+                    return place
+        self.matched = matched
+        return None
+
+
+@lru_cache(256)
+def _borders(text: str) -> tuple[int, ...]:
+    """For each of the first characters of ``text`` the length of the longest shorter beginning of ``text``
+    with which ``text`` up to there ends."""
+    found = [0]
+    for character in text[1:]:
+        matched = found[-1]
+        while matched and text[matched] != character:
+            matched = found[matched - 1]
+        found.append(matched + (text[matched] == character))
+    return tuple(found)
 
 
 class IncrementalDetokenizer:
@@ -45,13 +101,11 @@ class IncrementalDetokenizer:
         self.stop_reason: str | None = None
         self.num_tokens_consumed = 0
         self._tokenizer, self._ascii = tokenizer, tokenizer.ascii_texts
-        self._stops = sorted(set(filter(None, stop)), key=len, reverse=True)
+        self._stops = [StopSearch(each) for each in dict.fromkeys(filter(None, stop))]
         self._include_stop = include_stop
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._min_tokens = min_tokens
-        self._context = len(self._stops[0]) - 1 if self._stops else 0
-        self._window = ""  # text that can still be part of a stop string
-        self._returned = 0  # characters of the window that were returned already
+        self._held = ""  # text that may still become a stop string
         self._at_start = True
         self._bytes: Any = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in prompt_tail:
@@ -80,8 +134,7 @@ class IncrementalDetokenizer:
         text = self._push(text) if self._stops else text
         if self.stop_reason is not None:
             return text
-        rest = self._window[self._returned :]
-        self._returned = len(self._window)
+        rest, self._held = self._held, ""
         return text + rest
 
     def _piece(self, token: int) -> bytes:
@@ -93,39 +146,14 @@ class IncrementalDetokenizer:
         return self._tokenizer.first_token_bytes(token)
 
     def _push(self, text: str) -> str:
-        known = len(self._window)
-        window = self._window + text
-        # A match must end in the new text; an earlier one would have been seen before.
-        match = self._first_match(window, known) if self.num_tokens_consumed > self._min_tokens else None
-        if match is not None:
-            start, self.stop_reason = match
-            end = start + len(self.stop_reason) if self._include_stop else start
-            return window[self._returned : end]
-        final = len(window) if self._include_stop else len(window) - self._held(window)
-        out = window[self._returned : final]
-        cut = max(0, min(final, len(window) - self._context))
-        self._window = window[cut:]
-        self._returned = final - cut
-        return out
-
-    def _first_match(self, window: str, known: int) -> tuple[int, str] | None:
-        """The stop string that is complete first in ``window`` beyond its first ``known`` characters."""
-        best: tuple[int, int, str] | None = None  # end, start
-        for stop in self._stops:
-            start = window.find(stop, max(0, known - len(stop) + 1))
-            if start >= 0:
-                found = (start + len(stop), start, stop)
-                best = found if best is None else min(best, found)
-        return None if best is None else (best[1], best[2])
-
-    def _held(self, window: str) -> int:
-        """Length of the longest end of ``window`` that begins a stop string."""
-        longest = 0
-        for stop in self._stops:
-            start = max(0, len(window) - len(stop) + 1)
-            while (start := window.find(stop[0], start)) >= 0 and len(window) - start > longest:
-                if stop.startswith(window[start:]):
-                    longest = len(window) - start
-                    break
-                start += 1
-        return longest
+        counts = self.num_tokens_consumed > self._min_tokens
+        ends = [(end, stop.text) for stop in self._stops if (end := stop.feed(text, counts)) is not None]
+        whole = self._held + text
+        if ends:
+            # The one that is complete first; of several, the longest.
+            end, self.stop_reason = min(ends, key=lambda found: (found[0], -len(found[1])))
+            end += len(self._held)
+            return whole[: end if self._include_stop else end - len(self.stop_reason)]
+        held = 0 if self._include_stop else max(stop.matched for stop in self._stops)
+        self._held = whole[len(whole) - held :]
+        return whole[: len(whole) - held]

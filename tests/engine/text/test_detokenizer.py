@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from engine.text.detokenizer import IncrementalDetokenizer
+from engine.text.detokenizer import IncrementalDetokenizer, StopSearch
 from engine.text.tokenizer import Tokenizer
 from tests.engine.tokenizers import KINDS
 
@@ -102,8 +102,8 @@ def naive(pieces, stops, include, min_tokens):
 
 @settings(max_examples=300)
 @given(
-    pieces=st.lists(st.text("ab ", min_size=1, max_size=4), max_size=12),
-    stops=st.lists(st.text("ab ", min_size=1, max_size=5), max_size=4),
+    pieces=st.lists(st.text("ab", min_size=1, max_size=4), max_size=20),
+    stops=st.lists(st.text("ab", min_size=1, max_size=9), max_size=4),
     include=st.booleans(),
     min_tokens=st.integers(0, 5),
 )
@@ -146,8 +146,33 @@ def test_only_a_possible_stop_string_is_held_back():
     assert detokenizer.num_tokens_consumed == 6
 
 
-def test_the_window_stays_short():
-    detokenizer = IncrementalDetokenizer(_Pieces(["abcdefgh"]), stop=["xyz"])
-    for _ in range(1000):
-        assert detokenizer.append([0]) == "abcdefgh"
-    assert len(detokenizer._window) <= 3
+def test_no_more_is_kept_than_may_become_a_stop_string():
+    detokenizer = IncrementalDetokenizer(_Pieces(["abcdefgh", "x"]), stop=["xyz", "hxhxhx"])
+    for _ in range(100):
+        assert detokenizer.append([0]) in ("abcdefg", "habcdefg", "hxabcdefg")
+        assert detokenizer._held == "h"
+        assert detokenizer.append([1]) == ""
+        assert detokenizer._held == "hx"
+
+
+class _Counted(str):
+    """A text that counts the characters that are looked at."""
+
+    looked_at = 0
+
+    def __getitem__(self, index):
+        _Counted.looked_at += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("stop", ["a" * 500 + "b" * 500, "a" * 500 + "b" + "a" * 500])
+def test_each_character_costs_little_whatever_the_stop_string(monkeypatch, stop):
+    """A caller chooses the string, and can have the model write what almost is one."""
+    monkeypatch.setattr(_Counted, "looked_at", 0)
+    search = StopSearch(_Counted(stop))
+    pieces = ["a" * 700, *["a"] * 500, "b" + "a" * 400 + "b", "a" * 499, "c"]
+    assert [search.feed(_Counted(piece), True) for piece in pieces] == [None] * len(pieces)
+    assert search.matched == 0
+    # Of the string, whose table is made first, and of the text.
+    assert _Counted.looked_at < 3 * (len(stop) + 2 * sum(map(len, pieces)))
+    assert search.feed("c" + stop + "d", True) == len(stop) + 1
