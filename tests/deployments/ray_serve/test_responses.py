@@ -75,5 +75,5 @@ def test_a_replica_that_leaves_ends_its_responses_first(controller, several):
     controller.config["applications"][-1]["deployments"] = [{"name": "Ingress", "num_replicas": 1}]
     controller.deploy()
     for name in made:
-        wait_for(lambda name=name: several.responses.retrieve(name).status == "completed")
+        wait_for(lambda name=name: several.responses.retrieve(name).status == "incomplete")
     assert wait_for(lambda: len(controller.replicas().get("Ingress", ())) == 1)
