@@ -1,7 +1,6 @@
 """The stages as the ingress sees them: behind handles of Ray Serve deployments."""
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
@@ -12,18 +11,14 @@ import numpy as np
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.errors import logger
 from deployments.metrics.families import Part
 from deployments.ray_serve.call_line import ReplicaLines
 from deployments.ray_serve.channel import Answer, Elsewhere, Here, Inbox, Sent
-from deployments.ray_serve.failures import translated
 from deployments.ray_serve.frames import MOST_BYTES
 from deployments.ray_serve.handoff import (
     Brought,
     PixelsRef,
     RowsRef,
-    by_reference,
-    cancel,
     everywhere,
     is_large,
     stream,
@@ -31,9 +26,9 @@ from deployments.ray_serve.handoff import (
 )
 from deployments.ray_serve.line import follow
 from deployments.ray_serve.packing import Encoded, PixelsInfo, RowsInfo
-from deployments.ray_serve.refusals import Misrouted, Refusal, abandoned, checked, was_cancelled
+from deployments.ray_serve.refusals import Misrouted, Refusal, abandoned, was_cancelled
+from deployments.ray_serve.remote import Remote
 from deployments.ray_serve.routing import LanguageModelRouter, limits_here, router_here
-from deployments.references import Owner, without_payload
 from deployments.report import current_report
 from deployments.stages import (
     Generation,
@@ -45,8 +40,7 @@ from deployments.stages import (
     ways_to_language_model,
 )
 from deployments.tracing import current
-from deployments.turns import Turns
-from engine.errors import Overloaded, SightlineError, Unavailable
+from engine.errors import SightlineError
 from engine.mailbox import Taker
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput, StreamUpdate
@@ -58,67 +52,8 @@ _ROUTING_ATTEMPTS = 4
 #: Seconds that a replica may take to answer with its metrics.
 MEASURE_S = 2.0
 
-#: Seconds for which an answer waits until a store that several ingresses share has taken what is kept of it.
-#: One that hangs, or is being restarted, would hold the answer up for as long.
-KEEP_S = 5.0
 
-
-class _Remote:
-    """A deployment behind ``handle``, whose calls may hold references.
-
-    Attributes:
-        name: the deployment's, in words.
-    """
-
-    name: str
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = by_reference(handle)
-        self._turns = Turns()
-
-    async def _result(self, response: Any) -> Any:
-        """The result of a call. No frame keeps its arguments: an answer may last.
-
-        Raises:
-            SightlineError: the method refused, or the replica or the call failed.
-        """
-        try:
-            return checked(await response)
-        except asyncio.CancelledError:
-            # Serve itself would not stop the replica.
-            cancel(response)
-            if was_cancelled():
-                raise
-            raise abandoned() from None
-        except SightlineError:
-            raise
-        except Exception as error:
-            raise self._reported(error) from error
-        finally:
-            # A cycle otherwise: the response keeps its error, whose traceback keeps this frame.
-            del response
-
-    async def _work(self, response: Any) -> Any:
-        """The result of a call that does the work of a request; errors as :meth:`_result`."""
-        call = self._result(response)
-        del response
-        result = await call
-        self._ended()
-        return result
-
-    def _ended(self) -> None:
-        """Count work that has ended: at that rate the deployment has room again."""
-        self._turns.ended(time.monotonic())
-
-    def _reported(self, error: Exception) -> SightlineError:
-        """The error to report for that of a call."""
-        reported = translated(error, self.name)
-        if isinstance(reported, Overloaded):
-            reported.retry_after_s = self._turns.book(time.monotonic())
-        return reported
-
-
-class _RemoteStage(_Remote):
+class _RemoteStage(Remote):
     _measured = "measured"
 
     async def collect(self) -> list[Part]:
@@ -436,80 +371,6 @@ def _note(encoded: Sequence[Encoded]) -> None:
     report = current_report()
     for each in encoded:
         report.encoded(each.hash, each.cached, each.seconds)
-
-
-class _RemoteStore(_Remote):
-    """What the replicas of the ingress share.
-
-    Args:
-        keep_s: seconds that the store may take to keep something.
-    """
-
-    def __init__(self, handle: DeploymentHandle, keep_s: float = KEEP_S) -> None:
-        super().__init__(handle)
-        self._keep_s = keep_s
-
-    async def _kept(self, response: Any) -> None:
-        """Wait until the store has kept what a call of it brings.
-
-        Raises:
-            Unavailable: it has not answered in time, or is lost.
-        """
-        try:
-            async with asyncio.timeout(self._keep_s):
-                await self._result(response)
-        except TimeoutError:
-            raise Unavailable(f"The {self.name} has not answered in {self._keep_s:g} s.") from None
-
-
-class RemoteKeeper(_RemoteStore):
-    """A :class:`deployments.response_store.Keeper` behind ``handle``. Errors are those of a lost stage."""
-
-    name = "store of responses"
-
-    async def put(self, name: str, owner: str, data: bytes) -> None:
-        await self._kept(self._handle.put.remote(name, owner, data))
-
-    async def update(self, name: str, data: bytes) -> None:
-        await self._kept(self._handle.update.remote(name, data))
-
-    async def get(self, name: str, owner: str) -> tuple[bytes, bool] | None:
-        return await self._result(self._handle.get.remote(name, owner))
-
-    async def delete(self, name: str, owner: str) -> bool:
-        return await self._result(self._handle.delete.remote(name, owner))
-
-    async def cancel(self, name: str, owner: str) -> None:
-        await self._result(self._handle.cancel.remote(name, owner))
-
-    async def stopped(self, name: str) -> bool:
-        return await self._result(self._handle.stopped.remote(name))
-
-
-class RemoteReferences(_RemoteStore):
-    """A :class:`deployments.references.MediaKeeper` behind ``handle``, at which no media's bytes arrive."""
-
-    name = "store of references"
-
-    async def resolve(
-        self, owner: Owner, sources: Sequence[MediaSource]
-    ) -> tuple[list[MediaSource], dict[int, KeptFiles]]:
-        named = [source for source in sources if source.is_reference]
-        if not named:
-            return list(sources), {}
-        resolved, files = await self._result(self._handle.resolve.remote(owner, named))
-        found = {source.index: source for source in resolved}
-        return [found.get(source.index, source) for source in sources], files
-
-    async def keep(self, owner: Owner, source: MediaSource, kept: KeptFiles) -> None:
-        try:
-            await self._kept(self._handle.keep.remote(owner, without_payload(source), kept))
-        except Unavailable as error:
-            # The request itself goes on without it.
-            logger.warning("media of the uuid %r are not kept: %s", source.uuid[:64], error)
-
-    async def lost(self, owner: Owner, named: Sequence[MediaSource]) -> None:
-        await self._result(self._handle.lost.remote(owner, list(named)))
 
 
 def remote_stages(

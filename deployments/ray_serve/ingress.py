@@ -21,9 +21,10 @@ from deployments.metrics.families import Part
 from deployments.pipeline import make_pipelines
 from deployments.ray_serve.doorstep import Doorstep
 from deployments.ray_serve.garbage import collect_regularly
-from deployments.ray_serve.handles import MEASURE_S, RemoteKeeper, RemoteReferences, remote_stages
+from deployments.ray_serve.handles import MEASURE_S, remote_stages
 from deployments.ray_serve.handoff import by_reference, everywhere
 from deployments.ray_serve.process import prepare_process
+from deployments.ray_serve.stores import RemoteKeeper, RemoteReferences
 from deployments.readiness import announce
 from deployments.tracing import make_tracer
 

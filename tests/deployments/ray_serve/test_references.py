@@ -8,7 +8,7 @@ import pytest
 import ray.exceptions
 
 from deployments.ray_serve import references as replica
-from deployments.ray_serve.handles import RemoteKeeper, RemoteReferences
+from deployments.ray_serve.stores import RemoteKeeper, RemoteReferences
 from deployments.references import Owner, ReferenceConfig, ReferenceConflict, UnknownReference
 from deployments.response_store import ResponseStore, StoredResponse
 from deployments.stages import StageLost
