@@ -476,7 +476,8 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
             "full_attention": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         }
     elif kind in ("cohere", "cohere2"):
-        common["logit_scale"] = 0.3
+        # Tied embeddings are small.
+        common["logit_scale"] = 3.0
         if kind == "cohere2":
             common |= {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
     elif kind == "exaone4":

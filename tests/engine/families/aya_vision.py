@@ -62,7 +62,7 @@ def make_aya_vision(
             "vocab_size": len(tok),
             **TEXT_SIZES,
             **(windows if text == "cohere2" else {}),
-            "logit_scale": 0.25,
+            "logit_scale": 3.0,
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 0,

@@ -116,7 +116,7 @@ def draw_decoder(
         draw_experts(draw, kind, fields)
     if kind in ("cohere", "cohere2"):
         fields["layer_norm_eps"] = fields.pop("rms_norm_eps")
-        fields["logit_scale"] = draw.choice("logit scale", (0.0625, 0.25, 5 / 6))
+        fields["logit_scale"] = draw.choice("logit scale", (2.0, 0.25, 5 / 6))
         draw.spelled(fields, "layer_norm_eps", "logit_scale")
     if kind in ("granite", "granitemoe"):
         _multipliers(draw, fields)
