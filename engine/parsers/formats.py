@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from engine.parsers.call_forms import GLM_CALL, PYTHON_CALL, XML_CALL, json_call
@@ -13,6 +15,7 @@ from engine.parsers.gemma4 import Gemma4Calls
 from engine.parsers.gemma4_form import GEMMA4_CALL
 from engine.parsers.glm import GlmCalls
 from engine.parsers.grammar import CallLayout
+from engine.parsers.json_call import JsonCall
 from engine.parsers.leading_json import LeadingJsonCalls
 from engine.parsers.mistral import MistralCalls
 from engine.parsers.pythonic import PythonicCalls
@@ -45,6 +48,11 @@ class ToolFormat:
 _HERMES_CALL = json_call('\n{"name": "', '", "arguments": ', "}\n</tool_call>")
 _LISTED_CALL = json_call('{"name": "', '", "arguments": ', "}")
 _INTERNLM_TAGS = ("<|action_start|><|plugin|>", "<|action_start|> <|plugin|>")
+#: Calls of one answer are numbered.
+_COHERE_CALL = replace(
+    json_call('", "tool_name": "', '", "parameters": ', "}"),
+    lead=json.dumps('{"tool_call_id": "') + " /[0-9]{1,6}/",
+)
 _FENCED = "\n```python\n"
 
 #: The first whose signs a template has is taken, so the more specific formats come first.
@@ -94,6 +102,15 @@ TOOL_FORMATS = {
             CallLayout(GEMMA4_TAG, GEMMA4_CALL),
         ),
         ToolFormat(
+            "cohere",
+            (("<|START_ACTION|>",), ("tool_name",)),
+            lambda schemas: MistralCalls(
+                "<|START_ACTION|>",
+                partial(JsonCall, skipped_keys=("tool_call_id",), name_key="tool_name"),
+            ),
+            CallLayout("<|START_ACTION|>", _COHERE_CALL, "[\n    ", ",\n    ", "\n]<|END_ACTION|>"),
+        ),
+        ToolFormat(
             "internlm",
             (("<|action_start|>",), ("<|plugin|>",)),
             lambda schemas: TaggedCalls(
@@ -138,6 +155,9 @@ REASONING_TAGS = {
     "mistral": ReasoningTags("[THINK]", "[/THINK]"),
     "seed": ReasoningTags("<seed:think>", "</seed:think>"),
     "kimi": ReasoningTags("◁think▷", "◁/think▷"),
+    "cohere": ReasoningTags(
+        "<|START_THINKING|>", "<|END_THINKING|>", around=("<|START_RESPONSE|>", "<|END_RESPONSE|>")
+    ),
     "gemma4": ReasoningTags("<|channel>", "<channel|>", "thought\n"),
 }
 

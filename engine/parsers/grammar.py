@@ -98,10 +98,12 @@ class CallForm:
         head: the text before the arguments, given the function's name.
         arguments: defines the arguments and the text behind them, given a number that no other function has;
             returns the expression that stands for both.
+        lead: an expression before the head; only for layouts with a trigger.
     """
 
     head: Callable[[str], str]
     arguments: Callable[[Rules, ToolSchema, int], str]
+    lead: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +189,9 @@ def _block(rules: Rules, layout: CallLayout, tools: Sequence[ToolSchema], parall
 
 
 def _call(rules: Rules, layout: CallLayout, tools: Sequence[ToolSchema]) -> str:
+    form, literal = layout.form, rules.special.literal
     forms = [
-        f"{rules.special.literal(layout.form.head(tool.name))} {layout.form.arguments(rules, tool, index)}"
+        f"{form.lead} {literal(form.head(tool.name))} {form.arguments(rules, tool, index)}".strip()
         for index, tool in enumerate(tools)
     ]
     return rules.add("call", " | ".join(forms))

@@ -72,6 +72,7 @@ class JsonCall:
     Args:
         argument_keys: names that the arguments may have.
         skipped_keys: names of other fields that a call may have, such as ``id``.
+        name_key: the name of the function's name.
 
     Attributes:
         name: the function's name once it is known.
@@ -83,10 +84,12 @@ class JsonCall:
         self,
         argument_keys: Collection[str] = ("arguments", "parameters"),
         skipped_keys: Collection[str] = ("id", "type"),
+        name_key: str = "name",
     ) -> None:
         self.name: str | None = None
         self.done = self.broken = False
         self._argument_keys, self._skipped_keys = argument_keys, skipped_keys
+        self._name_key = name_key
         self._state = "open"
         self._key = ""
         self._raw: list[str] = []
@@ -152,7 +155,7 @@ class JsonCall:
 
     def _end_key(self) -> None:
         self._key = _decoded(self._raw)
-        if self._key != "name" and self._key not in (*self._argument_keys, *self._skipped_keys):
+        if self._key != self._name_key and self._key not in (*self._argument_keys, *self._skipped_keys):
             raise MalformedCall(f"a call has no field {self._key!r}")
         self._state = "colon"
 
@@ -175,7 +178,7 @@ class JsonCall:
 
     def _end_value(self, is_object: bool) -> None:
         self._state = "next"
-        if self._key == "name":
+        if self._key == self._name_key:
             name = _decoded(self._raw)
             if not isinstance(name, str) or not name:
                 raise MalformedCall("the name of a call is a string")
@@ -202,12 +205,15 @@ class JsonCall:
 class HeldCall:
     """Reads a :class:`JsonCall` from a buffer that is held until the name is known: the text may be no call.
 
+    Args:
+        call: of which nothing was read.
+
     Attributes:
         call: as far as it was read.
     """
 
-    def __init__(self) -> None:
-        self.call = JsonCall()
+    def __init__(self, call: JsonCall) -> None:
+        self.call = call
         self._read = 0
 
     def feed(self, buffer: str, start: int) -> tuple[str, str]:

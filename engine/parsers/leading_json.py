@@ -22,7 +22,7 @@ class LeadingJsonCalls(SteppedParser):
         self._prefix = prefix
         super().__init__()
         self._state = "start"
-        self._held, self._call = HeldCall(), JsonCall()
+        self._held, self._call = HeldCall(JsonCall()), JsonCall()
         self._calls = 0
 
     def finish(self) -> list[Event]:
@@ -79,7 +79,7 @@ class LeadingJsonCalls(SteppedParser):
             name = self._held.call.name
             if name is None:
                 return False
-            self._call, self._held = self._held.call, HeldCall()
+            self._call, self._held = self._held.call, HeldCall(JsonCall())
             events.append(CallStart(self._calls, name))
         else:
             if not self._buffer:

@@ -1,4 +1,4 @@
-"""Tool calls behind a tag: a JSON list (Mistral's older form, Granite), or by name (Mistral's newer form)."""
+"""Tool calls behind a tag: a JSON list (older Mistral, Granite, Cohere), or by name (newer Mistral)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ class MistralCalls(SteppedParser):
 
     Args:
         tag: the text before the list or the name.
+        new_call: makes the reader of one object of the list.
     """
 
-    def __init__(self, tag: str = "[TOOL_CALLS]") -> None:
+    def __init__(self, tag: str = "[TOOL_CALLS]", new_call: Callable[[], JsonCall] = JsonCall) -> None:
         super().__init__()
-        self._tag = tag
+        self._tag, self._new_call = tag, new_call
         self._state: Callable[[list[Event]], bool] = self._read_text
-        self._held, self._call = HeldCall(), JsonCall()
+        self._held, self._call = HeldCall(new_call()), new_call()
         self._value = JsonValue()
         self._calls = 0
         self._named = False
@@ -83,7 +84,7 @@ class MistralCalls(SteppedParser):
             try:
                 arguments, rest = self._held.feed(self._buffer, start)
             except MalformedCall:
-                self._held, self._state = HeldCall(), self._read_rest
+                self._held, self._state = HeldCall(self._new_call()), self._read_rest
                 if self._calls == 0:
                     events.append(Text(self._tag))
                     self._state = self._read_text
@@ -91,7 +92,7 @@ class MistralCalls(SteppedParser):
             name = self._held.call.name
             if name is None:
                 return False
-            self._call, self._held = self._held.call, HeldCall()
+            self._call, self._held = self._held.call, HeldCall(self._new_call())
             events.append(CallStart(self._calls, name))
         elif self._buffer:
             arguments, rest = self._call.feed(self._buffer)
@@ -104,7 +105,7 @@ class MistralCalls(SteppedParser):
             self._state = self._read_rest
         elif self._call.done:
             self._calls += 1
-            self._call = JsonCall()
+            self._call = self._new_call()
         else:
             return False
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.parsers.events import Event, Reasoning, SteppedParser, Text, held_back
+from engine.parsers.events import Event, Reasoning, SteppedParser, Text, first_marker, held_back
 
 ThoughtState = Literal["before", "inside", "after", "none"]
 
@@ -18,11 +18,13 @@ class ReasoningTags:
         start: opens a thought.
         end: closes it.
         label: text that the model writes behind ``start``; it is no part of the thought.
+        around: tags around the visible text, which are no part of it.
     """
 
     start: str
     end: str
     label: str = ""
+    around: tuple[str, ...] = ()
 
     def open_in(self, prompt: str) -> bool:
         """Return whether ``prompt`` ends within a thought that has just begun."""
@@ -72,13 +74,7 @@ class ReasoningParser(SteppedParser):
             return self._read_beginning()
         if self._state == "inside":
             return self._read_thought(events)
-        if self._trim:
-            self._buffer = self._buffer.lstrip()
-        if self._buffer:
-            self._trim = False
-            events.append(Text(self._buffer))
-            self._buffer = ""
-        return False
+        return self._read_visible(events)
 
     def _read_beginning(self) -> bool:
         stripped = self._buffer.lstrip()
@@ -91,6 +87,20 @@ class ReasoningParser(SteppedParser):
         # No thought: the answer's own white space stays.
         self._state, self._trim = "none", False
         return True
+
+    def _read_visible(self, events: list[Event]) -> bool:
+        """Pass on the visible text up to the next of the tags around it, which is dropped."""
+        around = self._tags.around
+        position, tag = first_marker(self._buffer, around) or (
+            len(self._buffer) - held_back(self._buffer, around),
+            "",
+        )
+        text = self._buffer[:position].lstrip() if self._trim else self._buffer[:position]
+        self._buffer = self._buffer[position + len(tag) :]
+        if text:
+            self._trim = False
+            events.append(Text(text))
+        return bool(tag)
 
     def _read_thought(self, events: list[Event]) -> bool:
         if self._trim:

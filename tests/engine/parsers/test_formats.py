@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from engine.parsers.formats import TOOL_FORMATS
 from engine.parsers.gemma4 import Gemma4Calls
 from engine.parsers.glm import GlmCalls
 from engine.parsers.leading_json import LeadingJsonCalls
@@ -290,12 +291,31 @@ def test_gemma4(text, visible, calls):
     check(Gemma4Calls, text, visible, calls)
 
 
+@pytest.mark.parametrize(
+    ("text", "visible", "calls"),
+    [
+        (
+            'So.<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "f", "parameters": {"x": 1}},\n'
+            '    {"tool_call_id": "1", "tool_name": "g", "parameters": {}}\n]<|END_ACTION|>',
+            "So.",
+            [("f", '{"x": 1}'), ("g", "{}")],
+        ),
+        ('<|START_ACTION|>[{"name": "f"}]', '<|START_ACTION|>[{"name": "f"}]', []),
+        ("a list [1] and <|START_ACTION", "a list [1] and <|START_ACTION", []),
+        ('<|START_ACTION|>[{"tool_name": "f", "parameters": {"x": 1', "", [("f", '{"x": 1')]),
+    ],
+)
+def test_cohere(text, visible, calls):
+    check(lambda: TOOL_FORMATS["cohere"].parser({}), text, visible, calls)
+
+
 FORMATS = {
     "gemma4": Gemma4Calls,
     "tagged": lambda: TaggedCalls(("<tool_call>",), "</tool_call>"),
     "llama": LeadingJsonCalls,
     "mistral": MistralCalls,
     "granite": lambda: MistralCalls("<|tool_call|>"),
+    "cohere": lambda: TOOL_FORMATS["cohere"].parser({}),
     "glm": lambda: GlmCalls(SCHEMAS),
     "qwen_xml": lambda: QwenXmlCalls(SCHEMAS),
     "pythonic": PythonicCalls,
@@ -306,6 +326,7 @@ FORMATS = {
 PIECES = [
     "<tool_call>", "</tool_call>", "<function=report>", "</function>", "<parameter=color>",
     "</parameter>", "<arg_key>color</arg_key>", "<arg_value>", "</arg_value>", "report", "<|tool_call|>",
+    "<|START_ACTION|>", '{"tool_name": "f", "parameters": ', "<|END_ACTION|>",
     "[TOOL_CALLS]", "[ARGS]", "<|tool_call_start|>", "<|tool_call_end|>", "<|python_tag|>",
     "```", "```python\n", '{"name": "f", "arguments": ', '{"a": 1}', '{"name": "g"', "}", "{", "[", "]",
     "<|tool_call>", "call:f{", "a:", '<|"|>', "<tool_call|>",

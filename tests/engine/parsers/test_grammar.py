@@ -219,6 +219,8 @@ def call_of(found: ToolFormat, name: str) -> str:
         "qwen_xml": "<tool_call>\n<function=NAME>\n</function>\n</tool_call>",
         "glm": "<tool_call>NAME\n</tool_call>",
         "granite": '<|tool_call|>[{"name": "NAME", "arguments": {}}]',
+        "cohere": '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "NAME", "parameters": {}}\n]'
+        "<|END_ACTION|>",
         "mistral": '[TOOL_CALLS][{"name": "NAME", "arguments": {}}]',
         "mistral_names": "[TOOL_CALLS]NAME[ARGS]{}",
         "internlm": '<|action_start|><|plugin|>\n{"name": "NAME", "parameters": {}}\n<|action_end|>',
@@ -398,6 +400,7 @@ def test_a_bounded_thought_holds_no_call():
         ("<tool_call>\n<function=example>\n<parameter=a>", "qwen_xml"),
         ("<tool_call>{name}\n<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n</tool_call>", "glm"),
         ("respond only with <|tool_call|> followed by a JSON list of tools used", "granite"),
+        ('<|START_ACTION|>[{"tool_call_id": "0", "tool_name": }]<|END_ACTION|>', "cohere"),
         ("[AVAILABLE_TOOLS] [TOOL_CALLS] [", "mistral"),
         ("[TOOL_CALLS]{{ name }}[ARGS]", "mistral_names"),
         ("<|python_tag|> {\"name\": function name, \"parameters\": dictionary}", "llama_json"),

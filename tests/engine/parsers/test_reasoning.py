@@ -57,6 +57,23 @@ def test_the_label_of_a_thought_is_no_part_of_it(text, inside, reasoning, visibl
     assert (found["reasoning"], found["text"]) == (reasoning, visible)
 
 
+@pytest.mark.parametrize(
+    ("text", "reasoning", "visible"),
+    [
+        (
+            "<|START_THINKING|>hm<|END_THINKING|>\n<|START_RESPONSE|> Yes.\n<|END_RESPONSE|>",
+            "hm",
+            "Yes.\n",
+        ),
+        ("<|START_RESPONSE|>Yes.<|END_RESPONSE|>", "", "Yes."),
+        ("Yes. <|START_RESP", "", "Yes. <|START_RESP"),
+    ],
+)
+def test_tags_around_the_visible_text_are_no_part_of_it(text, reasoning, visible):
+    found = parse(lambda: ReasoningParser(REASONING_TAGS["cohere"]), text)
+    assert (found["reasoning"], found["text"]) == (reasoning, visible)
+
+
 def test_a_prompt_may_have_opened_a_thought_with_or_without_its_label():
     for prompt in ("<|turn>model\n<|channel>thought\n", "<|channel>"):
         assert GEMMA4.open_in(prompt)
