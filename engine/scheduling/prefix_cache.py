@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import islice
 
 import numpy as np
 
@@ -53,22 +54,30 @@ class BlockHasher:
         Args:
             token_ids: at least those tokens, and the rest of a range that attends both ways and reaches
                 into them.
-            rope_variant, both_ways: see :class:`~engine.request.Request`.
+            spans, rope_variant, both_ways: see :class:`~engine.request.Request`.
         """
         size = self.block_size
         start = len(hashes) * size
         last = max([end, *(stop for first, stop in both_ways if first < end)])
         tokens = np.asarray(token_ids[start : max(start, last)], np.int32).tobytes()
+        # The first ones that don't end before the block: a long prompt may have a hundred images.
+        next_range = next_span = 0
         for first in range(start, end - size + 1, size):
             parent = hashes[-1] if hashes else self.root(salt, rope_variant)
             digest = blake2b(parent, digest_size=_DIGEST)
             place, reach = (first - start) * 4, first + size
-            for begin, stop in both_ways:
-                if begin < first + size and stop > first:
-                    digest.update(f"|{begin - first}-{stop - first}".encode())
-                    reach = max(reach, stop)
+            while next_range < len(both_ways) and both_ways[next_range][1] <= first:
+                next_range += 1
+            for begin, stop in islice(both_ways, next_range, None):
+                if begin >= first + size:
+                    break
+                digest.update(f"|{begin - first}-{stop - first}".encode())
+                reach = max(reach, stop)
             digest.update(tokens[place : place + (reach - first) * 4])
-            for span in spans:
-                if span.offset < reach and span.offset + span.length > first:
-                    digest.update(f"|{span.item.hash}@{span.offset - first}".encode())
+            while next_span < len(spans) and spans[next_span].offset + spans[next_span].length <= first:
+                next_span += 1
+            for span in islice(spans, next_span, None):
+                if span.offset >= reach:
+                    break
+                digest.update(f"|{span.item.hash}@{span.offset - first}".encode())
             hashes.append(digest.digest())
