@@ -23,6 +23,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "GlmOcrForConditionalGeneration",
     ),
     "hunyuan_vl": ("HunYuanVLForConditionalGeneration",),
+    "granite_docling": ("GraniteDoclingForConditionalGeneration",),
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
     "internvl": ("InternVLForConditionalGeneration", "QianfanOCRForConditionalGeneration"),
     "internvl_chat": ("InternVLChatModel",),

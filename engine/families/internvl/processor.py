@@ -168,33 +168,43 @@ def cut_image(image: Image.Image, side: int, grid: tuple[int, int, int], resampl
     """The tiles of an image, row by row, and the whole behind them: uint8 ``(crops, side, side, 3)``.
 
     Args:
-        grid: ``(crops, rows, columns)``; an image in one crop has no rows and columns.
+        grid: ``(crops, rows, columns)``; an image in one crop has no tiles.
         resample: PIL's filter number.
     """
     crops, rows, columns = grid
     pixels = np.empty((crops, side, side, 3), np.uint8)
     pixels[-1] = resize(image, (side, side), resample)
-    if rows:
+    if crops > 1:
         cut_in_tiles(resize(image, (columns * side, rows * side), resample), side, out=pixels[:-1])
     return pixels
 
 
 @lru_cache(maxsize=16)
-def tilings(least: int, most: int) -> list[tuple[int, int]]:
-    """``(columns, rows)`` of all tilings of ``least`` to ``most`` tiles, by their number of tiles."""
-    every = [(columns, rows) for columns in range(1, most + 1) for rows in range(1, most + 1)]
+def tilings(least: int, most: int, longest: int | None = None) -> list[tuple[int, int]]:
+    """``(columns, rows)`` of all tilings of ``least`` to ``most`` tiles by their number of tiles.
+
+    Args:
+        longest: most tiles along a side; None for no bound.
+    """
+    sides = range(1, min(most, longest or most) + 1)
+    every = [(columns, rows) for columns in sides for rows in sides]
     return sorted((t for t in every if least <= t[0] * t[1] <= most), key=lambda t: t[0] * t[1])
 
 
-def best_tiling(size: tuple[int, int], side: int, least: int, most: int) -> tuple[int, int]:
+def best_tiling(
+    size: tuple[int, int], side: int, least: int, most: int, longest: int | None = None
+) -> tuple[int, int]:
     """The tiling ``(columns, rows)`` with the aspect ratio closest to that of ``size`` ``(width, height)``.
 
     Of equally close ones, a larger tiling is taken if the image has more than half of its pixels. As
     Transformers' ``GotOcr2ImageProcessor`` chooses.
+
+    Args:
+        longest: most tiles along a side; None for no bound.
     """
     ratio, area = size[0] / size[1], size[0] * size[1]
     best, least_difference = (1, 1), float("inf")
-    for tiling in tilings(least, most):
+    for tiling in tilings(least, most, longest):
         difference = abs(ratio - tiling[0] / tiling[1])
         larger = area > 0.5 * side * side * tiling[0] * tiling[1]
         if difference < least_difference or (difference == least_difference and larger):

@@ -95,6 +95,7 @@ SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "gemma4_text": gemma4_switches,
     "gemma4_unified_text": gemma4_switches,
     "granite": _granite,
+    "granite_docling_text": _granite,
     "hunyuan_v1_dense": lambda config: {"qk_norm_last": True},
     "hunyuan_vl_text": lambda config: {"qk_norm_last": True},
     "lfm2": lfm2_switches,

@@ -27,6 +27,8 @@ from tests.engine.families.glm import FRAME as GLM_FRAME
 from tests.engine.families.glm import IMAGE as GLM_IMAGE
 from tests.engine.families.glm import VIDEO as GLM_VIDEO
 from tests.engine.families.glm import GlmReference, make_glm
+from tests.engine.families.granite_docling import FRAME as DOCLING_FRAME
+from tests.engine.families.granite_docling import GraniteDoclingReference, make_granite_docling_tiles
 from tests.engine.families.hunyuan_vl import FRAME as HUNYUAN_FRAME
 from tests.engine.families.hunyuan_vl import IMAGE as HUNYUAN_IMAGE
 from tests.engine.families.hunyuan_vl import HunyuanReference, make_hunyuan_vl
@@ -188,6 +190,15 @@ CASES = [
             single=((60, 33), (9, 300)),
         )
         for name, kind in (("Aya Vision", "AyaVision"), ("Command A Vision", "Cohere2Vision"))
+    ),
+    FamilyCase(
+        "Granite-Docling",
+        make_granite_docling_tiles,
+        GraniteDoclingReference,
+        frame=DOCLING_FRAME,
+        placeholder=lambda index, count: "<image>",
+        # One tile, and a spread.
+        single=((30, 33), (90, 30)),
     ),
     FamilyCase(
         "InternVL",
@@ -451,8 +462,9 @@ CASES = [
     ),
 ]
 
-#: Cases whose tower, if any, and decoder have the code of another case, with other numbers, names or experts;
-#: and the name of that case. Laws about the engine's ways to run that code are wide for them.
+#: Cases whose tower, if any, and decoder have the code of another case, or of several, with other numbers,
+#: names or experts; and the name of one such case. Laws about the engine's ways to run that code are wide for
+#: them.
 LIKE = {
     "LLaVA with Pixtral": "Mistral3",
     "LightOnOCR": "Mistral3",
@@ -460,6 +472,7 @@ LIKE = {
     "Gemma 4 31B": "Gemma 4 E2B",
     "Gemma 4 unified": "Gemma 4 E2B",
     "Command A Vision": "Aya Vision",
+    "Granite-Docling": "Qwen3-VL",
     "InternVL, publishers' names": "InternVL",
     "Qianfan-OCR": "InternVL",
     "gemma4": "Gemma 4 E2B",

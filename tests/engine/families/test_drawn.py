@@ -65,6 +65,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "minicpm_v": (2,),
     "minicpm_v4_6": (1,),
     "minicpm_v4_7": (80020,),
+    "granite_docling": (1,),
     "idefics3": (3,),
     "smolvlm": (1,),
     "gemma": (40100,),

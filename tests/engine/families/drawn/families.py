@@ -8,6 +8,7 @@ from tests.engine.families.drawn.composed import MiniCPMVFamily, Phi3VFamily
 from tests.engine.families.drawn.gemma3 import Gemma3Family
 from tests.engine.families.drawn.gemma4 import Gemma4Family
 from tests.engine.families.drawn.glm import GlmFamily
+from tests.engine.families.drawn.granite_docling import GraniteDoclingFamily
 from tests.engine.families.drawn.hunyuan_vl import HunyuanFamily
 from tests.engine.families.drawn.idefics import IdeficsFamily
 from tests.engine.families.drawn.internvl import InternVLChatFamily, InternVLFamily
@@ -49,6 +50,7 @@ _ALL: tuple[Family, ...] = (
     MiniCPMVFamily(),
     *(MiniCPMV46Family(version) for version in (6, 7)),
     Lfm2VlFamily(),
+    GraniteDoclingFamily(),
     *(IdeficsFamily(kind) for kind in ("Idefics3", "SmolVLM")),
     *(TextFamily(kind) for kind in ARCHITECTURES),
 )
