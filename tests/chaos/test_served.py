@@ -67,7 +67,7 @@ def test_processes_that_hang_are_replaced(served):
     with as_before(served):
         report = asyncio.run(killed_under_load(load, killer, SECONDS / 10, least=1))
         # The last one may not have been found yet, and what is left in the store is asked of all processes.
-        wait_for(lambda: nothing_hangs(served))
+        wait_for(lambda: nothing_hangs(served), 600)
     assert not report.failures, report.failures[:3]
     assert not report.differences, report.differences[:3]
     assert not report.asked_again and min(killer.killed.values()) >= 1
