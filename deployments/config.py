@@ -228,7 +228,8 @@ class AppConfig(Settings):
 
     models: tuple[ModelSpec, ...]
     ingress: IngressConfig = IngressConfig()
-    fetch: FetchPolicy = FetchPolicy()
+    # Its defaults come from the environment.
+    fetch: FetchPolicy = Field(default_factory=FetchPolicy)
     images: ImageLimits = ImageLimits()
     tracing: TracingConfig | None = None
     logging: LoggingConfig = LoggingConfig()

@@ -67,14 +67,32 @@ def read_config(path: Path) -> Mapping[str, Any]:
         InTheWay: there is no such file, or it is not YAML.
     """
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.load(path.read_text(), _UniqueKeys)
     except OSError as error:
         raise InTheWay(f"{path} can't be read: {error.strerror}. Name another file by CONFIG=...") from None
+    except UnicodeDecodeError:
+        raise InTheWay(f"{path} is not text in UTF-8.") from None
     except yaml.YAMLError as error:
         raise InTheWay(f"{path} is not valid YAML: {error}") from None
     if not isinstance(config, Mapping):
         raise InTheWay(f"{path} should hold a mapping with proxy_location, http_options and applications.")
     return config
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping: PyYAML, and so ``serve run``, takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the option {key.value} stands twice in one place", key.start_mark
+                    )
+                seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 def check_applications(config: Mapping[str, Any]) -> dict[str, AppConfig]:
@@ -104,6 +122,8 @@ def check_applications(config: Mapping[str, Any]) -> dict[str, AppConfig]:
         except ValidationError as error:
             faults = [_fault(where, each, AppConfig) for each in error.errors()]
             raise InTheWay(" ".join([*faults, _LISTED])) from None
+        except ConfigError as error:
+            raise InTheWay(f"{error.message}.") from None
     return found
 
 

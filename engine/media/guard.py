@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from yarl import URL
 
-from engine.errors import MediaForbidden
+from engine.errors import ConfigError, MediaForbidden
 from engine.media.address import request_target
 from engine.settings import Settings
 
@@ -39,9 +39,22 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 def _from_environment(kind: str, otherwise: float) -> float:
+    """The seconds that a variable of the environment says.
+
+    Raises:
+        ConfigError: it says something else.
+    """
     for name in (f"SIGHTLINE_{kind}_FETCH_TIMEOUT", f"VLLM_{kind}_FETCH_TIMEOUT"):
         if value := os.environ.get(name):
-            return float(value)
+            try:
+                seconds = float(value)
+            except ValueError:
+                seconds = 0.0
+            if not seconds > 0:
+                raise ConfigError(
+                    f"the environment variable {name} must be a number of seconds, not {value[:100]!r}"
+                )
+            return seconds
     return otherwise
 
 

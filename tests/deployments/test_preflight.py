@@ -118,6 +118,13 @@ def test_a_file_that_is_missing_is_named(tmp_path, capsys, monkeypatch, args, fa
     assert main([path, "--address", "192.0.2.1:6379"]) == 0
 
 
+@pytest.mark.parametrize("value", ["five", "-1", "nan", "0"])
+def test_a_variable_that_is_no_time_is_named(tmp_path, capsys, monkeypatch, value):
+    monkeypatch.setenv("VLLM_VIDEO_FETCH_TIMEOUT", value)
+    assert main([config(tmp_path, port=free_port())]) == 1
+    assert f"VLLM_VIDEO_FETCH_TIMEOUT must be a number of seconds, not '{value}'" in capsys.readouterr().err
+
+
 def test_keys_come_from_the_environment_of_the_ingress_too(tmp_path, monkeypatch):
     monkeypatch.setenv("HERE", "a-key")
     given = keys({"env": "HERE"}, {"env": "THERE"}, env={"THERE": "another-key"})
@@ -227,11 +234,20 @@ def test_another_cluster(tmp_path, listening, by_file, alive):
         check_cluster(chosen, environment)
 
 
-@pytest.mark.parametrize(("text", "words"), [("a: [", "YAML"), ("- a", "mapping"), (None, "CONFIG=")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", "YAML"),
+        ("- a", "mapping"),
+        (None, "CONFIG="),
+        (b"\xff\xfe", "UTF-8"),
+        ("a: 1\nb: {c: 1, d: 2,\n  c: 3}\n", "the option c stands twice in one place"),
+    ],
+)
 def test_a_file_that_is_no_configuration(tmp_path, capsys, text, words):
     file = tmp_path / "serve.yaml"
     if text is not None:
-        file.write_text(text)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert main([str(file)]) == 1
     assert words in capsys.readouterr().err
 
