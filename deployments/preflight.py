@@ -24,6 +24,8 @@ from pydantic_core import ErrorDetails
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.config import AppConfig
+from deployments.in_place import overlaid
+from deployments.stage_config import StageConfig
 from engine.errors import ConfigError, SightlineError
 from engine.model_parts import load_media_processor, load_prompt_builder, load_retrieval
 from engine.settings import nearest, no_such_option
@@ -82,17 +84,17 @@ def read_config(path: Path) -> Mapping[str, Any]:
 class _UniqueKeys(yaml.SafeLoader):
     """Refuses a key that stands twice in one mapping: PyYAML, and so ``serve run``, takes the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
+                    raise yaml.composer.ComposerError(
                         None, None, f"the option {key.value} stands twice in one place", key.start_mark
                     )
                 seen.add(key.value)
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
+        return node
 
 
 def check_applications(config: Mapping[str, Any]) -> dict[str, AppConfig]:
@@ -124,6 +126,48 @@ def check_applications(config: Mapping[str, Any]) -> dict[str, AppConfig]:
             raise InTheWay(" ".join([*faults, _LISTED])) from None
         except ConfigError as error:
             raise InTheWay(f"{error.message}.") from None
+        _check_deployments(f"applications[{index}]", application, found[where])
+    return found
+
+
+def _check_deployments(where: str, application: Mapping[str, Any], args: AppConfig) -> None:
+    """Check an application's changes of its deployments: of a name that there isn't Ray Serve tells once all
+    models are loaded, and of a value for ``user_config`` the log of a replica alone.
+
+    Raises:
+        InTheWay: there is no such deployment, or it can't take over the value.
+    """
+    stages = _stages(args)
+    given = application.get("deployments")
+    for index, deployment in enumerate(given if isinstance(given, list) else []):
+        if not isinstance(deployment, Mapping):
+            continue
+        place, name = f"{where}.deployments[{index}]", str(deployment.get("name"))
+        if name not in stages:
+            near = nearest(name, stages)
+            others = f"did you mean {near}?" if near else f"there are {', '.join(sorted(stages))}."
+            raise InTheWay(f"{place}.name: there is no deployment {name!r}; {others}")
+        stage, changes = stages[name], deployment.get("user_config")
+        if not isinstance(changes, Mapping):
+            continue
+        try:
+            overlaid(stage, changes, stage.IN_PLACE)
+        except ValidationError as error:
+            faults = [_fault(f"{place}.user_config", each, type(stage)) for each in error.errors()]
+            raise InTheWay(" ".join(faults)) from None
+        except ValueError as error:
+            raise InTheWay(f"{place}.user_config: {error}.") from None
+
+
+def _stages(args: AppConfig) -> dict[str, StageConfig]:
+    """The options of each deployment that an application of ``args`` may have, by its name."""
+    found: dict[str, StageConfig] = {"Ingress": args.ingress}
+    found |= dict.fromkeys(("Responses", "References"), StageConfig())
+    for spec in args.models:
+        found[f"Stages:{spec.slug}"] = StageConfig()
+        found[f"Preprocessor:{spec.slug}"] = spec.preprocessor
+        found[f"VisionEncoder:{spec.slug}"] = spec.encoder
+        found[f"LanguageModel:{spec.slug}"] = spec.language_model
     return found
 
 

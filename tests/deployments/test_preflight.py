@@ -38,6 +38,12 @@ def no_other_cluster(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
 
 
+def test_an_option_may_stand_beside_those_that_are_merged(tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("a: {b: &b {<<: &c {x: 1}, x: 2}}\nd: {<<: *b, x: 3}\n")
+    assert read_config(file) == {"a": {"b": {"x": 2}}, "d": {"x": 3}}
+
+
 def config(folder: Path, args: dict | None = None, **http_options) -> str:
     file = folder / "serve.yaml"
     given = {"models": [{"name": "pocket", "engine": {"model": "models/pocket"}}]} | (args or {})
@@ -76,6 +82,45 @@ def test_an_option_that_cannot_be_is_named(tmp_path, capsys, args, fault):
     said = capsys.readouterr().err
     assert f"make serve: applications[1].args{fault}" in said and "docs/configuration.md" in said
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("deployment", "fault"),
+    [
+        ({"name": "Ingres"}, "name: there is no deployment 'Ingres'; did you mean Ingress?"),
+        (
+            {"name": "encoder"},
+            "name: there is no deployment 'encoder'; there are Ingress, LanguageModel:pocket, ",
+        ),
+        (
+            {"name": "Ingress", "user_config": {"max_active_request": 5}},
+            "user_config: 'max_active_request' can't change while a replica runs",
+        ),
+        (
+            {"name": "Ingress", "user_config": {"max_active_requests": -5}},
+            "user_config.max_active_requests: Input should be greater than 0.",
+        ),
+        (
+            {"name": "VisionEncoder:pocket", "user_config": {"duty_cycle": 7}},
+            "user_config.duty_cycle: Input should be less than or equal to 1.",
+        ),
+        (
+            {"name": "Ingress", "user_config": {"replay": {"patience": 5}}},
+            "user_config: 'patience' can't change while a replica runs",
+        ),
+    ],
+)
+def test_what_running_replicas_could_not_take_over_is_named(deployment, fault):
+    args = {"models": [{"name": "pocket", "engine": {"model": "models/pocket"}}]}
+    application = {"import_path": "deployments.app:build", "args": args}
+    with pytest.raises(InTheWay) as refused:
+        check_applications({"applications": [{**application, "deployments": [deployment]}]})
+    assert str(refused.value).startswith(f"applications[0].deployments[0].{fault}")
+    fine = [
+        {"name": "Ingress", "num_replicas": 3, "user_config": {"replay": {"patience_s": 60}}},
+        {"name": "LanguageModel:pocket", "user_config": None},
+    ]
+    assert check_applications({"applications": [{**application, "deployments": fine}]})
 
 
 def model(**engine) -> dict:
