@@ -25,7 +25,7 @@ class Request:
     Attributes:
         id: unique within the engine.
         token_ids: the prompt, and the output up to the last preemption or up to where another engine left it,
-            with the ``opening``.
+            with the ``opening``. Several requests may share the list, which never changes.
         num_prompt: length of the prompt.
         params: sampling parameters; ignored by pooling requests.
         max_total: most tokens, prompt included, that the sequence may reach.

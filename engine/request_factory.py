@@ -109,7 +109,8 @@ class RequestFactory:
                 first,
                 id=f"{request_id}/{index}",
                 choice=index,
-                token_ids=[*first.token_ids, *known.token_ids],
+                # All sequences share the prompt's list: there may be many, and it may be long.
+                token_ids=first.token_ids + known.token_ids if known.token_ids else first.token_ids,
                 params=params if index == 0 else unscored,
                 seed=_signed64(seed + index * _SEED_STRIDE),
                 embeddings=dict(first.embeddings),
@@ -146,7 +147,7 @@ class RequestFactory:
             # The scores of a prompt are computed apart from its answer.
             if request.appends_forced and request.params.prompt_logprobs is None:
                 request.opening = request.grammar.open(request.max_total - 1 - count, request.stop_ids)
-                request.token_ids += request.opening
+                request.token_ids = request.token_ids + request.opening
         longest = self._model.decoder.rope.recompute_beyond
         if longest is not None and len(request.token_ids) > longest:
             request.rope_variant = 1

@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 #: many take a GPU little more time than reading the weights does.
 _SPREAD = 4
 _SHORT_STEP = 256
+#: Known tokens of the requests that enter in one step, but for the last one's. Of cached ones little is
+#: computed, but the host takes some tens of milliseconds to look up so many, and running answers wait for it.
+_MOST_ENTERING = 1 << 17
 
 
 @dataclass(slots=True)
@@ -408,13 +411,17 @@ class Scheduler:
 
     def _admit_waiting(self, budget: int, batch: ScheduledBatch) -> None:
         """Admit waiting requests while there are tokens, slots and blocks."""
-        while budget > 0 and self.slots.num_free and (request := self._waiting.first()) is not None:
+        entering = 0
+        while budget > 0 and entering < _MOST_ENTERING and self.slots.num_free:
+            if (request := self._waiting.first()) is None:
+                break
             prompts = [chunk.request for chunk in batch.prefills if chunk.answer is None]
             if prompts and (request.suspect or prompts[-1].suspect):
                 break
             try:
                 if not self._admit(request, batch):
                     break
+                entering += len(request.token_ids)
                 count = self._prefill(request, budget, batch)
                 if not count:
                     break

@@ -9,6 +9,7 @@ import pytest
 
 from engine import LLM, SamplingParams
 from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.progress import ChoiceProgress, Progress
 from engine.prompt import EngineInput, MediaItem, MediaSpan, PlaceholderRun
 from tests.engine import tiny
 from tests.engine.families.qwen import frames, make_qwen2_5_vl
@@ -88,3 +89,15 @@ def test_a_priority_is_a_number(factory):
     with pytest.raises(InvalidRequest, match="priority must be an integer") as caught:
         factory.generation("a", EngineInput([1, 2]), GREEDY, priority="high")
     assert caught.value.param == "priority"
+
+
+def test_all_sequences_share_the_prompt(factory):
+    """A hundred lists of a long prompt would take the host's memory."""
+    inputs = EngineInput([7] * 20)
+    group = factory.generation("a", inputs, SamplingParams(n=3, max_tokens=4))
+    first, *others = group.requests
+    assert first.token_ids == inputs.token_ids and first.token_ids is not inputs.token_ids
+    assert all(request.token_ids is first.token_ids for request in others)
+    progress = Progress({1: ChoiceProgress([8, 9])})
+    group = factory.generation("b", inputs, SamplingParams(n=3, max_tokens=4, seed=1), progress=progress)
+    assert [request.token_ids[20:] for request in group.requests] == [[], [8, 9], []]

@@ -107,6 +107,21 @@ def test_requests_of_one_step_share_their_prefix():
     assert engine.outputs["a"] == tokens_alone(list(range(20)), [], 5)
 
 
+def test_long_cached_prompts_enter_over_several_steps(monkeypatch):
+    """Nothing of them is computed but their last block, and yet the host has to look up all others."""
+    monkeypatch.setattr("engine.scheduling.scheduler._MOST_ENTERING", 30)
+    engine = SimulatedEngine(budget=64, max_num_seqs=8)
+    execute, entered = engine.core.runner.execute, []
+    engine.core.runner.execute = lambda batch, *more: (
+        entered.append(len(batch.admitted)) or execute(batch, *more)
+    )
+    for key in "abcdef":
+        engine.add(key, list(range(20)), max_tokens=9)
+    engine.run()
+    assert [count for count in entered if count] == [2, 2, 2]
+    assert {tuple(engine.outputs[key]) for key in "abcdef"} == {tuple(tokens_alone([*range(20)], [], 9))}
+
+
 def test_the_youngest_makes_room_and_its_tokens_stay():
     engine = SimulatedEngine(num_blocks=12, max_num_seqs=4, prefix_caching=False)
     prompts = {key: [index, 11, 12] for index, key in enumerate("abcd", 20)}
