@@ -39,6 +39,10 @@ def _installed(name: str) -> bool:
 class WithoutTorchvision(TorchvisionBackend):
     """Transformers' backend, but images are resized by Pillow and normalised in two steps."""
 
+    def process_image(self, image: Image.Image, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Releases before 5.23 do this by torchvision.
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
     def resize(self, image: torch.Tensor, size: Any, resample: Any = None, **kwargs: Any) -> torch.Tensor:
         filter_ = Image.Resampling(int(resample))
         images = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in image]
