@@ -6,6 +6,7 @@ import pickle
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +15,10 @@ from engine.errors import SightlineError
 Json = dict[str, Any]
 
 logger = logging.getLogger("ray.serve")
+
+#: Seconds after which the maker of a response in the background says again that it lives, and seconds without
+#: a word from it after which it has died.
+WATCH_S, DEAD_S = 10.0, 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,7 @@ class StoredResponse:
         messages: the whole conversation up to the response's end, as chat messages.
         owner: name of the key that may see the response.
         asked: set if the response is streamed in the background.
+        is_lost: whoever made it in the background has died. Not kept.
     """
 
     response: Json
@@ -48,10 +54,26 @@ class StoredResponse:
     messages: list[Json]
     owner: str = ""
     asked: Asked | None = None
+    is_lost: bool = False
 
     @property
     def id(self) -> str:
         return self.response["id"]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is kept of a response.
+
+    Attributes:
+        data: the pickled response.
+        cancelled: it was cancelled.
+        silent_s: seconds since whoever makes it has said that it lives, by :meth:`Keeper.stopped`.
+    """
+
+    data: bytes
+    cancelled: bool = False
+    silent_s: float = 0.0
 
 
 class Keeper(Protocol):
@@ -66,8 +88,8 @@ class Keeper(Protocol):
     async def update(self, name: str, data: bytes) -> None:
         """Replace a response, unless it was deleted or dropped meanwhile."""
 
-    async def get(self, name: str, owner: str) -> tuple[bytes, bool] | None:
-        """The response of that id, and whether it was cancelled; None if it is not kept, or is another's."""
+    async def get(self, name: str, owner: str) -> Found | None:
+        """The response of that id; None if it is not kept, or is another's."""
 
     async def delete(self, name: str, owner: str) -> bool:
         """Forget a response, and stop it if it still runs. False if there is none."""
@@ -75,9 +97,9 @@ class Keeper(Protocol):
     async def cancel(self, name: str, owner: str) -> None:
         """Mark a response as cancelled, and stop it."""
 
-    async def stopped(self, name: str) -> bool:
-        """Wait until a response is cancelled or deleted; False at once if it is not kept."""
-        ...
+    async def stopped(self, name: str) -> bool | None:
+        """Say that a response is still made, and wait until it is cancelled or deleted: False if it is not,
+        after :data:`WATCH_S`; None at once if it is not kept."""
 
 
 @dataclass(slots=True)
@@ -85,6 +107,7 @@ class _Kept:
     owner: str
     data: bytes
     at: float
+    watched: float
     cancelled: bool = False
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -111,7 +134,7 @@ class KeptResponses:
 
     async def put(self, name: str, owner: str, data: bytes) -> None:
         self._drop(name)
-        self._kept[name] = _Kept(owner, data, self._clock())
+        self._kept[name] = _Kept(owner, data, self._clock(), self._clock())
         self.num_bytes += len(data)
         self._tidy()
 
@@ -125,9 +148,9 @@ class KeptResponses:
         self._kept.move_to_end(name)
         self._tidy()
 
-    async def get(self, name: str, owner: str) -> tuple[bytes, bool] | None:
+    async def get(self, name: str, owner: str) -> Found | None:
         kept = self._of(name, owner)
-        return None if kept is None else (kept.data, kept.cancelled)
+        return None if kept is None else Found(kept.data, kept.cancelled, self._clock() - kept.watched)
 
     async def delete(self, name: str, owner: str) -> bool:
         kept = self._of(name, owner)
@@ -143,9 +166,15 @@ class KeptResponses:
             kept.cancelled = True
             kept.stop.set()
 
-    async def stopped(self, name: str) -> bool:
+    async def stopped(self, name: str) -> bool | None:
         kept = self._kept.get(name)
-        return kept is not None and await kept.stop.wait()
+        if kept is None:
+            return None
+        kept.watched = self._clock()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(WATCH_S):
+                await kept.stop.wait()
+        return kept.stop.is_set()
 
     def _of(self, name: str, owner: str) -> _Kept | None:
         self._tidy()
@@ -201,10 +230,14 @@ class ResponseStore:
         found = await self._keeper.get(name, owner)
         if found is None:
             return None
-        data, cancelled = found
-        stored: StoredResponse = pickle.loads(data)
-        if cancelled:
+        stored: StoredResponse = pickle.loads(found.data)
+        if found.cancelled:
             stored.response["status"] = "cancelled"
+        stored.is_lost = (
+            stored.response["status"] == "in_progress"
+            and stored.response["background"]
+            and found.silent_s > DEAD_S
+        )
         return stored
 
     async def delete(self, name: str, owner: str) -> bool:
@@ -217,13 +250,25 @@ class ResponseStore:
 
     async def unless_stopped(self, name: str, work: asyncio.Task[None]) -> None:
         """Wait for ``work``, which makes a response; cancel it if the response is cancelled or deleted."""
-        stop = asyncio.ensure_future(self._keeper.stopped(name))
+        stop = asyncio.ensure_future(self._stopped(name))
         try:
             await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if stop.done() and (stop.exception() is not None or not stop.result()):
-                # Nobody can stop the work: the keeper is lost, or has dropped the response.
+            if stop.done() and not stop.result():
+                # The keeper has dropped the response.
                 await asyncio.wait({work})
         finally:
             stop.cancel()
             work.cancel()
             await asyncio.wait({work, stop})
+
+    async def _stopped(self, name: str) -> bool:
+        """Wait until a response is cancelled or deleted; False if it is not kept: nobody can do that then."""
+        while True:
+            try:
+                stopped = await self._keeper.stopped(name)
+            except SightlineError:
+                # The keeper is lost, and may come back.
+                await asyncio.sleep(WATCH_S)
+                continue
+            if stopped is not False:
+                return stopped is True

@@ -9,6 +9,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.errors import logger
 from deployments.ray_serve.remote import Remote
 from deployments.references import Owner, without_payload
+from deployments.response_store import Found
 from engine.errors import Unavailable
 from engine.media.source import MediaSource
 from engine.prompt import KeptFiles
@@ -53,7 +54,7 @@ class RemoteKeeper(_RemoteStore):
     async def update(self, name: str, data: bytes) -> None:
         await self._kept(self._handle.update.remote(name, data))
 
-    async def get(self, name: str, owner: str) -> tuple[bytes, bool] | None:
+    async def get(self, name: str, owner: str) -> Found | None:
         return await self._result(self._handle.get.remote(name, owner))
 
     async def delete(self, name: str, owner: str) -> bool:
@@ -62,7 +63,7 @@ class RemoteKeeper(_RemoteStore):
     async def cancel(self, name: str, owner: str) -> None:
         await self._result(self._handle.cancel.remote(name, owner))
 
-    async def stopped(self, name: str) -> bool:
+    async def stopped(self, name: str) -> bool | None:
         return await self._result(self._handle.stopped.remote(name))
 
 

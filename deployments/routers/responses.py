@@ -25,7 +25,7 @@ from deployments.responses import ResponseBuilder
 from deployments.resumption import seeded
 from deployments.routers.models import find_pipeline, read_request
 from deployments.routers.response_runs import ENDS, EventLog, events_again, events_of, to_the_end
-from engine.errors import InvalidRequest, SightlineError
+from engine.errors import InvalidRequest, SightlineError, Unavailable
 
 router = APIRouter()
 
@@ -154,6 +154,9 @@ async def retrieve_response(request: Request, name: str) -> Response:
     """A response that was kept. With ``stream=true`` its events, after the number ``starting_after``."""
     stored = await _stored(request, name, "response_id")
     if request.query_params.get("stream", "false").lower() != "true":
+        if stored.is_lost:
+            lost = Unavailable("The part of the server that made this response was lost; ask again.")
+            ResponseBuilder(stored.response).mark_failed(lost)
         return JSONResponse(stored.response)
     given = request.query_params.get("starting_after", "-1")
     if not re.fullmatch(r"-1|\d{1,9}", given):

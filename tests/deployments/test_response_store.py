@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from unittest.mock import ANY
 
 import httpx
 import openai
@@ -11,7 +12,7 @@ import pytest
 
 from deployments.api import create_api
 from deployments.config import IngressConfig
-from deployments.response_store import KeptResponses
+from deployments.response_store import Found, KeptResponses, ResponseStore, StoredResponse
 from engine.errors import Unavailable
 from tests.deployments.asgi import AppTransport
 
@@ -170,6 +171,27 @@ async def test_a_background_response_that_is_deleted_stops(two, running):
         await one.responses.retrieve(started.id)
 
 
+async def test_a_response_whose_maker_has_died_has_failed(running, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("deployments.response_store.WATCH_S", 0.01)
+    keeper = KeptResponses(16, 1 << 20, 3600.0, clock=lambda: now)
+    client = ingress(running, keeper)
+    alive = await endless(client)
+    # Nobody makes this one.
+    await ResponseStore(keeper).put(StoredResponse(alive.to_dict() | {"id": "resp_dead"}, [], []))
+    assert (await client.responses.retrieve("resp_dead")).status == "in_progress"
+    now = 31.0
+    dead = await client.responses.retrieve("resp_dead")
+    assert dead.status == "failed" and "was lost; ask again" in dead.error.message
+    # The maker of the other one says every now and then that it lives.
+    deadline = time.monotonic() + 60
+    while (await client.responses.retrieve(alive.id)).status != "in_progress":
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    await client.responses.cancel(alive.id)
+    await running.wait_until_idle()
+
+
 async def test_a_background_response_ends(two):
     one, other = two
     started = await ask(one, background=True)
@@ -284,8 +306,8 @@ async def test_responses_belong_to_keys():
     await kept.put("a", "one", b"x")
     assert await kept.get("a", "two") is None and not await kept.delete("a", "two")
     await kept.cancel("a", "two")
-    assert await kept.get("a", "one") == (b"x", False)
+    assert await kept.get("a", "one") == Found(b"x", silent_s=ANY)
     waiting = asyncio.ensure_future(kept.stopped("a"))
     await kept.cancel("a", "one")
     await asyncio.wait_for(waiting, 60)
-    assert await kept.get("a", "one") == (b"x", True)
+    assert await kept.get("a", "one") == Found(b"x", True, ANY)
