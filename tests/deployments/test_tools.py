@@ -22,6 +22,7 @@ from engine.outputs import OutputDelta, StreamUpdate, Usage
 from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS
 from engine.parsers.grammar import SpecialTokens
 from engine.sampling_params import StructuredSpec
+from tests.engine.parsers.cuts import joined
 from tests.engine.parsers.test_grammar import Vocabulary
 
 SPECIAL = SpecialTokens({"<tool_call>": 7, "</tool_call>": 8, "<think>": 9, "</think>": 10}, frozenset([1]))
@@ -309,6 +310,20 @@ def test_the_whole_input_of_a_custom_tool_matches_its_regex(name, definition):
             body = f"<parameter=input>\n{text}\n</parameter>"
             call = f"<tool_call>\n<function=f>\n{body}\n</function>\n</tool_call>"
         assert words.accepts(constraint.text, call) == bool(re.fullmatch(definition, text)), text
+
+
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+def test_a_custom_tool_in_every_format_of_calls(name):
+    """What its grammar lets a model write is read as a text that matches the regex, however it is cut."""
+    words, definition = Vocabulary("tokens"), r'[a-z<>"\\/]{1,5}(\n|é|😀)[a-z ]{0,3}\$'
+    found = AnswerFormat(words.special, TOOL_FORMATS[name])
+    use = read_tools([custom("note", syntax="regex", definition=definition)], "required", False)
+    constraint = found.constraint(use, None, "")
+    for seed in range(3):
+        written = words.walk(constraint.text, seed)
+        (call,) = joined(found.parser(use, ""), [written.text])["calls"]
+        assert call == joined(found.parser(use, ""), list(written.text))["calls"][0]
+        assert written.finished and call[0] == "note" and re.fullmatch(definition, call[1])
 
 
 def test_functions_of_a_namespace_are_called_by_both_names():
