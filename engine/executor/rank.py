@@ -150,8 +150,10 @@ class ModelRank:
         """
         stored = kv_dtype(self.config, self.decoder.dtype)
         needed = num_blocks * block_bytes(self.groups, self.config.block_size, stored)
-        if self.decoder.device.type == "cuda":
-            there = torch.cuda.mem_get_info(self.decoder.device)[0]
+        if (device := self.decoder.device).type == "cuda":
+            # What the allocator holds and nothing uses, such as room for weights as read, counts too.
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            there = torch.cuda.mem_get_info(device)[0] + unused
         else:
             there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > there:
