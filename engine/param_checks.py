@@ -31,6 +31,8 @@ def check_count(name: str, values: Any, limit: int) -> None:
 
 def check_list(name: str, values: Any) -> list[Any]:
     """``values`` as a list, which is empty for None. A text is no list: it would be one of its characters."""
+    if type(values) is list:
+        return values.copy()
     if values is None:
         return []
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
