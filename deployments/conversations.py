@@ -157,7 +157,7 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
         prompt = await pipeline.prepare(
             build, sources, params=given.params, salt=given.cache_salt, short=short
         )
-        text = prompt.inputs.text
+        text = prompt.text
         constraint = pipeline.format.constraint(given.tools, given.constraint, text, given.thinking_budget)
         # A copy is checked once more, which takes longer than all else here.
         params = given.params if constraint is None else replace(given.params, structured=constraint)

@@ -47,10 +47,13 @@ class EncodedPrompt:
     """A prompt ready for the engine, with the embedding rows of its distinct items.
 
     Attributes:
+        inputs: without the text, which the engine has no use for.
+        text: of the prompt; None if it was given as token ids.
         encode_again: encodes the items again, from their sources.
     """
 
     inputs: EngineInput
+    text: str | None = None
     media: tuple[Rows, ...] = ()
     encode_again: Callable[[], Awaitable[tuple[Rows, ...]]] = _no_rows
 
@@ -178,7 +181,8 @@ class Pipeline:
         async def prepare() -> EncodedPrompt:
             nonlocal charged
             inputs, pixels = await self._build(build, media, short)
-            inputs = replace(inputs, cache_salt=caller_salt(inputs.cache_salt))
+            text = inputs.text
+            inputs = replace(inputs, text=None, cache_salt=caller_salt(inputs.cache_salt))
             count, limit = len(inputs.token_ids), await self.max_model_len()
             least = 0 if params is None else params.max_tokens or 1
             if count + least > limit and not self._sleeps:
@@ -196,7 +200,7 @@ class Pipeline:
 
             rows, items = await self._encode(pixels, salt_of_caller)
             current_report().prepared(items)
-            return EncodedPrompt(inputs, rows, encode_again)
+            return EncodedPrompt(inputs, text, rows, encode_again)
 
         return await patience.call(prepare)
 

@@ -171,6 +171,12 @@ async def test_the_salt_reaches_every_stage(spec, own_cache):
         visit.reset(token)
 
 
+async def test_the_text_of_a_prompt_stays_at_the_ingress(spec):
+    """It may be long, and the engine needs none."""
+    prompt = await pipeline(spec).prepare(lambda items: replace(build(items), text="the text"))
+    assert prompt.text == "the text" and prompt.inputs == build([])
+
+
 async def test_stages_know_when_the_client_asked(spec):
     """Not when their turn comes: what a request has waited elsewhere counts."""
     encoder, made = Encoder(), pipeline(spec)

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -155,9 +156,13 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         Tokenizer.load(tmp_path)
 
 
-def test_transformers_and_torch_stay_unimported():
-    code = (
-        "import sys, engine.inputs.builder, engine.text.detokenizer\n"
-        "assert not {'transformers', 'torch'} & set(sys.modules), 'heavy import'"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_transformers_and_torch_stay_unimported_and_no_threads_are_started(checkpoints):
+    code = f"""if True:
+        import os, sys, engine.inputs.builder, engine.text.detokenizer
+        from engine.text.tokenizer import Tokenizer
+        Tokenizer.load({str(checkpoints["byte_level"])!r}).encode("Hello the red world")
+        assert not {{"transformers", "torch"}} & set(sys.modules), "heavy import"
+        assert len(os.listdir("/proc/self/task")) == 1, "threads"
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
