@@ -3,6 +3,7 @@
 import os
 
 from deployments.logs import LoggingConfig, set_up_logs
+from deployments.ray_serve.freed_memory import keep_freed_memory
 from deployments.threads import TURN_S, take_turns
 
 #: Environment variable that holds a :class:`~deployments.logs.LoggingConfig` as JSON.
@@ -10,6 +11,7 @@ LOGGING = "SIGHTLINE_LOGGING"
 
 
 def prepare_process(turn_s: float = TURN_S) -> None:
-    """Set up logs and threads; ``turn_s`` as of :func:`~deployments.threads.take_turns`."""
+    """Set up logs, threads and memory; ``turn_s`` as of :func:`~deployments.threads.take_turns`."""
     take_turns(turn_s)
+    keep_freed_memory()
     set_up_logs(LoggingConfig.model_validate_json(os.environ.get(LOGGING, "{}")))
