@@ -59,7 +59,7 @@ class _Answerer(ServedLine):
             data = framed((number, Refusal(abandoned())))
         except Exception as error:
             data = framed((number, Refusal(as_sightline(error))))
-        self._transport.write(data)
+        self._transport.writelines(data)
 
 
 class CallLine(asyncio.Protocol):
@@ -95,11 +95,11 @@ class CallLine(asyncio.Protocol):
         number = next(self._numbers)
         future = self._calls[number] = asyncio.get_running_loop().create_future()
         try:
-            self._transport.write(framed((number, args)))
+            self._transport.writelines(framed((number, args)))
             return checked(await future)
         except asyncio.CancelledError:
             if not self._ended:
-                self._transport.write(framed(number))
+                self._transport.writelines(framed(number))
             raise
         finally:
             del self._calls[number]

@@ -1,4 +1,7 @@
-"""Messages on a Unix socket between two processes of one host: each is pickled, behind its length."""
+"""Messages on a Unix socket between two processes of one host: each is pickled, behind its length.
+
+The bytes of arrays stand before the pickle. They are sent from where they lie, not copied into it.
+"""
 
 import asyncio
 import contextvars
@@ -7,7 +10,7 @@ import pickle
 import socket
 import struct
 import uuid
-from collections.abc import Callable, Coroutine, Hashable, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 from deployments.errors import logger
@@ -21,8 +24,10 @@ MOST_BYTES = 4 << 20
 #: What Linux tells of a peer: process, user and group.
 _PEER = struct.Struct("3i")
 
-#: Bytes of a message's length.
+#: Bytes of a message's length, and of the number and the sizes of its arrays.
 _LENGTH = 4
+#: Set in a length: the message has arrays.
+_WITH_ARRAYS = 1 << 31
 
 
 class Frames:
@@ -36,21 +41,41 @@ class Frames:
         received, start = self._received, 0
         received += data
         while len(received) >= (begin := start + _LENGTH):
-            end = begin + int.from_bytes(received[start:begin], "big")
+            length = int.from_bytes(received[start:begin], "big")
+            end = begin + (length & ~_WITH_ARRAYS)
             if len(received) < end:
                 break
             # Where they lie: a slice would be a copy, of a MiB for an image.
             with memoryview(received) as whole, whole[begin:end] as part:
-                message = pickle.loads(part)
+                message = _with_arrays(part) if length & _WITH_ARRAYS else pickle.loads(part)
             yield message
             start = end
         del received[:start]
 
 
-def framed(message: Any) -> bytes:
-    """A message as :class:`Frames` cuts it off."""
-    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-    return len(data).to_bytes(_LENGTH, "big") + data
+def _with_arrays(part: memoryview) -> Any:
+    """The message of the bytes behind its length, if it has arrays."""
+    (count,) = struct.unpack_from(">I", part)
+    place, arrays = (1 + count) * _LENGTH, []
+    for size in struct.unpack_from(f">{count}I", part, _LENGTH):
+        # Copies: further messages will come to where these bytes lie.
+        arrays.append(bytearray(part[place : place + size]))
+        place += size
+    return pickle.loads(part[place:], buffers=arrays)
+
+
+def framed(message: Any) -> Sequence[bytes | memoryview]:
+    """A message as :class:`Frames` cuts it off, in parts for a transport's ``writelines``. Arrays are parts
+    of their own, which must not change until they are sent."""
+    arrays: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL, buffer_callback=arrays.append)
+    if not arrays:
+        return (len(data).to_bytes(_LENGTH, "big") + data,)
+    parts = [array.raw() for array in arrays]
+    sizes = [part.nbytes for part in parts]
+    head = struct.pack(f">{1 + len(sizes)}I", len(sizes), *sizes)
+    length = len(head) + sum(sizes) + len(data)
+    return ((length | _WITH_ARRAYS).to_bytes(_LENGTH, "big") + head, *parts, data)
 
 
 class ServedLine(asyncio.Protocol):

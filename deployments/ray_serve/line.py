@@ -62,7 +62,7 @@ class _Sender(ServedLine):
             self._outbox = self._open.enter_context(self._outboxes.open(message, idle_s=None))
             self._outbox.when_ready(self._soon)
             # Says that this end takes requests.
-            self._transport.write(framed([]))
+            self._transport.writelines(framed([]))
         elif isinstance(message, str):
             self._give_up(message)
         else:
@@ -113,7 +113,7 @@ class _Sender(ServedLine):
             return
         try:
             for message in self._outbox.take():
-                self._transport.write(framed(message))
+                self._transport.writelines(framed(message))
         except Exception:
             # What was taken is lost: the answers must end, as with any line that breaks.
             logger.exception("updates can't be sent")
@@ -154,7 +154,7 @@ class _Reader(asyncio.Protocol):
         """
         if self.ended.done():
             raise abandoned()
-        self._transport.write(framed(message))
+        self._transport.writelines(framed(message))
 
     def close(self) -> None:
         """End the line."""
