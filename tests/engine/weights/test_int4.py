@@ -64,6 +64,15 @@ def test_logits_are_those_of_the_dequantised_weights(tmp_path, scheme, kind):
     torch.testing.assert_close(logits(decoder), reference(path, exact), rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("kind", ["cohere2", "exaone4"])
+def test_so_are_those_of_layers_whose_norms_stand_elsewhere(tmp_path, kind):
+    path = make_text(tmp_path / "model", kind)
+    exact = quantise(path, Scheme("gptq", shuffled=True))
+    decoder = load(path)
+    assert decoder.layers[1].self_attn.qkv_proj.weight.dtype == torch.int16
+    torch.testing.assert_close(logits(decoder), reference(path, exact), rtol=2e-4, atol=2e-4)
+
+
 def test_numbers_are_those_of_compressed_tensors():
     """Its own function packs the same words."""
     pytest.importorskip("compressed_tensors")
