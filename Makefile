@@ -20,6 +20,7 @@ serve: install
 	@$(BIN)/python -m deployments.preflight $(CONFIG) $(ARGS)
 	RAY_USAGE_STATS_ENABLED=0 RAY_SERVE_HAPROXY_BINARY_PATH="$(abspath $(BIN))/sightline-haproxy" \
 	  RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="$${RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S:-1}" \
+	  RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS="$${RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS:-1}" \
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/serve run $(ARGS) $(CONFIG)
 
 # Workers share the tests. Tests that start processes run one after another in one worker, and mostly wait: of three
