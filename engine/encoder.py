@@ -22,7 +22,7 @@ from engine.errors import InvalidRequest, SightlineError, Unavailable
 from engine.families.base import MediaEncoder
 from engine.families.load import load_vision_encoder
 from engine.families.registry import resolve
-from engine.goal_queue import GoalQueue, deadline_of
+from engine.goal_queue import GoalQueue, Place, deadline_of
 from engine.graphs import make_capture
 from engine.lru import LruCache
 from engine.metrics import COUNT_BUCKETS, Histogram
@@ -65,12 +65,17 @@ class EncoderCounters:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One item being encoded for everybody who asked for it meanwhile."""
+    """One item being encoded for everybody who asked for it meanwhile.
+
+    Attributes:
+        place: where it waits.
+    """
 
     media: PreparedMedia
     cost: int
     result: Future[EmbeddedMedia] = field(default_factory=Future)
     waiters: int = 1
+    place: Place[_Job] | None = None
 
 
 class EncoderEngine(Mortal):
@@ -219,7 +224,7 @@ class EncoderEngine(Mortal):
             if job is None:
                 job = self._jobs[key] = _Job(media, cost)
                 deadline = deadline_of(self._goal_s, _WAITING_SHARE, asked)
-                self._queue.push(job, arrival=time.monotonic(), deadline=deadline)
+                job.place = self._queue.push(job, arrival=time.monotonic(), deadline=deadline)
                 self._pending_rows += media.item.num_tokens
                 job.result.add_done_callback(lambda future: self._settle(key, future))
                 self._start()
@@ -233,6 +238,10 @@ class EncoderEngine(Mortal):
         finally:
             with self._changed:
                 job.waiters -= 1
+                assert job.place is not None
+                if not job.waiters and self._queue.remove(job.place):
+                    # Its pixels must not stay until its turn comes.
+                    job.result.cancel()
             # It keeps its error, and an error keeps the frames that it has come through.
             del job
 
@@ -353,7 +362,7 @@ class EncoderEngine(Mortal):
                 self._changed.wait_for(lambda: self._closed, timeout=min(seconds, threading.TIMEOUT_MAX))
 
     def _take(self) -> list[_Job]:
-        """Waiting jobs in their order, up to the cost of one launch; those that nobody waits for are dropped.
+        """Waiting jobs in their order, up to the cost of one launch.
 
         An engine gets few items one by one: it computes their prompts in as many steps, which are shorter. Of
         a crowd it gets several between two steps, else the crowd would grow.
@@ -366,11 +375,8 @@ class EncoderEngine(Mortal):
         limit = self._max_batch_cost if self._turns is None else _TOGETHER
         while len(jobs) < most and (job := self._queue.first()) and _fits(cost, job.cost, limit):
             self._queue.pop()
-            if job.waiters:
-                cost += job.cost
-                jobs.append(job)
-            else:
-                job.result.cancel()
+            cost += job.cost
+            jobs.append(job)
         return jobs
 
     def _launches(self, jobs: Sequence[_Job]) -> Iterator[list[PreparedMedia]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.goal_queue import GoalQueue
+from engine.goal_queue import GoalQueue, Place
 from engine.request import Request
 
 
@@ -14,12 +14,12 @@ class WaitingQueue:
     """
 
     def __init__(self) -> None:
-        self._queue: GoalQueue[Request] = GoalQueue(lambda request: request.finished)
-        self._count = 0
+        self._queue: GoalQueue[Request] = GoalQueue()
+        self._places: dict[Request, Place[Request]] = {}
         self.tokens = 0
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._queue)
 
     @property
     def num_late(self) -> int:
@@ -29,8 +29,9 @@ class WaitingQueue:
     def push(self, request: Request) -> None:
         # An answer that has begun is never late: it goes on as soon as it can.
         deadline = None if request.has_begun else request.deadline
-        self._queue.push(request, priority=request.priority, arrival=request.arrival, deadline=deadline)
-        self._count += 1
+        self._places[request] = self._queue.push(
+            request, priority=request.priority, arrival=request.arrival, deadline=deadline
+        )
         self.tokens += len(request.token_ids)
 
     def first(self) -> Request | None:
@@ -40,20 +41,15 @@ class WaitingQueue:
     def pop(self) -> Request:
         """Take out the request that :meth:`first` returned."""
         request = self._queue.pop()
-        self._leave(request)
+        del self._places[request]
+        self.tokens -= len(request.token_ids)
         return request
 
     def forget(self, request: Request) -> None:
-        """Remove a finished request from the counts; its entry is removed when it comes first."""
-        assert request.finished
-        self._leave(request)
-        if not self._count:
-            self._queue.clear()
-
-    def _leave(self, request: Request) -> None:
-        self._count -= 1
+        """Take out a request for which nobody waits any more."""
+        self._queue.remove(self._places.pop(request))
         self.tokens -= len(request.token_ids)
 
     def requests(self) -> list[Request]:
         """Return all waiting requests."""
-        return [request for request in self._queue if not request.finished]
+        return list(self._queue)

@@ -263,6 +263,9 @@ async def test_cancelled_callers(gated):
     for task in (lonely, leaving):
         task.cancel()
     await asyncio.gather(lonely, leaving, return_exceptions=True)
+    # Nothing is kept of the one that nobody waits for any more.
+    found = engine.metrics()
+    assert (found["waiting"], found["pending_rows"]) == (1, 8)
     encoder.release()
     assert len((await staying).rows) == 4
     await first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 
 import pytest
@@ -136,21 +137,41 @@ def test_real_clocks_are_those_of_the_callers():
     assert found is not None and abs(found - time.monotonic() - 6.0) < 2.0
 
 
-def test_entries_that_are_gone_are_dropped_and_are_not_late(clock):
-    gone = {"b", "c", "e"}
-    queue: GoalQueue[str] = GoalQueue(lambda entry: entry in gone)
-    for number, name in enumerate("abcdef"):
-        queue.push(name, arrival=0.0, deadline=1001.0 + number)
+def test_removed_entries_are_dropped_and_are_not_late(clock):
+    queue: GoalQueue[str] = GoalQueue()
+    places = {
+        name: queue.push(name, arrival=0.0, deadline=1001.0 + number) for number, name in enumerate("abcdef")
+    }
+    assert all(queue.remove(places[name]) for name in "bce") and not queue.remove(places["b"])
+    assert list(queue) == ["a", "d", "f"] and len(queue) == 3
     clock.now = 1003.5
     assert queue.first() == "d"
-    gone.add("a")
+    assert queue.remove(places["a"])
     assert drained(queue) == ["d", "f"] and queue.num_late == 1
+    assert not queue.remove(places["d"]), "it was taken"
+
+
+def test_nothing_is_kept_of_entries_that_were_removed(clock):
+    """Late ones would come first only when no others do, which under overload is never."""
+    queue: GoalQueue[object] = GoalQueue()
+    queue.push(object(), arrival=0.0, deadline=900.0)
+    punctual = object()
+    queue.push(punctual, arrival=0.0, deadline=2000.0)
+    for _ in range(2000):
+        entry = object()
+        place = queue.push(entry, arrival=0.0, deadline=999.0)
+        references = sys.getrefcount(entry)
+        assert queue.first() is punctual
+        assert queue.remove(place) and sys.getrefcount(entry) == references - 1
+        assert len(queue._punctual) + len(queue._late) < 100
+    assert len(queue) == 2 and queue.num_late == 2001
 
 
 def test_clear_drops_all(clock):
     queue: GoalQueue[str] = GoalQueue()
     queue.push("late", arrival=0.0, deadline=999.0)
-    queue.push("punctual", arrival=0.0, deadline=2000.0)
+    place = queue.push("punctual", arrival=0.0, deadline=2000.0)
     queue.first()
     queue.clear()
     assert queue.first() is None and not list(queue)
+    assert not queue.remove(place) and len(queue) == 0
