@@ -19,6 +19,7 @@ from deployments.tools import (
 )
 from engine.errors import InvalidRequest, SightlineError
 from engine.outputs import OutputDelta, StreamUpdate, Usage
+from engine.parsers.events import CallArguments, Reasoning
 from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS
 from engine.parsers.grammar import SpecialTokens
 from engine.sampling_params import StructuredSpec
@@ -224,6 +225,32 @@ def test_the_format_comes_from_the_template_or_the_configuration():
     named = answer_format(template, SPECIAL, "pythonic", "none")
     assert named.tools is TOOL_FORMATS["pythonic"] and named.reasoning is None
     assert answer_format(["{{ messages }}"], SPECIAL, "auto", "auto") == AnswerFormat(SPECIAL)
+
+
+def test_a_prompt_that_closes_its_own_thought_leaves_none_open():
+    """Gemma 4's larger models are given an empty thought where they shouldn't think."""
+    tags = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>')
+    special = SpecialTokens({tag: 7 + place for place, tag in enumerate(tags)}, frozenset([1]))
+    template = ["'<|channel>thought\\n<channel|>'", "'<|tool_call>call:' + function['name']"]
+    gemma = answer_format(template, special, "auto", "auto")
+    assert gemma.tools is TOOL_FORMATS["gemma4"] and gemma.reasoning is REASONING_TAGS["gemma4"]
+    use = read_tools(TOOLS, "required", None)
+    call = '<|tool_call>call:report{color:<|"|>red<|"|>}<tool_call|>'
+    model = "<|turn>model\n"
+    for prompt, answer, thought in (
+        (f"{model}<|channel>thought\n<channel|>", call, ""),
+        (model, f"<|channel>thought\nhm\n<channel|>{call}", "hm"),
+        (f"{model}<|channel>thought\n", f"hm\n<channel|>{call}", "hm"),
+    ):
+        assert gemma.begins_inside(prompt) == (answer[0] == "h")
+        parser = gemma.parser(use, prompt)
+        assert parser is not None
+        events = [*parser.feed(answer), *parser.finish()]
+        assert "".join(each.text for each in events if isinstance(each, Reasoning)) == thought
+        arguments = "".join(each.text for each in events if isinstance(each, CallArguments))
+        assert json.loads(arguments) == {"color": "red"}
+        spec = gemma.constraint(use, None, prompt)
+        assert spec is not None and ("<[7]>" in spec.text) != gemma.begins_inside(prompt)
 
 
 def test_a_family_names_the_tags_that_its_template_lacks():

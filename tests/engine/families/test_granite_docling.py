@@ -40,6 +40,9 @@ def test_tiles_and_rows_are_those_of_transformers(path, fine):
         made, prepared = reference.images([[image]], return_tensors="pt"), ours.prepare(image)
         _, rows, columns = prepared.item.grid
         assert ([[rows]], [[columns]]) == (made["rows"], made["cols"]), size
+        tiles = vision.pixels.last(torch.from_numpy(prepared.pixels).flatten(1, 2))
+        tiles = tiles.view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2)
+        assert torch.equal(tiles, torch.as_tensor(made["pixel_values"])[0]), size
         with torch.inference_mode():
             found = reference.model.model.get_image_features(
                 made["pixel_values"], made["pixel_attention_mask"], made.get("tile_fine_mask")

@@ -87,6 +87,12 @@ FUNCTIONS = {
         ],
         "$defs": {"B": {"properties": {"b": DIGIT}, "required": ["b"]}},
     },
+    "reference beside others": {
+        "$ref": "#/$defs/A",
+        "properties": {"b": {"type": "boolean"}},
+        "required": ["b"],
+        "$defs": {"A": {"properties": {"a": DIGIT}, "required": ["a"]}},
+    },
     "any value": {"properties": {"a": True}, "required": ["a"], "additionalProperties": False},
     "required beside": {"properties": {"a": DIGIT}, "required": ["b", "a"], "additionalProperties": DIGIT},
     "no names": {"additionalProperties": DIGIT},
