@@ -6,6 +6,7 @@ import dataclasses
 import random
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -286,7 +287,8 @@ class RequestFactory:
         """The ranges of :attr:`Request.both_ways`; those of one token change nothing and are left out.
 
         Raises:
-            InvalidRequest: a whole prompt should attend both ways, and is longer than a sliding window.
+            InvalidRequest: a whole prompt should attend both ways, and is longer than a sliding window; or
+                all items should, and have text between them.
         """
         kind, length = self._model.decoder.both_ways, len(inputs.token_ids)
         if kind == "prompt":
@@ -298,8 +300,24 @@ class RequestFactory:
                     param="prompt",
                 )
             return [(0, length)]
+        if kind == "items":
+            return self._joined_spans(inputs)
         runs = [run for span in inputs.spans for run in span.runs()] if kind == "images" else []
         return [(start, end) for start, end in runs if end - start > 1]
+
+    @staticmethod
+    def _joined_spans(inputs: EngineInput) -> list[tuple[int, int]]:
+        """The one range of all media of a prompt, as a list of one; empty if there are none."""
+        spans = inputs.spans
+        if not spans:
+            return []
+        if any(one.offset + one.length != other.offset for one, other in pairwise(spans)):
+            raise InvalidRequest(
+                "All images of a prompt see each other in this model, but not the text between them, which "
+                "is not supported: put the images next to each other, or send one.",
+                param="prompt",
+            )
+        return [(spans[0].offset, spans[-1].offset + spans[-1].length)]
 
     def _place(self, request: Request) -> None:
         """Set the rotary positions of ``request``, and end its answer where the positions end.

@@ -110,6 +110,22 @@ HUNYUAN_RULES: tuple[tuple[str, str], ...] = (
 )
 """Rules of a decoder by Hunyuan's names."""
 
+_MOLMO2_BLOCK = r"model\.transformer\.blocks\.(\d+)\."
+MOLMO2_RULES: tuple[tuple[str, str], ...] = (
+    (r"model\.transformer\.wte\.embedding", "embed_tokens.weight"),
+    (r"model\.transformer\.wte\.new_embedding", "embed_tokens.further"),
+    (r"model\.transformer\.ln_f\.(.*)", r"norm.\1"),
+    (_MOLMO2_BLOCK + r"attn_norm\.(.*)", r"layers.\1.input_layernorm.\2"),
+    (_MOLMO2_BLOCK + r"ff_norm\.(.*)", r"layers.\1.post_attention_layernorm.\2"),
+    (_MOLMO2_BLOCK + r"self_attn\.att_proj\.(.*)", r"layers.\1.self_attn.qkv_proj.\2"),
+    (_MOLMO2_BLOCK + r"self_attn\.attn_out\.(.*)", r"layers.\1.self_attn.o_proj.\2"),
+    (_MOLMO2_BLOCK + r"self_attn\.([qk]_norm\..*)", r"layers.\1.self_attn.\2"),
+    (_MOLMO2_BLOCK + r"mlp\.ff_proj\.(.*)", r"layers.\1.mlp.up_gate_proj.\2"),
+    (_MOLMO2_BLOCK + r"mlp\.ff_out\.(.*)", r"layers.\1.mlp.down_proj.\2"),
+    *DECODER_RULES,
+)
+"""Rules of a decoder by Molmo 2's names."""
+
 _WITH_HEAD = "model."
 ROTARY_BUFFERS = r".*rotary_emb\.inv_freq"
 TIED_HEAD = r".*lm_head\.weight"

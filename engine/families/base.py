@@ -71,6 +71,7 @@ class PromptFormat:
         separator: joins the parts of a message for chat templates that take strings.
         split_at_media: whether the texts before, between and after placeholder strings are tokenised piece by
             piece, each with the tokenizer's special tokens (Phi-3.5-vision), instead of as one text.
+        start: text that a prompt begins with; it is put before one that doesn't.
         adds_special: whether the tokenizer adds its special tokens to texts; else prompts spell them out.
         default_template: Jinja chat template for checkpoints that bring none; None if there is none.
         template: Jinja chat template that is used in place of the checkpoint's own; None to use that.
@@ -83,6 +84,7 @@ class PromptFormat:
     video_prefix: str = ""
     separator: str = ""
     split_at_media: bool = False
+    start: str = ""
     adds_special: bool = True
     default_template: str | None = None
     template: str | None = None

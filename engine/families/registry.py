@@ -36,6 +36,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "minicpm_v4_6": ("MiniCPMV4_6ForConditionalGeneration",),
     "minicpm_v4_7": ("MiniCPMV4_7ForConditionalGeneration",),
     "mistral3": ("Mistral3ForConditionalGeneration",),
+    "molmo2": ("Molmo2ForConditionalGeneration",),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
     "ovis2": ("Ovis2ForConditionalGeneration",),
     "paligemma": ("PaliGemmaForConditionalGeneration",),

@@ -286,6 +286,8 @@ class PromptBuilder:
         """Tokenise a rendered prompt and expand its placeholder strings."""
         built = PromptAssembly(items, self._expand)
         add_special = add_special and self._format.adds_special
+        if not text.startswith(self._format.start):
+            text = self._format.start + text
         if self._format.video is not None and self._format.video_prefix:
             text = text.replace(self._format.video, self._format.video_prefix + self._format.video)
         if items:

@@ -141,7 +141,12 @@ class Decoder(nn.Module):
         ]
         # As Transformers rounds it.
         self._multiplier = float(torch.tensor(config.embedding_multiplier, dtype=build.dtype))
-        self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, build)
+        self.embed_tokens = VocabEmbedding(
+            config.vocab_size, config.hidden_size, build, apart=config.further_embeddings
+        )
+        self.row_token: torch.Tensor
+        token = torch.tensor([config.row_token or 0], device=build.device)
+        self.register_buffer("row_token", token, persistent=False)
         inputs = config.layer_inputs
         self.layer_inputs = None if inputs is None else LayerInputs(config, inputs, build.at("layer_inputs"))
         make = ParallelLayer if config.parallel else PostNormLayer if config.post_norm else DecoderLayer
@@ -155,7 +160,9 @@ class Decoder(nn.Module):
             else RMSNorm(width, eps, build, offset=config.norm_offset)
         )
         tied = self.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = LMHead(config.vocab_size, config.hidden_size, build, tied=tied)
+        self.lm_head = LMHead(
+            config.vocab_size, config.hidden_size, build, tied=tied, unpredicted=config.unpredicted
+        )
         projected = config.projected_width
         self.projection = None if projected is None else Linear(width, projected, build)
 
@@ -189,6 +196,8 @@ class Decoder(nn.Module):
 
     def scaled_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Map embedding rows ``(R, hidden_size)`` of media to what stands among the tokens' embeddings."""
+        if self.config.row_token is not None:
+            rows = rows + self.embed_tokens(self.row_token)
         whole = self._multiplier == 1 or not self.config.multiplies_rows
         return rows if whole else rows * self._multiplier
 

@@ -210,9 +210,14 @@ class DecoderConfig:
             before all of them that is in ``local_layers``, or is not, as itself.
         borrowing_size: intermediate size of their MLPs; None if it is that of all.
         both_ways: the tokens that attend to each other in both directions: those of each unbroken run of
-            embedding rows (``images``), or all of a prompt (``prompt``); None: every token attends to earlier
-            ones only.
+            embedding rows (``images``), those that stand for media, tokens among rows included, which may
+            have no text between them (``items``), or all of a prompt (``prompt``); None: every token attends
+            to earlier ones only.
         local_both_ways: they do so in ``local_layers`` alone.
+        further_embeddings: trailing rows of the table of embeddings that the checkpoint holds in a tensor of
+            their own.
+        unpredicted: trailing tokens of the vocabulary that have embeddings, but no logits.
+        row_token: the token whose embedding is added to each embedding row of media; None if none is.
         media_tokens: tokens in whose places embedding rows of media stand; where none does, and in the table
             of ``layer_inputs``, they are looked up as ``blank_token``.
         layer_inputs: what each layer adds of a token beside attention and MLP; None if there is nothing.
@@ -262,8 +267,11 @@ class DecoderConfig:
     value_norm: bool = False
     num_borrowing: int = 0
     borrowing_size: int | None = None
-    both_ways: Literal["images", "prompt"] | None = None
+    both_ways: Literal["images", "items", "prompt"] | None = None
     local_both_ways: bool = False
+    further_embeddings: int = 0
+    unpredicted: int = 0
+    row_token: int | None = None
     media_tokens: tuple[int, ...] = ()
     blank_token: int = 0
     layer_inputs: LayerInputsConfig | None = None

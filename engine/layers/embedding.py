@@ -12,26 +12,43 @@ from engine.kernels.dispatch import linear
 from engine.kernels.shard_rows import shard_rows
 from engine.layers.build import BuildContext, WeightSlot
 
+#: So low that a token's probability is 0 in float32; finite, as JSON has no other numbers.
+NEVER = -3e4
+
 
 class VocabTable(nn.Module):
-    """This rank's rows of a ``(vocab_size, width)`` table, from ``rank * rows`` on; zero beyond its end."""
+    """This rank's rows of a ``(vocab_size, width)`` table, from ``rank * rows`` on; zero beyond its end.
 
-    def __init__(self, vocab_size: int, width: int, build: BuildContext) -> None:
+    Args:
+        apart: trailing rows that the checkpoint may hold in a tensor of their own, ``further``, or that it
+            lacks.
+    """
+
+    def __init__(self, vocab_size: int, width: int, build: BuildContext, *, apart: int = 0) -> None:
         super().__init__()
         self.tp = build.tp
-        self.vocab_size = vocab_size
+        self.vocab_size, self.apart = vocab_size, apart
         self.rows = -(-vocab_size // build.tp.size)
         self.start = min(build.tp.rank * self.rows, vocab_size)
         self.count = min(self.rows, vocab_size - self.start)
         self.weight = build.parameter(self.rows, width)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
-        width = self.weight.shape[1]
-        if self.count < self.rows:
-            self.weight.data[self.count :].zero_()
-        region = (slice(self.start, self.start + self.count), slice(0, width))
-        target = self.weight.data[: self.count]
-        return [WeightSlot(prefix + "weight", (self.vocab_size, width), [(region, target)])]
+        whole = self.vocab_size - self.apart
+        self.weight.data[max(0, min(self.count, whole - self.start)) :].zero_()
+        slots = [self._slot(prefix + "weight", 0, whole)]
+        if prefix + "further" in names:
+            slots.append(self._slot(prefix + "further", whole, self.apart))
+        return slots
+
+    def _slot(self, source: str, first: int, count: int) -> WeightSlot:
+        """The slot of a tensor with ``count`` rows of the table, from ``first`` on."""
+        begin, end = max(self.start, first), min(self.start + self.count, first + count)
+        begin, columns = min(begin, first + count), slice(0, self.weight.shape[1])
+        end = max(begin, end)
+        own = self.weight.data[begin - self.start : end - self.start] if end > begin else self.weight.data[:0]
+        region = (slice(begin - first, end - first), columns)
+        return WeightSlot(source, (count, self.weight.shape[1]), [(region, own)])
 
 
 class VocabEmbedding(VocabTable):
@@ -48,12 +65,19 @@ class LMHead(VocabTable):
 
     Args:
         tied: the embedding whose table is used; None for a table of its own.
+        unpredicted: trailing tokens that no answer has: their logits are :data:`NEVER`.
     """
 
     def __init__(
-        self, vocab_size: int, width: int, build: BuildContext, *, tied: VocabEmbedding | None = None
+        self,
+        vocab_size: int,
+        width: int,
+        build: BuildContext,
+        *,
+        tied: VocabEmbedding | None = None,
+        unpredicted: int = 0,
     ) -> None:
-        super().__init__(0 if tied else vocab_size, width, build)
+        super().__init__(0 if tied else vocab_size, width, build, apart=unpredicted)
         self.vocab_size = vocab_size
         self.tied = tied is not None
         if tied is not None:
@@ -62,9 +86,11 @@ class LMHead(VocabTable):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = linear(hidden, self.weight)
-        if self.tp.size == 1:
-            return logits
-        return self.tp.all_gather(logits)[..., : self.vocab_size]
+        if self.tp.size > 1:
+            logits = self.tp.all_gather(logits)[..., : self.vocab_size]
+        if self.apart:
+            logits[..., self.vocab_size - self.apart :] = NEVER
+        return logits
 
     def gap(self, hidden: torch.Tensor, first: int, second: int) -> torch.Tensor:
         """The logit of the token ``first`` minus that of ``second``, float32 ``(N, 1)`` on every rank.

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.errors import ConfigError
 from engine.kernels.dispatch import (
     activated_linear,
     activated_rounded,
@@ -135,6 +136,7 @@ class FusedColumnLinear(_Projection):
         parts: the projections. A checkpoint holds each as a tensor, or all concatenated in this order.
         fused_name: the layer's own name, which is that of the concatenated tensor. The tensors of single
             parts are its siblings.
+        backwards_name: the sibling that is the concatenation in the reverse order; None if there is none.
     """
 
     def __init__(
@@ -144,10 +146,12 @@ class FusedColumnLinear(_Projection):
         build: BuildContext,
         *,
         fused_name: str,
+        backwards_name: str | None = None,
         bias: bool,
     ) -> None:
         super().__init__()
         self.parts = tuple(parts)
+        self.backwards_name = backwards_name
         self.fused_name = fused_name
         self.in_features = in_features
         rows = sum(part.rows for part in parts)
@@ -233,6 +237,10 @@ class FusedColumnLinear(_Projection):
         else:
             assert not isinstance(self.format, PackedFormat) and not isinstance(self.scale, Int4Scale)
             target = matrix_target(self.weight, self.scale, self.format, self.dtype)
+            if self.backwards_name is not None and f"{parent}{self.backwards_name}.weight" in names:
+                if self.bias is not None or (self.format is not None and self.format.scale is not None):
+                    raise ConfigError(f"{parent}{self.backwards_name} is not supported with scales or a bias")
+                return [self._backwards_slot(parent + self.backwards_name, target)]
             slots = self._slots(parent, "weight", target, (self.in_features,), fused)
             if self.format is not None and self.scale is not None and self.format.scale is not None:
                 slots += self._scale_slots(parent, self.format, self.scale.values, fused)
@@ -245,6 +253,18 @@ class FusedColumnLinear(_Projection):
         if self.packed is not None:
             self.weight, scale = self.packed.finish()
             self.scale = scale.paired()
+
+    def _backwards_slot(self, name: str, target: Target) -> WeightSlot:
+        """The slot of a matrix ``name`` of all parts, the last one first."""
+        slot = WeightSlot(f"{name}.weight", (sum(part.total for part in self.parts), self.in_features))
+        row, end = 0, slot.shape[0]
+        for part in self.parts:
+            begin = end - part.total + part.start
+            region = slice(begin, begin + part.size), slice(0, self.in_features)
+            slot.copies.append((region, target[row : row + part.size]))
+            row += part.rows
+            end -= part.total
+        return slot
 
     def _packed_slots(self, parent: str, matrix: PackedMatrix, fused: bool) -> list[WeightSlot]:
         if not fused:
@@ -310,7 +330,9 @@ def gate_up_linear(
     size = build.share(intermediate, "intermediate size")
     start = build.tp.rank * size
     parts = [FusedPart(name, intermediate, start, size, padding) for name in ("gate_proj", "up_proj")]
-    return FusedColumnLinear(hidden, parts, build, fused_name="gate_up_proj", bias=bias)
+    return FusedColumnLinear(
+        hidden, parts, build, fused_name="gate_up_proj", backwards_name="up_gate_proj", bias=bias
+    )
 
 
 def join_weights(layers: Sequence[FusedColumnLinear]) -> torch.Tensor | None:

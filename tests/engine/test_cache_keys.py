@@ -92,6 +92,7 @@ FAMILIES = {
     "GLM-4.1V": [{}, {"fps": 1.0}],
     "Ovis2": [{}, {"max_patches": 2}],
     "LFM2-VL": [{}, {"max_image_tokens": 16}],
+    "Molmo 2": [{}, {"max_crops": 1}],
     "Gemma 3": [{}, {"do_pan_and_scan": True}],
 }
 

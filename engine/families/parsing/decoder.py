@@ -18,7 +18,7 @@ from engine.layers.decoder_config import DecoderConfig
 _EXTRA = ("rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
 _BIASED_QKV = ("glm4v_text", "qwen2", "qwen2_vl")
 #: Kinds whose ``attention_bias`` is that of queries, keys and values alone.
-_UNBIASED_OUTPUT = ("glm", "glm4", "glm4_moe", "glm4v_moe_text")
+_UNBIASED_OUTPUT = ("glm", "glm4", "glm4_moe", "glm4v_moe_text", "molmo2_text")
 _NORMED_QK = (
     "exaone4",
     "gemma3_text",
@@ -26,6 +26,7 @@ _NORMED_QK = (
     "hunyuan_v1_dense",
     "hunyuan_vl_text",
     "lfm2",
+    "molmo2_text",
     "qwen3",
     "qwen3_5_moe_text",
     "qwen3_5_text",
@@ -74,7 +75,7 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
     all_biases = bool(config.get("use_bias"))
     attention_bias = all_biases or ("attention_bias" in config and flag(config, "attention_bias"))
     return DecoderConfig(
-        vocab_size=integer(config, "vocab_size"),
+        vocab_size=integer(config, "vocab_size") + config.get("additional_vocab_size", 0),
         hidden_size=integer(config, "hidden_size"),
         intermediate_size=integer(config, "intermediate_size"),
         num_layers=layers,

@@ -99,6 +99,7 @@ SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "hunyuan_v1_dense": lambda config: {"qk_norm_last": True},
     "hunyuan_vl_text": lambda config: {"qk_norm_last": True},
     "lfm2": lfm2_switches,
+    "molmo2_text": lambda config: {"unpredicted": integer(config, "additional_vocab_size", least=0)},
     "qwen3_5_moe_text": _qwen3_5,
     "qwen3_5_text": _qwen3_5,
     "granitemoe": _granite,

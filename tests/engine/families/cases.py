@@ -43,6 +43,9 @@ from tests.engine.families.llava_variants import LlavaVariantReference, make_lla
 from tests.engine.families.minicpm_v4_6 import IMAGE as MINICPM_IMAGE
 from tests.engine.families.minicpm_v4_6 import VIDEO as MINICPM_VIDEO
 from tests.engine.families.minicpm_v4_6 import MiniCPMV46Reference, make_minicpm_v4_6
+from tests.engine.families.molmo2 import FRAME as MOLMO_FRAME
+from tests.engine.families.molmo2 import IMAGE as MOLMO_IMAGE
+from tests.engine.families.molmo2 import Molmo2Reference, make_molmo2
 from tests.engine.families.onevision import OnevisionReference, make_onevision
 from tests.engine.families.ovis2 import Ovis2Reference, make_ovis2
 from tests.engine.families.paddleocr_vl import IMAGE as PADDLEOCR_IMAGE
@@ -406,6 +409,18 @@ CASES = [
         HunyuanReference,
         frame=HUNYUAN_FRAME,
         placeholder=lambda index, count: HUNYUAN_IMAGE,
+    ),
+    FamilyCase(
+        "Molmo 2",
+        make_molmo2,
+        Molmo2Reference,
+        frame=MOLMO_FRAME,
+        placeholder=lambda index, count: MOLMO_IMAGE,
+        # In crops beside each other, and below each other; next to each other only.
+        single=((210, 84), (70, 175)),
+        several=(((140, 105), (32, 42)),),
+        # All images of a prompt see each other: one step computes them.
+        few_tokens=70,
     ),
     FamilyCase("Idefics3", make_idefics3, partial(IdeficsReference, kind="Idefics3"), **_IDEFICS),
     FamilyCase(

@@ -18,6 +18,7 @@ from tests.engine.families import minicpm_v_reference as minicpm_v
 from tests.engine.families.hunyuan_vl import make_hunyuan_vl
 from tests.engine.families.idefics import make_idefics3
 from tests.engine.families.llava_variants import make_llava_variant
+from tests.engine.families.molmo2 import make_molmo2
 from tests.engine.families.onevision import make_onevision
 from tests.engine.families.opened import media_processor
 from tests.engine.families.phi3_v_reference import make_phi3_v
@@ -36,8 +37,10 @@ MAKE: dict[str, Callable[[Path], object]] = {
     "Qwen2.5-VL": make_qwen2_5_vl,
     "Qwen3-VL": make_qwen3_vl,
     "MiniCPM-V": minicpm_v.make,
+    "Molmo 2": partial(make_molmo2, hub=True),
 }
 CONFIG, IMAGES, VIDEOS = "config.json", "preprocessor_config.json", "video_preprocessor_config.json"
+PROCESSOR = "processor_config.json"
 
 #: Fields with a dot are those of a nested object; null removes a field.
 REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
@@ -141,6 +144,28 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
         (IMAGES, {"slice_mode": False}, "slice_mode"),
         (IMAGES, {"patch_size": 14}, "patch_size"),
         (IMAGES, {"image_feature_size": 64}, "image_feature_size"),
+    ],
+    "Molmo 2": [
+        (CONFIG, {"text_config.qk_norm_type": "olmo"}, "qk_norm_type 'olmo'"),
+        (CONFIG, {"text_config.norm_after": True}, "norm_after True"),
+        (CONFIG, {"tie_word_embeddings": True}, "tie_word_embeddings True"),
+        (
+            CONFIG,
+            {
+                "text_config.rope_scaling": {"rope_type": "linear", "factor": 2.0},
+                "text_config.rope_scaling_layers": [0],
+            },
+            r"rope_scaling_layers \[0\]",
+        ),
+        (CONFIG, {"vit_config.num_key_value_heads": 1}, "KV heads"),
+        (CONFIG, {"adapter_config.head_dim": 9}, "adapter_config should have"),
+        (CONFIG, {"adapter_config.vit_layers": [9, 1]}, "vision_feature_layer"),
+        (CONFIG, {"vit_config.image_default_input_size": [70, 84]}, "two equal sides"),
+        (CONFIG, {"vit_config.image_num_pos": 26}, "num_position_embeddings should be 25"),
+        (PROCESSOR, {"image_processor.size": {"height": 84, "width": 84}}, "tower's 70 and 14"),
+        (PROCESSOR, {"image_processor.resample": 3}, "bilinear"),
+        (PROCESSOR, {"image_processor.overlap_margins": [3, 2]}, "leave nothing"),
+        (PROCESSOR, {"image_processor.pooling_size": 2}, "pooling_size should be two numbers"),
     ],
 }
 ROWS = [pytest.param(name, *row, id=f"{name}-{row[1]}") for name, rows in REFUSED.items() for row in rows]

@@ -22,6 +22,7 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = [
     ("Idefics3", {"do_image_splitting": False}, {"do_image_splitting": False}, [{"do_image_splitting": 1}]),
     ("LLaVA-OneVision", {}, {}, [{"max_pixels": 1024}]),
     ("Command A Vision", {"max_patches": 2}, {"max_patches": 2}, [{"max_patches": 7}]),
+    ("Molmo 2", {"max_crops": 2}, {"max_crops": 2}, [{"max_crops": 5}, {"max_crops": 0}]),
     ("Ovis2", {"max_patches": 2}, {"max_patches": 2}, [{"max_patches": 7}, {"crop_to_patches": 1}]),
 ]
 LARGE = (300, 180)

@@ -44,6 +44,7 @@ _DEFAULT_KV = {
     "exaone4": 32,
     "seed_oss": 8,
     "smollm3": 4,
+    "molmo2": 8,
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_vl"), None),
 }
 #: Numbers of a head where a config.json does not say, by the kinds that don't derive them.
@@ -59,6 +60,7 @@ _DEFAULT_HEAD_DIM = {
     "paddleocr_vl": 128,
     "ernie4_5": 128,
     "seed_oss": 128,
+    "molmo2": 128,
 }
 _HAS_HEAD_DIM = (
     *("hunyuan_v1_dense", "hunyuan_vl"),
@@ -70,11 +72,12 @@ _HAS_HEAD_DIM = (
 _COUNTED_KV = (
     *("mistral", "mixtral", "qwen3_moe", "qwen2_moe", "gemma"),
     *("glm4", "glm4_moe", "glm4v_moe"),
-    *("exaone4", "ministral3", "glm_ocr", "lfm2", *DELTA_NETS, "qwen3_vl_moe"),
+    *("exaone4", "ministral3", "glm_ocr", "lfm2", "molmo2", *DELTA_NETS, "qwen3_vl_moe"),
 )
 _BIASED = (
     *("llama", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", *DELTA_NETS),
     *("cohere", "cohere2", "gemma", "granite", "granitemoe", "glm4_moe", "hunyuan_v1_dense", "hunyuan_vl"),
+    "molmo2",
 )
 #: Scalings whose functions in Transformers take no null for the size of a head.
 _SIZED = ("dynamic", "yarn", "longrope")

@@ -16,6 +16,7 @@ from tests.engine.families.drawn.lfm2_vl import Lfm2VlFamily
 from tests.engine.families.drawn.llava import LlavaFamily, OnevisionFamily
 from tests.engine.families.drawn.llava_next import LlavaNextFamily
 from tests.engine.families.drawn.minicpm_v4_6 import MiniCPMV46Family
+from tests.engine.families.drawn.molmo2 import MolmoFamily
 from tests.engine.families.drawn.ovis2 import Ovis2Family
 from tests.engine.families.drawn.paddleocr_vl import PaddleOCRFamily
 from tests.engine.families.drawn.paligemma import PaliGemmaFamily
@@ -44,6 +45,7 @@ _ALL: tuple[Family, ...] = (
     *(GlmFamily(kind) for kind in ("Glm4v", "Glm46V", "Glm4vMoe", "GlmOcr")),
     PaddleOCRFamily(),
     HunyuanFamily(),
+    MolmoFamily(),
     *(PaliGemmaFamily(kind) for kind in ("gemma", "gemma2")),
     ColQwen2Family(),
     ColPaliFamily(),

@@ -1,0 +1,180 @@
+"""Molmo 2: features of two tower layers, windows of patches pooled by attention, images that see each
+other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from engine.checkpoint.folder import Checkpoint
+from engine.checkpoint.rules import MOLMO2_RULES, WeightRules
+from engine.errors import CheckpointError
+from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
+from engine.families.family import Family
+from engine.families.molmo2.config import parse_vision
+from engine.families.molmo2.processor import Molmo2Processor
+from engine.families.parsing.defaults import DecoderKind
+from engine.families.parsing.fields import Json
+from engine.families.parsing.model import ConfigReader, named_tokens, token_field
+from engine.families.parsing.tower import unused_layers
+from engine.prompt import MediaItem, PlaceholderRun
+
+if TYPE_CHECKING:
+    from engine.layers.build import BuildContext
+
+_VIT = r"model\.(?:vision_backbone\.image_vit|vision_tower)\."
+_BLOCKS = _VIT + r"(?:transformer\.resblocks|layers)\."
+_BLOCK = _BLOCKS + r"(\d+)\."
+_POOLING = r"model\.(?:vision_backbone|multi_modal_projector)\.image_pooling_2d\."
+_PROJECTOR = r"model\.(?:vision_backbone|multi_modal_projector)\.image_projector\."
+_FURTHER = "model.transformer.wte.new_embedding"
+#: Fields of the decoder, and the names that public files have for them.
+_ALIASES = {"attention_bias": "qkv_bias", "rms_norm_eps": "layer_norm_eps"}
+#: Fields of processor_config.json, with their values where the file states none.
+_COLUMNS = {
+    "image_use_col_tokens": True,
+    "use_single_crop_col_tokens": None,
+    "use_single_crop_start_token": True,
+}
+
+
+def _text(raw: Json) -> tuple[Json, DecoderKind]:
+    fields = dict(raw.get("text_config") or {})
+    for name, alias in _ALIASES.items():
+        if alias in fields:
+            fields.setdefault(name, fields[alias])
+    layers = fields.get("rope_scaling_layers")
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    every = layers is None or len(set(layers)) >= fields.get("num_hidden_layers", 36)
+    tied = bool(raw.get("tie_word_embeddings") or fields.get("tie_word_embeddings"))
+    kind, after = fields.get("qk_norm_type", "qwen3"), fields.get("norm_after", False)
+    for field, stated, served in (
+        ("qk_norm_type", kind, kind == "qwen3"),
+        ("norm_after", after, not after),
+        ("rope_scaling_layers", layers, plain or every),
+        ("tie_word_embeddings", tied, not tied),
+    ):
+        if not served:
+            raise CheckpointError(f"config.json: {field} {stated!r} is not supported", param=field)
+    return {**fields, "tie_word_embeddings": False}, "molmo2_text"
+
+
+def _finished(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """The rows of the embedding table that are a tensor of their own, the placeholder's embedding, which is
+    added to the rows of images, and the tokens around these."""
+    decoder = replace(
+        config.decoder,
+        further_embeddings=_further(checkpoint, config.decoder.unpredicted),
+        row_token=config.image_token_id,
+        both_ways="items",
+    )
+    stated = checkpoint.json("tokenizer_config.json")
+    first = next((stated[field] for field in ("bos_token", "eos_token") if stated.get(field)), "")
+    extra: dict[str, Any] = {
+        "start": first["content"] if isinstance(first, dict) else first,
+        **named_tokens(checkpoint, {"image_token": "<|image|>"}),
+    }
+    written = checkpoint.json("processor_config.json")
+    extra |= {field: written.get(field, usual) for field, usual in _COLUMNS.items()}
+    return replace(config, decoder=decoder, extra=extra)
+
+
+def _further(checkpoint: Checkpoint, usual: int) -> int:
+    """Rows of the tensor of further embeddings: Transformers saves the table in two halves, publishers those
+    of the ``usual`` number of tokens apart. That is assumed where the weights are not at hand."""
+    if _FURTHER not in checkpoint.tensor_names:
+        return 0
+    try:
+        return checkpoint.tensors[_FURTHER].shape[0]
+    except CheckpointError:
+        return usual
+
+
+def _prompt_format(config: ModelConfig) -> PromptFormat:
+    assert config.extra is not None
+    return PromptFormat(image=config.extra["image_token"], start=config.extra["start"])
+
+
+def _placeholder(
+    config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
+) -> tuple[PlaceholderRun, ...]:
+    """The whole image, then its crops, each between two tokens; a token may end each line of rows.
+
+    Raises:
+        CheckpointError: the tokenizer lacks one of the tokens.
+    """
+    extra = config.extra
+    assert extra is not None and config.image_token_id is not None
+    columns = extra["image_use_col_tokens"]
+    whole_columns = extra["use_single_crop_col_tokens"]
+    start = "<low_res_im_start>" if extra["use_single_crop_start_token"] else "<im_start>"
+    parts = (
+        (start, columns if whole_columns is None else whole_columns),
+        ("<im_start>", columns),
+    )
+    runs = list[PlaceholderRun]()
+    for (begin, ends), (lines, length) in zip(parts, config.vision.shapes(item.grid), strict=True):
+        runs.append(_text_run(begin, encode))
+        for _ in range(lines):
+            runs.append(PlaceholderRun(config.image_token_id, length, True))
+            runs += [_text_run("<im_col>", encode)] if ends else []
+        runs.append(_text_run("<im_end>", encode))
+    return tuple(runs)
+
+
+def _text_run(token: str, encode: Callable[[str], list[int]]) -> PlaceholderRun:
+    ids = encode(token)
+    if len(ids) != 1:
+        raise CheckpointError(f"the tokenizer lacks a token of images: {token}")
+    return PlaceholderRun(ids[0], 1, False)
+
+
+def _weights(config: ModelConfig) -> WeightRules:
+    block = r"tower.blocks.\1."
+    return WeightRules(
+        language=MOLMO2_RULES,
+        vision=(
+            (_VIT + r"patch_embedding\.(.*)", r"tower.patch_embed.\1"),
+            (_VIT + r"positional_embedding", "tower.position_embedding"),
+            (_BLOCK + r"(?:attention_norm|layer_norm1)\.(.*)", block + r"norm1.\2"),
+            (_BLOCK + r"(?:ffn_norm|layer_norm2)\.(.*)", block + r"norm2.\2"),
+            (_BLOCK + r"attention\.w([qkv])\.(.*)", block + r"attn.\2_proj.\3"),
+            (_BLOCK + r"(?:attention\.wo|self_attn\.o_proj)\.(.*)", block + r"attn.proj.\2"),
+            (_BLOCK + r"self_attn\.(.*)", block + r"attn.\2"),
+            (_BLOCK + r"(?:feed_forward\.w1|mlp\.fc1)\.(.*)", block + r"mlp.fc1.\2"),
+            (_BLOCK + r"(?:feed_forward\.w2|mlp\.fc2)\.(.*)", block + r"mlp.fc2.\2"),
+            (_POOLING + r"w([qkvo])\.(.*)", r"adapter.\1_proj.\2"),
+            (_POOLING + r"(.*)", r"adapter.\1"),
+            (_PROJECTOR + r"w1\.(.*)", r"adapter.gate_proj.\1"),
+            (_PROJECTOR + r"w2\.(.*)", r"adapter.down_proj.\1"),
+            (_PROJECTOR + r"w3\.(.*)", r"adapter.up_proj.\1"),
+            (_PROJECTOR + r"(.*)", r"adapter.\1"),
+        ),
+        ignore=unused_layers(_BLOCKS, config.vision.tower),
+    )
+
+
+def _encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
+    from engine.families.molmo2.encoder import MolmoVisionEncoder
+
+    return MolmoVisionEncoder(config.vision, build)
+
+
+FAMILY = Family(
+    name="molmo2",
+    architectures=("Molmo2ForConditionalGeneration",),
+    reader=ConfigReader(
+        text=_text,
+        vision=parse_vision,
+        image_token=token_field("image_patch_id", "image_token_id", default=151938),
+        finish=_finished,
+    ),
+    prompt_format=_prompt_format,
+    placeholder=_placeholder,
+    processor=Molmo2Processor.create,
+    options=("max_crops",),
+    weights=_weights,
+    build_encoder=_encoder,
+)
