@@ -179,6 +179,7 @@ class LLM:
             InvalidRequest: a prompt can't be served, or the model wasn't loaded with ``task="embed"``.
         """
         frontend = self._frontend if chat_template is None else self._frontend.with_template(chat_template)
+        _check_instruction(instruction)
         options: dict[str, Any] = {"instruction": instruction, "add_generation_prompt": add_generation_prompt}
         prepare: list[Prepare] = [
             *(partial(frontend.from_item, prompt, instruction=instruction) for prompt in _as_list(prompts)),
@@ -208,6 +209,7 @@ class LLM:
         Raises:
             InvalidRequest: the numbers don't fit, or as :meth:`embed`.
         """
+        _check_instruction(instruction)
         left, right = _as_list(first), _as_list(second)
         if pooling == "all":
             raise InvalidRequest("Prompts are compared by one vector each, not by all.", param="pooling")
@@ -215,6 +217,8 @@ class LLM:
             raise InvalidRequest(
                 f"{len(left)} prompts can't be compared with {len(right)}: give one, or as many."
             )
+        if not right:
+            return []
         frontend = self._frontend
         retrieval = frontend.retrieval
         if retrieval.ranks_pairs:
@@ -299,6 +303,11 @@ def _settings(part: type[Part], options: Mapping[str, Any], where: str = "") -> 
         for fault in found
     ]
     raise ConfigError("; ".join(f"{field}: {words}" for field, words in faults), param=faults[0][0] or None)
+
+
+def _check_instruction(instruction: Any) -> None:
+    if not isinstance(instruction, str | None):
+        raise InvalidRequest("instruction must be a string.", param="instruction")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from engine.errors import InvalidRequest
+from engine.param_checks import check_flag
 
 Pooling = Literal["last", "mean", "cls", "all"]
 
@@ -32,3 +33,4 @@ class PoolingParams:
                 f"pooling must be one of {', '.join(get_args(Pooling))}, not {str(self.pooling)[:40]!r}.",
                 param="pooling",
             )
+        check_flag("normalize", self.normalize)

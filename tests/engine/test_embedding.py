@@ -129,6 +129,15 @@ def test_messages_and_scores(path, prompts):
         llm.score(prompts[:2], prompts)
     with pytest.raises(InvalidRequest, match="one vector each"):
         llm.score(prompts[0], prompts, pooling="all")
+    assert llm.score([], []) == llm.score("a", []) == []
+    for name, ask in (
+        ("instruction", lambda: llm.score("a", "b", instruction=5)),
+        ("instruction", lambda: llm.embed("a", instruction=["x"])),
+        ("normalize", lambda: llm.embed("a", normalize="no")),
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            ask()
+        assert refused.value.param == name
 
 
 def test_each_task_refuses_the_other(path):
