@@ -42,8 +42,11 @@ async def test_an_answer_to_an_image_is_the_chats(client):
 
 
 async def test_events_build_up_the_whole_response(client):
-    whole = await ask(client, input=QUESTION, top_logprobs=1)
-    events = [event async for event in await ask(client, input=QUESTION, top_logprobs=1, stream=True)]
+    # Each with blocks of its own: what earlier requests have left is part of the usage.
+    question = {"input": QUESTION, "top_logprobs": 1}
+    whole = await ask(client, **question, extra_body={"cache_salt": "whole"})
+    stream = await ask(client, **question, stream=True, extra_body={"cache_salt": "stream"})
+    events = [event async for event in stream]
     kinds = [event.type.removeprefix("response.") for event in events]
     assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
     assert kinds[-4:] == ["output_text.done", "content_part.done", "output_item.done", "completed"]

@@ -89,6 +89,8 @@ def processes_end():
     yield
     for name in KINDS:
         vocabulary(name).compiler.close()
+    # Tests of this file may follow those of another once more.
+    vocabulary.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["byte_level", "byte_fallback", "legacy_fallback"])
