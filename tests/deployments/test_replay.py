@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -330,7 +331,8 @@ async def test_pauses_grow_up_to_their_limit_however_many_losses_there_are(monke
     async def sleep(seconds: float) -> None:
         pauses.append(seconds)
 
-    monkeypatch.setattr("deployments.replay.asyncio.sleep", sleep)
+    # Other tasks of the event loop, such as a server's, must go on sleeping.
+    monkeypatch.setattr("deployments.replay.asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
     patience = Patience(ReplayConfig(max_losses=2000, pause_s=0.3))
     for _ in range(1100):
         await patience.bear(StageLost("gone"))

@@ -1,5 +1,7 @@
 """The share of a step for which the device would be idle, with times that are given."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from engine.scheduling import pace
@@ -10,7 +12,8 @@ from engine.scheduling.pace import StepPace
 def clock(monkeypatch):
     """The time, in a list of one."""
     now = [100.0]
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    # For this module alone: engines of other tests may run in threads.
+    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     return now
 
 
