@@ -1,12 +1,13 @@
 """``make test`` shares the tests between its workers."""
 
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.serving import SharedApplication
+from tests.serving import ROOT, SharedApplication
 from tests.workers import APPLICATIONS, LOWER_PRIORITY, application_of, group_of, starts_processes
 
 
@@ -27,6 +28,27 @@ def test_other_tests_give_way_to_those_that_start_processes(request):
     groups = [starts_processes(item) for item in items]
     assert groups == sorted(groups, reverse=True), "the worker that starts processes does nothing else before"
     assert os.getpriority(os.PRIO_PROCESS, 0) >= LOWER_PRIORITY
+
+
+#: A patch of what tasks and threads of a whole process use, such as the applications of earlier tests.
+CLOCKS = re.compile(
+    r"""setattr\(\s*(?:["'](?:\w+\.)*(?:asyncio|time|threading)\.\w+["']|"""
+    r"""(?:\w+\.)*(?:asyncio|time|threading),\s*["'])"""
+)
+
+
+def test_a_test_changes_the_clock_of_one_module_only():
+    """A sleep that takes no time has a server in the same event loop run for ever."""
+    assert all(
+        CLOCKS.search(f"patch.{text}")
+        for text in (
+            'setattr("deployments.replay.asyncio.sleep", sleep)',
+            'setattr(pace.time, "perf_counter", clock)',
+        )
+    )
+    assert not CLOCKS.search('patch.setattr("deployments.replay.asyncio", other)')
+    found = [path for path in (ROOT / "tests").rglob("*.py") if CLOCKS.search(path.read_text())]
+    assert found == [ROOT / "tests" / "test_workers.py"]
 
 
 @pytest.fixture
