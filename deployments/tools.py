@@ -13,7 +13,7 @@ from deployments.unknown_fields import log_unknown
 from engine.errors import InvalidRequest
 from engine.parsers.call_forms import whole_text
 from engine.parsers.free_text import ARGUMENT
-from engine.parsers.grammar import ToolSchema
+from engine.parsers.grammar import CallForm, ToolSchema
 from engine.structured.json_schema import close_objects
 from engine.structured.prepare import checked_schema
 
@@ -70,17 +70,27 @@ class ToolUse:
     strict: frozenset[str] = frozenset()
     free: frozenset[str] = frozenset()
 
-    def callable(self) -> list[ToolSchema]:
+    def callable(self, form: CallForm) -> list[ToolSchema]:
         """The functions that may be called, with schemas for a grammar.
 
+        Args:
+            form: of the calls.
+
         Raises:
-            InvalidRequest: a schema can't be followed.
+            InvalidRequest: a schema can't be followed, or calls of this form can't be held to it.
         """
         found = []
         for tool, field in self._allowed():
             with caller_fields({"structured": field}):
-                schema = checked_schema(tool.parameters, strict=tool.name in self.strict)
-            found.append(ToolSchema(tool.name, schema))
+                strict = tool.name in self.strict
+                followed = ToolSchema(tool.name, checked_schema(tool.parameters, strict=strict))
+                if strict and (left_out := form.left_out(followed)):
+                    raise InvalidRequest(
+                        f"The JSON schema is refused: calls in this model's format can't be held to "
+                        f"{', '.join(left_out)} as it stands there; change it, or leave strict out.",
+                        param="structured",
+                    )
+            found.append(followed)
         return found
 
     def _allowed(self) -> Iterator[tuple[ToolSchema, str]]:

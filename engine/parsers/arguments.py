@@ -136,6 +136,36 @@ def flattened(root: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, A
     return {key: value for key, value in found.items() if key not in ("$ref", "allOf")}
 
 
+#: Keywords that parts of ``allOf`` may each have: they say nothing, or all that they say is joined.
+_JOINED = (
+    _NARROWER.keys()
+    | _BESIDE - {"type"}
+    | {"allOf", "additionalProperties", "$schema", "$id", "$comment", "deprecated"}
+)
+
+
+def left_out_of_object(root: Mapping[str, Any], schema: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """The keywords of an object that :func:`arguments_of` and :func:`others_of` don't tell. ``allOf`` is one
+    where they tell the last of what its parts say. Arguments as :func:`arguments_of`."""
+    seen: dict[str, Any] = {}
+    for part in _conjuncts(root, root if schema is None else schema):
+        yield from part.keys() & {"minProperties", "maxProperties", "patternProperties"}
+        yield from part.keys() & {"anyOf", "oneOf", "const", "enum"}
+        said = {key: value for key, value in part.items() if key not in _JOINED}
+        said |= {f"properties/{name}": each for name, each in (part.get("properties") or {}).items()}
+        if any(key in seen and _is_lost(key, seen[key], value) for key, value in said.items()):
+            yield "allOf"
+        seen |= said
+
+
+def _is_lost(key: str, first: Any, last: Any) -> bool:
+    """Return whether ``last`` may allow what ``first``, the same keyword of another part, does not."""
+    if key == "type":
+        kinds, others = ({each} if isinstance(each, str) else set(each) for each in (first, last))
+        return not others <= kinds | ({"integer"} if "number" in kinds else set())
+    return bool(first != last)
+
+
 def _conjuncts(root: Mapping[str, Any], schema: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
     """What ``schema`` refers to beside other keywords, itself resolved, and the parts of its ``allOf``."""
     found = resolved(root, schema)

@@ -13,6 +13,7 @@ import llguidance
 from engine.parsers.arguments import (
     arguments_of,
     is_text,
+    left_out_of_object,
     others_of,
     resolved,
     standalone,
@@ -57,6 +58,7 @@ _XML_END = "\n</parameter>\n"
 
 def _xml_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
     """A tag for each parameter, in the schema's order."""
+    rules.left_out.update(left_out_of_object(tool.parameters))
     parts = []
     for place, (key, each) in enumerate(arguments_of(tool.parameters).items()):
         tag = rules.special.literal(f"<parameter={key}>\n")
@@ -90,11 +92,12 @@ def tagged_value(
     literal = rules.special.literal
     choices = text_choices(found)
     if choices is not None:
+        rules.leave_out(found, *_OF_TEXTS, "anyOf", "oneOf", "allOf")
         return f"({' | '.join(literal(choice + end) for choice in choices)})"
     if not is_text(found):
         return f"{embedded(standalone(root, schema))} {literal(end)}"
     tag = _lark_quoted(closing)
-    text = rules.add(name.upper(), rf"/{_text(found)}/ & ~/(.|\n)*{tag}(.|\n)*/")
+    text = rules.add(name.upper(), rf"/{_text(rules, found)}/ & ~/(.|\n)*{tag}(.|\n)*/")
     if closing in rules.special.ids:
         return f"{text} {literal(end)}"
     # The lexeme ends at the first closing tag; a text by itself would go on into it.
@@ -112,11 +115,18 @@ def _other_value(
     return tagged_value(rules, root, {"type": "string"} if any_kind else schema, name, end, closing)
 
 
-def _text(schema: Mapping[str, Any]) -> str:
+#: Keywords that bound texts.
+_OF_TEXTS = ("pattern", "minLength", "maxLength", "format")
+
+
+def _text(rules: Rules, schema: Mapping[str, Any]) -> str:
     """The regex of the texts that a schema allows, by its pattern or else by its length."""
+    rules.leave_out(schema, "format", "const", "enum", "anyOf", "oneOf", "allOf")
     pattern = whole_text(schema["pattern"]) if isinstance(schema.get("pattern"), str) else None
     if pattern is not None:
+        rules.leave_out(schema, "minLength", "maxLength")
         return pattern
+    rules.leave_out(schema, "pattern")
     low, high = schema.get("minLength"), schema.get("maxLength")
     if low is None and high is None:
         return r"(.|\n)*"
@@ -165,6 +175,7 @@ XML_CALL = CallForm(lambda name: f"\n<function={name}>\n", _xml_arguments)
 def _glm_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
     """Two pairs of tags for each argument, in the schema's order; the model may put line feeds between."""
     literal, line_feed = rules.special.literal, '"\\n"?'
+    rules.left_out.update(left_out_of_object(tool.parameters))
     parts = []
     for place, (key, each) in enumerate(arguments_of(tool.parameters).items()):
         head = f"{literal(f'<arg_key>{key}</arg_key>')} {line_feed} {literal('<arg_value>')}"
@@ -192,6 +203,7 @@ def _python_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
     A key that is no Python name stands in ``**{"key": value}``.
     """
     literal = rules.special.literal
+    rules.left_out.update(left_out_of_object(tool.parameters))
     entries = []
     for key, each in arguments_of(tool.parameters).items():
         begin, end = f"{key}=", ""

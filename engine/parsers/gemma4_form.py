@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from engine.parsers.arguments import arguments_of, flattened, others_of
+from engine.parsers.arguments import arguments_of, flattened, left_out_of_object, others_of
 from engine.parsers.call_forms import embedded, entries_in_order, other_key, tagged_value, whole_text
 from engine.parsers.gemma4 import CALL_END, QUOTE
 from engine.parsers.grammar import CallForm, Rules, ToolSchema
@@ -15,6 +15,9 @@ from engine.parsers.grammar import CallForm, Rules, ToolSchema
 _TYPES = ("string", "number", "boolean", "null", "object", "array")
 _NUMERIC = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _ANNOTATIONS = frozenset({"title", "description", "default", "examples", "$defs", "definitions", "$schema"})
+
+#: Keywords that are not looked at beside ``const`` and ``enum``.
+_BESIDE_VALUES = {"pattern", "minLength", "maxLength", "format", "minProperties", "maxProperties", *_NUMERIC}
 
 #: Keys that stand without quotes.
 _BARE_KEY = re.compile(r'[^\s:,{}\[\]<>|"]+( [^\s:,{}\[\]<>|"]+)*')
@@ -25,7 +28,7 @@ class _Notation:
 
     Followed are types, ``enum``, ``const``, bounds of numbers, patterns and lengths of texts, properties of
     objects, entries of lists and their number, references, ``allOf``, and ``anyOf``; ``oneOf`` is read as
-    ``anyOf``. Other keywords allow more than they should.
+    ``anyOf``. Other keywords allow more than they should; the rules note them as left out.
 
     Args:
         number: of the function, which no other has.
@@ -47,6 +50,11 @@ class _Notation:
         """The entries of an object, without its braces. They stand in the order in which the chat template
         sorts keys."""
         literal, found = self._rules.special.literal, arguments_of(self._root, schema)
+        left_out = set(left_out_of_object(self._root, schema))
+        patterns = schema.get("patternProperties") or {}
+        if all(whole_text(pattern) is not None for pattern in patterns) and patterns:
+            left_out.discard("patternProperties")
+        self._rules.left_out |= left_out
         entries = [
             (f"{literal(_key(key) + ':')} {self.value(found[key].schema)}", found[key].required)
             for key in sorted(found, key=str.lower)
@@ -59,6 +67,9 @@ class _Notation:
 
     def _choices(self, schema: Mapping[str, Any], name: str) -> Iterator[str]:
         found = flattened(self._root, schema)
+        self._rules.leave_out(found, "oneOf")
+        if "allOf" in left_out_of_object(self._root, schema):
+            self._rules.left_out.add("allOf")
         options = found.pop("anyOf", None) or found.pop("oneOf", None)
         if options:
             rest = {key: value for key, value in found.items() if key not in _ANNOTATIONS | {"oneOf"}}
@@ -68,6 +79,7 @@ class _Notation:
         kinds = found.get("type", _TYPES)
         kinds = [kinds] if isinstance(kinds, str) else kinds
         if "const" in found or "enum" in found:
+            self._rules.left_out |= found.keys() & _BESIDE_VALUES
             values = [found["const"]] if "const" in found else found["enum"]
             fitting = [value for value in values if _has_type(value, kinds)]
             yield from (self._rules.special.literal(_written(value)) for value in fitting or values)

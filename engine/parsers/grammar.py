@@ -79,15 +79,24 @@ class Thought:
 
 @dataclass(slots=True)
 class Rules:
-    """Rules of a grammar under construction."""
+    """Rules of a grammar under construction.
+
+    Attributes:
+        left_out: keywords of schemas that the rules don't hold to.
+    """
 
     special: SpecialTokens
     lines: list[str] = field(default_factory=list)
+    left_out: set[str] = field(default_factory=set)
 
     def add(self, name: str, expression: str) -> str:
         """Define a rule or terminal; returns its name without attributes."""
         self.lines.append(f"{name}: {expression}")
         return name.partition("[")[0]
+
+    def leave_out(self, schema: Mapping[str, Any], *keywords: str) -> None:
+        """Note those of ``keywords`` that ``schema`` has: the rules don't hold to them."""
+        self.left_out.update(schema.keys() & set(keywords))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +113,12 @@ class CallForm:
     head: Callable[[str], str]
     arguments: Callable[[Rules, ToolSchema, int], str]
     lead: str = ""
+
+    def left_out(self, tool: ToolSchema) -> list[str]:
+        """The keywords of a function's schema that calls aren't held to, in alphabetical order."""
+        rules = Rules(SpecialTokens({}, frozenset()))
+        self.arguments(rules, tool, 0)
+        return sorted(rules.left_out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ def test_no_tools(tools):
 def test_choices(choice, mode, names):
     use = read_tools(TOOLS, choice, None)
     assert use.choice == mode
-    assert {tool.name for tool in use.callable()} == names
+    assert {tool.name for tool in use.callable(TOOL_FORMATS["hermes"].layout.form)} == names
 
 
 def test_functions_are_tools_of_an_older_form():
@@ -321,6 +321,60 @@ def test_calls_of_functions_that_are_not_strict_follow_what_can_be_followed(stri
     with pytest.raises(InvalidRequest, match="keyword not") as refused:
         HERMES.constraint(replace(use, allowed=None), None, "")
     assert refused.value.param == "tools[1].function.parameters"
+
+
+#: Formats whose own rules write texts, the object of all arguments, and the objects within it.
+OWN_TEXTS = {"qwen_xml", "glm", "gemma4"}
+OWN_ARGUMENTS = {*OWN_TEXTS, "minicpm", "pythonic"}
+OWN_OBJECTS = {"gemma4"}
+TEXT = {"type": "string"}
+A = {"type": "object", "properties": {"a": TEXT}, "required": ["a"]}
+EITHER = {"oneOf": [{"type": "string", "maxLength": 3}, {"type": "string", "minLength": 2}]}
+PARTS = {"allOf": [{**A, "properties": {"a": {"maxLength": 9, **TEXT}}}, A]}
+
+
+def of(schema):
+    return {**A, "properties": {"a": schema}}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "keyword", "formats"),
+    [
+        (of({**TEXT, "format": "ipv4"}), "format", OWN_TEXTS),
+        (of({**TEXT, "pattern": "^a$|^b$"}), "pattern", OWN_TEXTS),
+        (of({**TEXT, "pattern": "^a+$", "maxLength": 3}), "maxLength", OWN_TEXTS),
+        (of({"type": "array", "items": {**TEXT, "format": "ipv4"}}), "format", OWN_OBJECTS),
+        (of({**A, "minProperties": 1}), "minProperties", OWN_OBJECTS),
+        (of({**A, "maxProperties": 1}), "maxProperties", OWN_OBJECTS),
+        (of(EITHER), "oneOf", OWN_OBJECTS),
+        (of(PARTS), "allOf", OWN_OBJECTS),
+        (of({**A, "patternProperties": {"^x_": TEXT}}), "patternProperties", set()),
+        ({**A, "minProperties": 1}, "minProperties", OWN_ARGUMENTS),
+        ({**A, "patternProperties": {"^x_": TEXT}}, "patternProperties", OWN_ARGUMENTS - OWN_OBJECTS),
+        ({**A, "anyOf": [{"required": ["a"]}]}, "anyOf", OWN_ARGUMENTS),
+        (PARTS, "allOf", OWN_ARGUMENTS),
+        (of({**TEXT, "format": "date"}), "", set()),
+        (of({"type": ["string", "null"], "anyOf": [TEXT, {"type": "null"}]}), "", set()),
+        (of({"type": "array", "items": {"anyOf": [{"type": "null"}, {"enum": ["x", 1]}]}, "minItems": 1}),
+         "", set()),
+    ],
+)  # fmt: skip
+def test_a_strict_function_is_refused_where_the_format_of_calls_is_not_held_to_a_keyword(
+    parameters, keyword, formats
+):
+    """Calls of others are constrained without it. Arguments in JSON are held to all of these."""
+    refusing = set()
+    for name, each in TOOL_FORMATS.items():
+        found = AnswerFormat(SPECIAL, each)
+        function = {"name": "f", "parameters": parameters}
+        assert found.constraint(read_tools([{"function": function}], None, None), None, "") is not None
+        try:
+            found.constraint(read_tools([{"function": {**function, "strict": True}}], None, None), None, "")
+        except InvalidRequest as error:
+            assert f"held to {keyword} as" in error.message
+            assert error.param == "tools[0].function.parameters"
+            refusing.add(name)
+    assert refusing == formats
 
 
 @pytest.mark.parametrize("definition", ["^a|b$", "a|b", "^(a|b)$", r"(a|b)\$", r"^[ab]\\$", "[ab$]"])
