@@ -111,14 +111,21 @@ def prefill(heads: int, kv_heads: int, dim: int) -> None:
 
 
 def decode(
-    heads: int, kv_heads: int, dim: int, sequences: int, *, adjacent: bool = False, norms: bool = False
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    sequences: int,
+    *,
+    section: tuple[int, ...] = (16, 24, 24),
+    adjacent: bool = False,
+    norms: bool = False,
 ) -> None:
     from engine.kernels.decode_attention import decode_attention_triton
     from engine.kernels.rms_norm import HeadNorms
 
     q, k, v = tensor(sequences, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
-    positions, angles = torch.zeros(3, sequences, dtype=torch.int64), torch.randn(64, dim // 2)
-    table = RotaryTable(angles, angles, (16, 24, 24), adjacent=adjacent)
+    positions, angles = torch.zeros(len(section), sequences, dtype=torch.int64), torch.randn(64, dim // 2)
+    table = RotaryTable(angles, angles, section, adjacent=adjacent)
     meta = metadata([1] * sequences, 1000, 4096)
     of_heads = HeadNorms(*tensor(2, dim), 1e-6) if norms else None
     decode_attention_triton(
@@ -557,6 +564,8 @@ CASES: list[Callable[[], None]] = [
     lambda: decode(32, 2, 128, 1, adjacent=True),
     lambda: decode(32, 4, 128, 1, norms=True),
     lambda: decode(12, 2, 128, 64),
+    # HunyuanOCR's four axes.
+    lambda: decode(16, 8, 128, 1, section=(16, 16, 16, 16)),
     lambda: paged(28, 4, 128, [300, 1, 7]),
     lambda: both_ways(8, 4, 256, [300, 1, 7], 1024),
     partial(wide_heads, 1),
