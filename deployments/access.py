@@ -122,20 +122,21 @@ class Caller:
         """Begin a request, with an account in ``ledger``.
 
         Args:
-            works: see :func:`~deployments.admission.is_work`.
+            works: see :func:`~deployments.admission.is_work`; only such requests count.
 
         Raises:
             Overloaded: too many are open.
         """
-        if works and self._max_requests is not None and self._requests >= self._max_requests:
-            raise self._refusal(
-                f"This API key has {self._requests} requests open, which is its limit; try again shortly."
-            )
-        if not self._requests:
-            # Requests that were refused have not come back.
-            self._turns.clear()
-        self._requests += 1
-        return Visit(self, ledger.account(self.name))
+        if works:
+            if self._max_requests is not None and self._requests >= self._max_requests:
+                raise self._refusal(
+                    f"This API key has {self._requests} requests open, which is its limit; try again shortly."
+                )
+            if not self._requests:
+                # Requests that were refused have not come back.
+                self._turns.clear()
+            self._requests += 1
+        return Visit(self, ledger.account(self.name), works=works)
 
     def _refusal(self, message: str) -> Overloaded:
         """The error for a request beyond a limit. It says when open requests will have ended, at the rate at
@@ -151,11 +152,13 @@ class Visit:
     Args:
         caller: the holder of the key.
         media: the request's account of the ledger.
+        works: it counts as one of the caller's open requests.
     """
 
-    def __init__(self, caller: Caller, media: Account) -> None:
+    def __init__(self, caller: Caller, media: Account, *, works: bool) -> None:
         self.caller = caller
         self.media = media
+        self._works = works
         self._tokens = 0
         self._holders = 1
         self._refused = False
@@ -192,9 +195,10 @@ class Visit:
         if self._holders:
             return
         self.media.close()
-        if not self._refused:
-            self.caller._turns.ended(time.monotonic())
-        self.caller._requests -= 1
+        if self._works:
+            self.caller._requests -= 1
+            if not self._refused:
+                self.caller._turns.ended(time.monotonic())
         self.caller._tokens -= self._tokens
         self._tokens = 0
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
+from starlette.datastructures import QueryParams
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.errors import error_response
@@ -92,4 +93,9 @@ def is_work(scope: Scope) -> bool:
     of_response = scope["path"].startswith("/v1/responses/")
     if scope["method"] == "POST":
         return not (of_response and scope["path"].endswith("/cancel"))
-    return of_response and b"stream=" in scope.get("query_string", b"")
+    return of_response and scope["method"] == "GET" and asks_for_events(QueryParams(scope["query_string"]))
+
+
+def asks_for_events(query: QueryParams) -> bool:
+    """Return whether a GET of a response is to give its events, not the response as it is."""
+    return query.get("stream", "false").lower() == "true"

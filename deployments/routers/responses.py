@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
 from deployments.access import caller_name, hold_open
-from deployments.admission import PLACE
+from deployments.admission import PLACE, asks_for_events
 from deployments.conversations import Conversation, RunningAnswer, conversation, start, tokenize
 from deployments.errors import NotFound, as_sightline
 from deployments.openapi import described
@@ -153,7 +153,7 @@ async def _stored_events(
 async def retrieve_response(request: Request, name: str) -> Response:
     """A response that was kept. With ``stream=true`` its events, after the number ``starting_after``."""
     stored = await _stored(request, name, "response_id")
-    if request.query_params.get("stream", "false").lower() != "true":
+    if not asks_for_events(request.query_params):
         if stored.is_lost:
             lost = Unavailable("The part of the server that made this response was lost; ask again.")
             ResponseBuilder(stored.response).mark_failed(lost)

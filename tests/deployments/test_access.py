@@ -97,15 +97,28 @@ def test_refused_requests_are_told_to_come_back_one_after_the_other(monkeypatch)
     visiting = caller.enter(Ledger())
     assert [refused() for _ in range(50)][-1] == 3
     visiting.end()
-    # What is refused for its tokens has not been at work.
+    # What is refused for its tokens has not been at work, nor have requests that only look.
     now = 200.0
     for _ in range(100):
+        caller.enter(Ledger(), works=False).end()
         visiting = caller.enter(Ledger())
         with pytest.raises(InvalidRequest):
             visiting.charge(10)
         visiting.end()
     visiting = caller.enter(Ledger())
     assert [refused() for _ in range(4)] == [2, 3, 4, 5]
+
+
+def test_only_work_counts_to_the_requests_of_a_key():
+    caller = Caller(KeyConfig(name="a", key="k", max_active_requests=1))
+    looking = caller.enter(Ledger(), works=False)
+    working = caller.enter(Ledger())
+    looking.end()
+    caller.enter(Ledger(), works=False).end()
+    with pytest.raises(Overloaded, match="has 1 requests open"):
+        caller.enter(Ledger())
+    working.end()
+    caller.enter(Ledger()).end()
 
 
 async def test_a_key_asks_for_so_many_tokens(guarded):

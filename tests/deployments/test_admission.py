@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deployments.admission import MOST_TURNS, AdmissionLimit
+from deployments.admission import MOST_TURNS, AdmissionLimit, is_work
 from deployments.turns import Turns
 
 #: Places of the ingress, and seconds that an answer takes the stages.
@@ -116,3 +116,23 @@ def test_turns_are_at_the_rate_of_ends_within_bounds(ended_per_s):
     assert max(turns.book(20.0, MOST_TURNS) for _ in range(100_000)) == 60
     turns.clear()
     assert turns.book(20.0, MOST_TURNS) == 1
+
+
+@pytest.mark.parametrize(
+    "request_line, works",
+    [
+        ("POST /v1/chat/completions", True),
+        ("POST /v1/responses/resp_1/cancel", False),
+        ("GET /v1/models", False),
+        ("GET /v1/responses/resp_1", False),
+        ("GET /v1/responses/resp_1?stream=true", True),
+        ("GET /v1/responses/resp_1?%73tream=True&starting_after=3", True),
+        ("GET /v1/responses/resp_1?stream=false", False),
+        ("GET /v1/responses/resp_1?upstream=true", False),
+        ("DELETE /v1/responses/resp_1?stream=true", False),
+    ],
+)
+def test_work_is_what_lasts_as_answers_do(request_line, works):
+    method, target = request_line.split()
+    path, _, query = target.partition("?")
+    assert is_work({"method": method, "path": path, "query_string": query.encode()}) == works

@@ -125,15 +125,18 @@ async def test_unknown_routes_and_methods(http):
         assert f"takes {' or '.join(allowed.split(', '))} requests, not {method}." in found.text
 
 
-async def test_the_hint_for_a_base_url_without_v1_needs_no_description_of_the_api():
+async def test_the_hint_for_a_base_url_needs_no_description_of_the_api():
     """Making that takes tenths of a second, in which all streams would wait."""
     api, described = create_api(IngressConfig(), {}), []
     api.openapi = lambda: described.append(1)
     async with httpx.AsyncClient(transport=AppTransport(api), base_url="http://test") as http:
-        found = await http.post("/chat/completions", json={})
-        assert "Did you mean /v1/chat/completions?" in found.json()["error"]["message"]
-        found = await http.post("/v1/v1/chat/completions", json={})
-        assert "Did you mean /v1/chat/completions?" in found.json()["error"]["message"]
+        for path, hint in (
+            ("/chat/completions", "/v1/chat/completions? Let the client's base URL end in /v1."),
+            # As Anthropic's clients do.
+            ("/v1/v1/messages", "/v1/messages? The client adds /v1 itself: leave it out of the base URL."),
+        ):
+            found = await http.post(path, json={})
+            assert found.json()["error"]["message"] == f"There is no endpoint {path}. Did you mean {hint}"
         assert "Did you mean" not in (await http.post("/nothing", json={})).json()["error"]["message"]
     assert not described
 
