@@ -122,9 +122,8 @@ def _keep(request: Request, work: Coroutine[Any, Any, None]) -> asyncio.Task[Non
 async def _stored_events(
     events: AsyncGenerator[Json, None], request: Request, stored: StoredResponse, builder: ResponseBuilder
 ) -> AsyncGenerator[Json, None]:
-    """``events``, and the response in the store: before the first of them is sent, which tells its id; and as
-    they leave it, before the last one, since the client may go on from there at once, by way of another
-    replica."""
+    """Passes the events on. The response is stored before the first event, which carries its id, and its
+    final state before the last: the client may go on from there at once, by way of another replica."""
     store: ResponseStore = request.app.state.responses
     saved = False
     try:
@@ -155,8 +154,7 @@ async def retrieve_response(request: Request, name: str) -> Response:
     stored = await _stored(request, name, "response_id")
     if not asks_for_events(request.query_params):
         if stored.is_lost:
-            lost = Unavailable("The part of the server that made this response was lost; ask again.")
-            ResponseBuilder(stored.response).mark_failed(lost)
+            _mark_lost(stored)
         return JSONResponse(stored.response)
     given = request.query_params.get("starting_after", "-1")
     if not re.fullmatch(r"-1|\d{1,9}", given):
@@ -256,7 +254,7 @@ async def _earlier(request: Request, name: str | None) -> list[Json]:
     if name is None:
         return []
     stored = await _stored(request, name, "previous_response_id")
-    if stored.response["status"] == "in_progress":
+    if stored.response["status"] == "in_progress" and not stored.is_lost:
         raise InvalidRequest(
             f"The response {name[:100]!r} is still made, and its end belongs to the conversation. "
             "Wait for it, or cancel it.",
@@ -274,7 +272,15 @@ async def _stored(request: Request, name: str, param: str) -> StoredResponse:
             "conversation again.",
             param=param,
         )
+    if stored.is_lost and stored.asked is None:
+        _mark_lost(stored)
     return stored
+
+
+def _mark_lost(stored: StoredResponse) -> None:
+    advice = "ask again" if stored.asked is None else "read it with stream=true, which makes it again"
+    lost = Unavailable(f"The part of the server that made this response was lost; {advice}.")
+    ResponseBuilder(stored.response).mark_failed(lost)
 
 
 def _response(body: wire.ResponsesRequest, pipeline: Pipeline) -> Json:

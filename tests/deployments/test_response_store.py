@@ -12,7 +12,8 @@ import pytest
 
 from deployments.api import create_api
 from deployments.config import IngressConfig
-from deployments.response_store import Found, KeptResponses, ResponseStore, StoredResponse
+from deployments.protocol.responses import ResponsesRequest
+from deployments.response_store import Asked, Found, KeptResponses, ResponseStore, StoredResponse
 from engine.errors import Unavailable
 from tests.deployments.asgi import AppTransport
 
@@ -183,6 +184,10 @@ async def test_a_response_whose_maker_has_died_has_failed(running, monkeypatch):
     now = 31.0
     dead = await client.responses.retrieve("resp_dead")
     assert dead.status == "failed" and "was lost; ask again" in dead.error.message
+    # Nothing of it is still made: its events are those of a failure, and a conversation may go on from it.
+    assert (await _kinds(await client.responses.retrieve("resp_dead", stream=True)))[-1] == "response.failed"
+    assert (await client.responses.cancel("resp_dead")).status == "failed"
+    assert (await ask(client, previous_response_id="resp_dead")).status == "completed"
     # The maker of the other one says every now and then that it lives.
     deadline = time.monotonic() + 60
     while (await client.responses.retrieve(alive.id)).status != "in_progress":
@@ -190,6 +195,25 @@ async def test_a_response_whose_maker_has_died_has_failed(running, monkeypatch):
         await asyncio.sleep(0.01)
     await client.responses.cancel(alive.id)
     await running.wait_until_idle()
+
+
+async def test_a_streamed_response_whose_maker_has_died_is_made_again_when_it_is_read(running):
+    now = 0.0
+    keeper = KeptResponses(16, 1 << 20, 3600.0, clock=lambda: now)
+    client = ingress(running, keeper)
+    whole = await ask(client)
+    body = ResponsesRequest(model="pocket", input="Hello!", temperature=0, max_output_tokens=20)
+    begun = {"id": "resp_dead", "status": "in_progress", "background": True, "output": [], "usage": None}
+    messages = [{"role": "user", "content": "Hello!"}]
+    dead = StoredResponse(whole.to_dict() | begun, [], messages, asked=Asked(body, 0, 0))
+    await ResponseStore(keeper).put(dead)
+    now = 31.0
+    found = await client.responses.retrieve("resp_dead")
+    assert found.status == "failed" and "was lost; read it with stream=true" in found.error.message
+    assert (await ask(client, previous_response_id="resp_dead")).status == "completed"
+    assert await _text(await client.responses.retrieve("resp_dead", stream=True)) == whole.output_text
+    found = await client.responses.retrieve("resp_dead")
+    assert found.status == whole.status and found.output_text == whole.output_text
 
 
 async def test_a_background_response_ends(two):
