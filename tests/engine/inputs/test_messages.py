@@ -138,7 +138,7 @@ def test_function_calls_in_the_older_form_are_tool_calls():
         (user(*["x"] * 5000), "messages[0].content"),
         ([{"role": "system", "content": [url("http://a")]}], "messages[0].content[0]"),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "messages[0].tool_calls[0].function"),
-        ([{"role": "assistant", "content": "", "tool_calls": [7]}], "messages[0].tool_calls[0].function"),
+        ([{"role": "assistant", "content": "", "tool_calls": [7]}], "messages[0].tool_calls[0]"),
         ([{"role": "assistant", "function_call": "f"}], "messages[0].function_call"),
         (
             [{"role": "assistant", "function_call": {"name": "f", "arguments": [1]}}],
