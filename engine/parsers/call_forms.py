@@ -21,6 +21,7 @@ from engine.parsers.arguments import (
     with_bounded_integers,
 )
 from engine.parsers.grammar import CallForm, Rules, ToolSchema
+from engine.text_formats import BOUNDED_FORMATS
 
 
 def json_call(before: str, between: str, after: str) -> CallForm:
@@ -97,7 +98,7 @@ def tagged_value(
     if not is_text(found):
         return f"{embedded(standalone(root, schema))} {literal(end)}"
     tag = _lark_quoted(closing)
-    text = rules.add(name.upper(), rf"/{_text(rules, found)}/ & ~/(.|\n)*{tag}(.|\n)*/")
+    text = rules.add(name.upper(), rf"{_text(rules, found)} & ~/(.|\n)*{tag}(.|\n)*/")
     if closing in rules.special.ids:
         return f"{text} {literal(end)}"
     # The lexeme ends at the first closing tag; a text by itself would go on into it.
@@ -120,17 +121,24 @@ _OF_TEXTS = ("pattern", "minLength", "maxLength", "format")
 
 
 def _text(rules: Rules, schema: Mapping[str, Any]) -> str:
-    """The regex of the texts that a schema allows, by its pattern or else by its length."""
-    rules.leave_out(schema, "format", "const", "enum", "anyOf", "oneOf", "allOf")
-    pattern = whole_text(schema["pattern"]) if isinstance(schema.get("pattern"), str) else None
-    if pattern is not None:
-        rules.leave_out(schema, "minLength", "maxLength")
-        return pattern
-    rules.leave_out(schema, "pattern")
+    """The terminal of the texts that a schema allows, by pattern, format and length."""
+    rules.leave_out(schema, "const", "enum", "anyOf", "oneOf", "allOf")
+    patterns = {
+        "pattern": schema.get("pattern"),
+        # Beside a pattern; prepared schemas have a pattern in place of any other format of these.
+        "format": BOUNDED_FORMATS.get(str(schema.get("format"))),
+    }
+    parts = []
+    for key, pattern in patterns.items():
+        whole = whole_text(pattern) if isinstance(pattern, str) else None
+        if whole is None:
+            rules.leave_out(schema, key)
+        else:
+            parts.append(whole)
     low, high = schema.get("minLength"), schema.get("maxLength")
-    if low is None and high is None:
-        return r"(.|\n)*"
-    return rf"(.|\n){{{low or 0},{'' if high is None else high}}}"
+    if low is not None or high is not None:
+        parts.append(rf"(.|\n){{{low or 0},{'' if high is None else high}}}")
+    return " & ".join(f"/{part}/" for part in parts or [r"(.|\n)*"])
 
 
 def other_key(pattern: str, known: Collection[str]) -> str:

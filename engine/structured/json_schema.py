@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.structured.checks import GrammarRefused, oversize
 from engine.structured.decimals import plain_decimals
-from engine.structured.formats import BOUNDED_FORMATS
+from engine.text_formats import BOUNDED_FORMATS, FORMAT_LENGTHS
 
 Schema = dict[str, Any]
 
@@ -91,10 +91,10 @@ _PLAINER: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
 def prepare_schema(schema: Schema, *, strict: bool = True) -> Schema:
     """A schema that llguidance takes and that allows the same answers.
 
-    ``x-guidance``, ``uniqueItems`` and formats that llguidance doesn't know are left out. ``oneOf`` becomes
-    ``anyOf`` where no answer can match two of its schemas. ``propertyNames`` with ``enum`` or ``pattern``
-    becomes the properties themselves. Of decimal numbers as pydantic describes them, those are allowed that
-    Python writes.
+    ``x-guidance``, ``uniqueItems`` and unknown formats are left out; others become patterns. ``oneOf``
+    becomes ``anyOf`` where no answer can match two of its schemas. ``propertyNames`` with ``enum`` or
+    ``pattern`` becomes the properties themselves. Of decimal numbers as pydantic describes them, those are
+    allowed that Python writes.
 
     Args:
         strict: false leaves out what llguidance can't follow instead of refusing it, so that more answers
@@ -231,6 +231,20 @@ def _loosened(schema: Schema) -> Schema:
     return {"anyOf" if key == "oneOf" else key: value for key, value in found.items()}
 
 
+def _with_pattern_of_format(schema: Schema) -> Schema:
+    """``schema`` with a pattern, and a length if need be, in place of its format; no pattern is replaced."""
+    kind = schema.get("format")
+    if not isinstance(kind, str) or kind not in BOUNDED_FORMATS or "pattern" in schema:
+        return schema
+    found = {key: value for key, value in schema.items() if key != "format"}
+    found["pattern"] = BOUNDED_FORMATS[kind]
+    if kind in FORMAT_LENGTHS:
+        given = found.setdefault("maxLength", FORMAT_LENGTHS[kind])
+        if isinstance(given, int | float):
+            found["maxLength"] = min(given, FORMAT_LENGTHS[kind])
+    return found
+
+
 def _names(schema: Schema, key: str) -> set[str]:
     """The names that a keyword lists, or that it has schemas for."""
     value = schema.get(key)
@@ -253,6 +267,7 @@ class _Preparation:
             schema = {**schema, "pattern": plain}
         if not self._strict:
             schema = _loosened(schema)
+        schema = _with_pattern_of_format(schema)
         for keyword in _UNSUPPORTED:
             if keyword in schema:
                 raise GrammarRefused(_unsupported(keyword, f" at {path or '/'}"))
@@ -267,8 +282,6 @@ class _Preparation:
             elif key == "format" and not isinstance(value, str):
                 # The compiler says that it is no format.
                 prepared[key] = value
-            elif key == "format" and "pattern" not in schema and value in BOUNDED_FORMATS:
-                prepared["pattern"] = BOUNDED_FORMATS[value]
             elif key in _BOUNDS:
                 prepared[key] = _within_64_bits(key, value)
             elif key != "uniqueItems" and (key != "format" or value in _FORMATS):

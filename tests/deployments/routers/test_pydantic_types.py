@@ -105,6 +105,9 @@ CHECKED: dict[str, Any] = {
     "typed dict": Entry,
     "dataclass": Shape,
     "ipv4": IPv4Address,
+    "ipv6": IPv6Address,
+    "timedelta": timedelta,
+    "uuid4": pydantic.UUID4,
     "sequence": Annotated[Sequence[bool], Field(max_length=3)],
     "deque": Annotated[deque[bool], Field(max_length=3)],
 }
@@ -112,16 +115,13 @@ CHECKED: dict[str, Any] = {
 #: Types of which JSON schemas say less, or in formats that are annotations.
 ANNOTATED: dict[str, Any] = {
     "time": time,
-    "timedelta": timedelta,
     "bytes": Annotated[bytes, Field(max_length=12)],
     "path": Annotated[Path, Field(json_schema_extra={"maxLength": 12})],
     "secret": Annotated[pydantic.SecretStr, Field(max_length=12)],
     "base64": Annotated[pydantic.Base64Str, Field(json_schema_extra={"maxLength": 12})],
     "set": Annotated[set[Color], Field(max_length=2)],
     "frozenset": Annotated[frozenset[Level], Field(max_length=2)],
-    "uuid4": pydantic.UUID4,
     "url": Annotated[pydantic.AnyUrl, Field(json_schema_extra={"maxLength": 40})],
-    "ipv6": IPv6Address,
     "ipv4 network": Annotated[IPv4Network, Field(json_schema_extra={"maxLength": 18})],
     "ipv6 network": Annotated[IPv6Network, Field(json_schema_extra={"maxLength": 18})],
     "future date": pydantic.FutureDate,

@@ -26,10 +26,12 @@ from engine.parsers.grammar import (
     tool_grammar,
 )
 from engine.parsers.reasoning import ReasoningParser
+from engine.structured.json_schema import prepare_schema
 from engine.structured.vocabulary import Vocabulary as Masks
 from engine.text.spelling import Speller
 from engine.text.tokenizer import Tokenizer
 from tests.engine.parsers.cuts import joined
+from tests.engine.structured.test_formats import TEXTS
 from tests.engine.tokenizers import byte_fallback, byte_level
 
 THINK = REASONING_TAGS["think"]
@@ -303,6 +305,35 @@ def test_texts_between_tags_have_every_length_up_to_their_limit(name, head, end,
         ((_, arguments),) = joined(found.parser(SCHEMAS), [head + note + end])["calls"]
         assert json.loads(arguments) == {"color": "red", "count": 3, "note": note}
     assert not words.accepts(text, f"{head}abcdef{end}")
+
+
+#: A call of ``f`` with the text TEXT as its argument ``a``, by format of calls.
+CALLS_OF_TEXT = {
+    "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": "TEXT"}}\n</tool_call>',
+    "qwen_xml": "<tool_call>\n<function=f>\n<parameter=a>\nTEXT\n</parameter>\n</function>\n</tool_call>",
+    "glm": "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>TEXT</arg_value>\n</tool_call>",
+    "gemma4": '<|tool_call>call:f{a:<|"|>TEXT<|"|>}<tool_call|>',
+    "pythonic": '[f(a="TEXT")]',
+}
+BOUNDED_TEXTS = [({"format": kind}, *texts) for kind, texts in TEXTS.items()]
+
+
+@pytest.mark.parametrize("words", VOCABULARIES)
+@pytest.mark.parametrize("name", CALLS_OF_TEXT)
+def test_texts_follow_formats_patterns_and_lengths_together(name, words):
+    """In calls whose texts are bare as in those whose texts are JSON."""
+    words, found = vocabulary(words), TOOL_FORMATS[name]
+    for schema, good, bad in [
+        *BOUNDED_TEXTS,
+        ({"format": "email", "maxLength": 9}, ["joe@x.org"], ["joey@x.org", "joe"]),
+        ({"format": "ipv4", "pattern": "^10[.]"}, ["10.0.0.1"], ["11.0.0.1", "10.0.0"]),
+        ({"pattern": "^a+$", "minLength": 2, "maxLength": 3}, ["aa", "aaa"], ["a", "aaaa", "ab"]),
+    ]:
+        parameters = {"type": "object", "properties": {"a": {"type": "string", **schema}}, "required": ["a"]}
+        tool = ToolSchema("f", prepare_schema({**parameters, "additionalProperties": False}))
+        text = tool_grammar(found.layout, [tool], words.special, choice="required", parallel=False)
+        for each in [*good, *bad]:
+            assert words.accepts(text, CALLS_OF_TEXT[name].replace("TEXT", each)) == (each in good), each
 
 
 @CELLS
