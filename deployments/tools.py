@@ -14,7 +14,7 @@ from engine.errors import InvalidRequest
 from engine.parsers.call_forms import whole_text
 from engine.parsers.free_text import ARGUMENT
 from engine.parsers.grammar import CallForm, ToolSchema
-from engine.structured.json_schema import close_objects
+from engine.structured.json_schema import close_objects, not_followed
 from engine.structured.prepare import checked_schema
 
 MAX_TOOLS = 128
@@ -84,12 +84,9 @@ class ToolUse:
             with caller_fields({"structured": field}):
                 strict = tool.name in self.strict
                 followed = ToolSchema(tool.name, checked_schema(tool.parameters, strict=strict))
-                if strict and (left_out := form.left_out(followed)):
-                    raise InvalidRequest(
-                        f"The JSON schema is refused: calls in this model's format can't be held to "
-                        f"{', '.join(left_out)} as it stands there; change it, or leave strict out.",
-                        param="structured",
-                    )
+                if strict:
+                    _check_held(not_followed(tool.parameters), "calls")
+                    _check_held(form.left_out(followed), "calls in this model's format")
             found.append(followed)
         return found
 
@@ -107,6 +104,16 @@ class ToolUse:
     @property
     def by_name(self) -> dict[str, Mapping[str, Any]]:
         return {tool.name: tool.parameters for tool in self.schemas}
+
+
+def _check_held(left_out: Sequence[str], calls: str) -> None:
+    """Refuse the schema of a strict function that some calls can't be held to."""
+    if left_out:
+        raise InvalidRequest(
+            f"The JSON schema is refused: {calls} can't be held to {', '.join(left_out)} as it stands there; "
+            "change it, or leave strict out.",
+            param="structured",
+        )
 
 
 NO_TOOLS = ToolUse()

@@ -91,7 +91,7 @@ _PLAINER: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
 def prepare_schema(schema: Schema, *, strict: bool = True) -> Schema:
     """A schema that llguidance takes and that allows the same answers.
 
-    ``x-guidance``, ``uniqueItems`` and unknown formats are left out; others become patterns. ``oneOf``
+    ``x-guidance`` and what :func:`not_followed` names are left out. Formats become patterns. ``oneOf``
     becomes ``anyOf`` where no answer can match two of its schemas. ``propertyNames`` with ``enum`` or
     ``pattern`` becomes the properties themselves. Of decimal numbers as pydantic describes them, those are
     allowed that Python writes.
@@ -243,6 +243,20 @@ def _with_pattern_of_format(schema: Schema) -> Schema:
         if isinstance(given, int | float):
             found["maxLength"] = min(given, FORMAT_LENGTHS[kind])
     return found
+
+
+def not_followed(schema: Any) -> list[str]:
+    """What :func:`prepare_schema` leaves out of a schema that it takes, in alphabetical order."""
+    found: set[str] = set()
+    known = _FORMATS | BOUNDED_FORMATS.keys()
+    for node in schemas_in(schema):
+        if node.get("uniqueItems") is True:
+            found.add("uniqueItems")
+        kind, types = node.get("format"), _types_given(node)
+        # Of numbers it is a note, such as int64.
+        if isinstance(kind, str) and kind not in known and ("string" in types or not types):
+            found.add(f"format {kind!r}"[:100])
+    return sorted(found)
 
 
 def _names(schema: Schema, key: str) -> set[str]:

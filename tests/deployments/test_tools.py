@@ -267,6 +267,7 @@ def test_schemas_are_prepared_wherever_they_stand():
     schema = {
         "type": "object",
         "properties": {
+            "a": {"type": "array", "items": {"type": "string", "format": "path"}, "uniqueItems": True},
             "b": {"oneOf": [{"type": "integer"}, {"type": "null"}]},
         },
     }
@@ -343,7 +344,10 @@ def of(schema):
         (of({**TEXT, "format": "uri"}), "format", OWN_TEXTS),
         (of({**TEXT, "pattern": "^a$|^b$"}), "pattern", OWN_TEXTS),
         (of({"type": "array", "items": {**TEXT, "format": "uri"}}), "format", OWN_OBJECTS),
+        (of({"type": "array", "items": TEXT, "uniqueItems": True}), "uniqueItems", TOOL_FORMATS.keys()),
+        (of({**TEXT, "format": "binary"}), "format 'binary'", TOOL_FORMATS.keys()),
         (of({**TEXT, "format": []}), "format", OWN_TEXTS),
+        (of({"anyOf": [{"format": "path"}, {"type": "null"}]}), "format 'path'", TOOL_FORMATS.keys()),
         (of({**A, "minProperties": 1}), "minProperties", OWN_OBJECTS),
         (of({**A, "maxProperties": 1}), "maxProperties", OWN_OBJECTS),
         (of(EITHER), "oneOf", OWN_OBJECTS),
