@@ -4,6 +4,7 @@ import gzip
 import os
 import socket
 import threading
+import tracemalloc
 from contextlib import asynccontextmanager
 from urllib.parse import quote
 
@@ -269,7 +270,13 @@ async def test_data_urls(size):
     fetcher = MediaFetcher(FetchPolicy())
     data = os.urandom(size)
     encoded = base64.b64encode(data).decode()
-    for head in ("data:image/png;base64", "DATA:;BASE64", "data:image/png;name=a;base64"):
+    heads = (
+        "data:image/png;base64",
+        "DATA:;BASE64",
+        "data:image/png;name=a;base64",
+        "data:image/png;  base64 ",
+    )
+    for head in heads:
         assert await fetcher.fetch(source(data_url(encoded, head))) == data
     assert await fetcher.fetch(source(data=data)) == data
 
@@ -281,6 +288,20 @@ async def test_base64_as_browsers_read_it(size):
     lines, plain = base64.encodebytes(data).decode(), base64.b64encode(data).decode()
     for payload in (lines, lines.replace("\n", " \r\n\t\f"), plain.rstrip("="), quote(plain), quote(lines)):
         assert await MediaFetcher(FetchPolicy()).fetch(source(data_url(payload))) == data
+    escaped = "".join(f"%{ord(character):02x}" for character in lines)
+    assert await MediaFetcher(FetchPolicy()).fetch(source(data_url(escaped))) == data
+
+
+async def test_percent_signs_take_little_memory():
+    """A few bytes each, where the standard library's function takes some 200."""
+    url = data_url("%" * 500_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(MediaError):
+            await MediaFetcher(FetchPolicy()).fetch(source(url))
+        assert tracemalloc.get_traced_memory()[1] < 15 * len(url)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -295,6 +316,11 @@ async def test_base64_as_browsers_read_it(size):
         "data:;base64,A===",
         "data:;base64,=AAA",
         "data:;base64,AA%00",
+        "data:;base64,AA%%341",
+        "data:;base64,AA%4",
+        "data:;base64,AA%",
+        "data:;base64,%",
+        "data:base64,AAAA",
     ],
 )
 async def test_data_urls_that_are_not_base64(url):
