@@ -14,6 +14,7 @@ from engine.errors import InvalidRequest
 from engine.parsers.call_forms import whole_text
 from engine.parsers.free_text import ARGUMENT
 from engine.parsers.grammar import CallForm, ToolSchema
+from engine.sampling_params import MAX_REGEX_LENGTH
 from engine.structured.json_schema import close_objects, not_followed
 from engine.structured.prepare import checked_schema
 
@@ -368,6 +369,11 @@ def _pattern(form: Any, where: str) -> str | None:
         raise InvalidRequest(f"{where}.syntax must be regex.", param=f"{where}.syntax")
     if not isinstance(definition, str) or not definition:
         raise InvalidRequest(f"{where}.definition must be a regex.", param=f"{where}.definition")
+    if len(definition) > MAX_REGEX_LENGTH:
+        raise InvalidRequest(
+            f"{where}.definition has {len(definition)} characters, the limit is {MAX_REGEX_LENGTH}.",
+            param=f"{where}.definition",
+        )
     # The whole input matches, so anchors at the ends say nothing.
     inner = definition.removeprefix("^")
     if inner.endswith("$") and (len(inner) - len(inner[:-1].rstrip("\\"))) % 2:
@@ -375,7 +381,7 @@ def _pattern(form: Any, where: str) -> str | None:
     pattern = f"^(?:{inner})$"
     if whole_text(pattern) is None:
         raise InvalidRequest(
-            f"{where}.definition may have ^ and $ at its ends alone: the whole input matches it.",
+            f"{where}.definition must be a regex with ^ and $ at its ends alone: the whole input matches it.",
             param=f"{where}.definition",
         )
     return pattern

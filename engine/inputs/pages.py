@@ -15,7 +15,7 @@ from engine.prompt import MediaItem, MediaPart, Message, PagesItem, TextPart
 DOCUMENT_OPTIONS = ("pages", "max_pages", "dpi", "text")
 FRAME_OPTIONS = ("pages", "max_pages")
 
-_RANGE = re.compile(r"\s*([1-9]\d{0,8})\s*(?:(-)\s*([1-9]\d{0,8})?\s*)?")
+_RANGE = re.compile(r"\s*([1-9]\d{0,8})\s*(?:(-)\s*(?:([1-9]\d{0,8})\s*)?)?")
 _MOST_RANGES = 1000
 
 

@@ -152,10 +152,15 @@ def _lark_quoted(text: str) -> str:
     return re.escape(text).replace("/", r"\/").replace("\n", r"\n")
 
 
+#: An escape, or a class, which may go on to the end. It reads nothing in two ways: callers write patterns,
+#: and to try both ways would take exponential time.
+_CLASS_OR_ESCAPE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+(?:\]|\\?\Z)", re.DOTALL)
+
+
 def whole_text(pattern: str) -> str | None:
     """A JSON schema's ``pattern`` as a Lark regex of whole texts; None where it has anchors within it."""
     inner = pattern.removeprefix("^").removesuffix("$")
-    bare = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]])*\]", "", inner)
+    bare = _CLASS_OR_ESCAPE.sub("", inner)
     anchored = inner != pattern
     if "^" in bare or "$" in bare or pattern.endswith("\\$") or (anchored and _has_alternatives(bare)):
         return None
@@ -166,9 +171,12 @@ def whole_text(pattern: str) -> str | None:
 
 def _has_alternatives(bare: str) -> bool:
     """Return whether a regex, without its classes and escapes, is a choice at its top level."""
-    while (inner := re.sub(r"\([^()]*\)", "", bare)) != bare:
-        bare = inner
-    return "|" in bare
+    depth = 0
+    for character in bare:
+        if character == "|" and depth <= 0:
+            return True
+        depth += (character == "(") - (character == ")")
+    return False
 
 
 def lark_regex(pattern: str) -> str:

@@ -6,11 +6,10 @@ import json
 from typing import Any
 
 from engine.errors import InvalidRequest
-from engine.sampling_params import MAX_STRUCTURED_TEXT, StructuredSpec
+from engine.sampling_params import MAX_REGEX_LENGTH, MAX_STRUCTURED_TEXT, StructuredSpec
 
 MAX_SCHEMA_DEPTH = 64
 MAX_SCHEMA_NODES = 20_000
-MAX_REGEX_LENGTH = 16 * 1024
 MAX_CHOICES = 4096
 
 

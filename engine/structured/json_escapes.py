@@ -25,7 +25,7 @@ _OPTIONS = {"json_allowed_escapes", "json_allow_general_unicode_escapes"}
 #: A string, a comment or a regex of a Lark grammar, none of which can hold a schema, or what precedes one.
 _LARK = re.compile(
     r"""
-    "(?:\\.|[^"\\\n])*" | //[^\n]* | /(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\\n])+/ | (?P<json>%json\s*(?={))
+    "(?:\\.|[^"\\\n])*" | //[^\n]* | /(?>\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\\n])+/ | (?P<json>%json\s*(?={))
     """,
     re.VERBOSE,
 )

@@ -22,7 +22,7 @@ from engine.outputs import OutputDelta, StreamUpdate, Usage
 from engine.parsers.events import CallArguments, Reasoning
 from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS
 from engine.parsers.grammar import SpecialTokens
-from engine.sampling_params import StructuredSpec
+from engine.sampling_params import MAX_REGEX_LENGTH, StructuredSpec
 from engine.text_formats import BOUNDED_FORMATS
 from tests.engine.parsers.cuts import joined
 from tests.engine.parsers.test_grammar import Vocabulary
@@ -82,6 +82,12 @@ def custom(name: str, **grammar) -> dict:
         ([custom("f", syntax="ebnf", definition="x")], None, f"{FORMAT}.syntax"),
         ([custom("f", syntax="regex", definition="(a|^b)")], None, f"{FORMAT}.definition"),
         ([custom("f", syntax="regex", definition="a$b")], None, f"{FORMAT}.definition"),
+        ([custom("f", syntax="regex", definition="a)|(b")], None, f"{FORMAT}.definition"),
+        (
+            [custom("f", syntax="regex", definition="a" * (MAX_REGEX_LENGTH + 1))],
+            None,
+            f"{FORMAT}.definition",
+        ),
         ([custom("f")], {"type": "custom", "custom": {"name": "g"}}, "tool_choice.custom.name"),
         (TOOLS * 65, None, "tools"),
         (TOOLS, "sometimes", "tool_choice"),

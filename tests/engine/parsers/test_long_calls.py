@@ -1,7 +1,11 @@
-"""A call of any length is read once: a long argument that comes in small pieces must not hold up others."""
+"""Long calls, and long patterns of their texts, are read once: others must not wait for them.
+
+A call's argument comes in small pieces. A pattern is read for each request that has one.
+"""
 
 import pytest
 
+from engine.parsers.call_forms import whole_text
 from engine.parsers.json_call import JsonCall
 from engine.parsers.leading_json import LeadingJsonCalls
 from engine.parsers.mistral import MistralCalls
@@ -45,3 +49,30 @@ def test_a_call_whose_name_comes_last_is_read_once(monkeypatch, parser, before):
     assert [getattr(event, "name", None) for event in events] == ["f", None]
     assert events[1].text == f'{{"a": "{LONG}"}}'
     assert len(text) - len(before) <= sum(read) < 2 * len(text)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("pattern", "is_followed"),
+    [
+        ("[" + r"\a" * 100_000, True),
+        ("[" * 200_000, True),
+        ("(" * 100_000 + ")" * 100_000, True),
+        (r"[\]^]" * 50_000, True),
+        ("[" + r"\a" * 100_000 + "]|b", False),
+        ("(" * 100_000 + "a|b" + ")" * 100_000, True),
+        ("a)|(b", False),
+    ],
+    ids=[
+        "escapes in a class",
+        "classes",
+        "groups",
+        "brackets in classes",
+        "choice",
+        "choice in groups",
+        "ends",
+    ],
+)
+def test_patterns_of_any_length_are_read_once(pattern, is_followed):
+    """Time that doubles with each escape, or grows as the square of the length, would outlast the test."""
+    assert (whole_text(f"^{pattern}$") is not None) is is_followed

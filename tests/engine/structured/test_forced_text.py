@@ -349,6 +349,13 @@ def test_schemas_of_a_lark_grammar_are_told_from_other_text():
     assert with_escapes("start: %json {broken}") == "start: %json {broken}"
 
 
+@pytest.mark.timeout(20)
+def test_classes_of_a_regex_without_an_end_are_read_in_one_way():
+    """The time would double with each class."""
+    lark = "start: /" + "[a]" * 1000
+    assert with_escapes(lark) == lark
+
+
 def test_a_value_that_needs_an_escape_has_it():
     model = vocabulary("byte_level")
     schema = {"type": "array", "prefixItems": [{"const": "\u0001"}, {"type": "string", "pattern": "\\S"}]}
