@@ -3,14 +3,14 @@
 import ctypes
 import os
 
-from deployments.ray_serve.frames import MOST_BYTES
-
 #: glibc's numbers of what ``mallopt`` sets.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
-#: Larger pieces go back to the kernel when they are freed. A message takes some more than its arrays.
-_LARGEST_PIECE = 2 * MOST_BYTES
-#: The most free bytes at the end of the heap that stay there.
+#: Larger pieces go back to the kernel when they are freed. It is the most that glibc takes, and to which it
+#: goes by itself.
+_LARGEST_PIECE = 32 << 20
+#: The most free bytes that stay at the end of each heap: threads that allocate at the same time have heaps of
+#: their own.
 _MOST_KEPT = 64 << 20
 
 
@@ -23,7 +23,8 @@ def keep_freed_memory() -> None:
 
     Nothing changes with another C library, or where the environment says what glibc is to do.
     """
-    if "MALLOC_TRIM_THRESHOLD_" in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+    said = "MALLOC_TRIM_THRESHOLD_" in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ
+    if said or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -3,13 +3,13 @@ import sys
 
 import pytest
 
-#: Prints the page faults of messages, each of which takes three pieces of 2 MiB, once the first were there.
+#: Prints the page faults of messages, each of which takes three pieces, once the first were there.
 FAULTS = """if True:
-    import resource
+    import resource, sys
     from deployments.ray_serve.freed_memory import keep_freed_memory
 
     def message():
-        pieces = [b"x" * (2 << 20) for _ in range(3)]
+        pieces = [b"x" * (int(sys.argv[1]) << 20) for _ in range(3)]
 
     keep_freed_memory()
     message()
@@ -20,8 +20,17 @@ FAULTS = """if True:
 """
 
 
-@pytest.mark.parametrize("own", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
-def test_a_message_uses_the_memory_of_the_last_one_unless_the_environment_says_otherwise(own):
-    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, env=own)
-    # A piece has 512 pages.
+@pytest.mark.parametrize(
+    ("mib", "own"),
+    [
+        (2, {}),
+        (10, {}),
+        (2, {"MALLOC_TRIM_THRESHOLD_": "131072"}),
+        (2, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}),
+    ],
+)
+def test_a_message_uses_the_memory_of_the_last_one_unless_the_environment_says_otherwise(mib, own):
+    command = [sys.executable, "-c", FAULTS, str(mib)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=own)
+    # A piece has at least 512 pages.
     assert (int(run.stdout) < 512) == (not own)
