@@ -68,7 +68,8 @@ class Found:
     Attributes:
         data: the pickled response.
         cancelled: it was cancelled.
-        silent_s: seconds since whoever makes it has said that it lives, by :meth:`Keeper.stopped`.
+        silent_s: seconds since whoever makes it last said that it lives, by :meth:`Keeper.stopped`; 0 while
+            such a call waits.
     """
 
     data: bytes
@@ -108,6 +109,7 @@ class _Kept:
     data: bytes
     at: float
     watched: float
+    watchers: int = 0
     cancelled: bool = False
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -150,7 +152,11 @@ class KeptResponses:
 
     async def get(self, name: str, owner: str) -> Found | None:
         kept = self._of(name, owner)
-        return None if kept is None else Found(kept.data, kept.cancelled, self._clock() - kept.watched)
+        if kept is None:
+            return None
+        # This process itself may have stood still: a call that waits is a sign of life, however old it is.
+        silent_s = 0.0 if kept.watchers else self._clock() - kept.watched
+        return Found(kept.data, kept.cancelled, silent_s)
 
     async def delete(self, name: str, owner: str) -> bool:
         kept = self._of(name, owner)
@@ -170,10 +176,14 @@ class KeptResponses:
         kept = self._kept.get(name)
         if kept is None:
             return None
-        kept.watched = self._clock()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(WATCH_S):
-                await kept.stop.wait()
+        kept.watchers += 1
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_S):
+                    await kept.stop.wait()
+        finally:
+            kept.watchers -= 1
+            kept.watched = self._clock()
         return kept.stop.is_set()
 
     def _of(self, name: str, owner: str) -> _Kept | None:
@@ -266,8 +276,10 @@ class ResponseStore:
         while True:
             try:
                 stopped = await self._keeper.stopped(name)
-            except SightlineError:
-                # The keeper is lost, and may come back.
+            except Exception as error:
+                # The keeper is lost, and may come back. No other error of it is a reason to stop the work.
+                if not isinstance(error, SightlineError):
+                    logger.exception("whether the response %s is cancelled can't be learnt", name)
                 await asyncio.sleep(WATCH_S)
                 continue
             if stopped is not False:

@@ -16,6 +16,7 @@ from deployments.protocol.responses import ResponsesRequest
 from deployments.response_store import Asked, Found, KeptResponses, ResponseStore, StoredResponse
 from engine.errors import Unavailable
 from tests.deployments.asgi import AppTransport
+from tests.serving import wait_until
 
 pytestmark = pytest.mark.usefixtures("idle_afterwards")
 
@@ -323,6 +324,54 @@ async def test_what_is_too_much_or_too_old_is_dropped():
     assert await kept.get("f", "") is None and len(kept) == 0 and kept.num_bytes == 0
     await kept.update("f", b"x")
     assert len(kept) == 0
+
+
+async def test_a_maker_that_waits_for_a_store_that_stood_still_lives():
+    now = 0.0
+    kept = KeptResponses(3, 100, 3600.0, clock=lambda: now)
+
+    async def silent_s() -> float:
+        found = await kept.get("a", "")
+        assert found is not None
+        return found.silent_s
+
+    await kept.put("a", "", b"x")
+    makers = [asyncio.ensure_future(kept.stopped("a")) for _ in range(2)]
+    await asyncio.sleep(0)
+    now = 50.0
+    assert await silent_s() == 0
+    for number, maker in enumerate(makers):
+        maker.cancel()
+        await asyncio.wait({maker})
+        now += 7
+        assert await silent_s() == 7 * number
+
+
+class BrokenKeeper(KeptResponses):
+    """A keeper that fails once when it is asked whether a response is cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 1 << 20, 60.0)
+        self.failed = False
+
+    async def stopped(self, name):
+        if not self.failed:
+            self.failed = True
+            raise ZeroDivisionError
+        return await super().stopped(name)
+
+
+async def test_no_error_of_a_store_stops_the_work(monkeypatch, caplog):
+    monkeypatch.setattr("deployments.response_store.WATCH_S", 0.01)
+    keeper = BrokenKeeper()
+    await keeper.put("a", "", b"x")
+    work = asyncio.ensure_future(asyncio.sleep(3600))
+    waiting = asyncio.ensure_future(ResponseStore(keeper).unless_stopped("a", work))
+    await wait_until(lambda: "can't be learnt" in caplog.text, 60)
+    assert not waiting.done() and not work.done()
+    await keeper.cancel("a", "")
+    await asyncio.wait_for(waiting, 60)
+    assert work.cancelled()
 
 
 async def test_responses_belong_to_keys():
