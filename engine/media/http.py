@@ -61,7 +61,8 @@ class HttpClient:
 
     def __init__(self, policy: FetchPolicy, resolver: AbstractResolver | None = None) -> None:
         self._policy = policy
-        self._resolver = resolver or SystemResolver(policy.max_connections)
+        longest = max(map(policy.time_limit, _ACCEPTED))
+        self._resolver = resolver or SystemResolver(policy.max_connections, longest)
         self._loops: dict[asyncio.AbstractEventLoop, _OnLoop] = {}
 
     async def get(self, source: MediaSource, budget: ByteBudget) -> bytes:

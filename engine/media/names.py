@@ -22,9 +22,12 @@ class SystemResolver(AbstractResolver):
 
     Args:
         threads: names that are looked up at a time.
+        seconds: for one name, the wait for a thread included. aiohttp lets a look-up go on when the request
+            that wanted it has ended: without a limit, names for which nobody waits would hold up all others.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, seconds: float) -> None:
+        self._seconds = seconds
         # Threads start when there is work for them, and end with this object.
         self._threads = ThreadPoolExecutor(threads, "resolve")
 
@@ -34,9 +37,12 @@ class SystemResolver(AbstractResolver):
         """The addresses of ``host``.
 
         Raises:
-            OSError: the system knows none.
+            OSError: the system knows none, or doesn't say so in time.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._threads, _look_up, host, port, family)
+        loop = asyncio.get_running_loop()
+        # What hasn't begun by then is taken out of the queue.
+        async with asyncio.timeout(self._seconds):
+            return await loop.run_in_executor(self._threads, _look_up, host, port, family)
 
     async def close(self) -> None:
         """Do nothing: further connections may come, also on other event loops."""

@@ -157,6 +157,40 @@ async def test_names_that_are_never_answered_hold_up_nothing_else(monkeypatch):
     assert all("no address is known" in str(error) for error in errors)
 
 
+async def test_names_are_not_looked_up_for_fetches_that_have_ended(monkeypatch):
+    answered, look_up, asked = threading.Event(), socket.getaddrinfo, []
+
+    def slow(host, *more):
+        if host.endswith(".example"):
+            asked.append(host)
+        if host.startswith("silent"):
+            answered.wait(60)
+            raise socket.gaierror
+        return look_up("127.0.0.1" if host == "pictures.example" else host, *more)
+
+    limits = dict.fromkeys(("timeout", "video_timeout", "document_timeout"), 0.1)
+    async with site(max_connections=1, **limits) as (here, fetcher):
+        monkeypatch.setattr(socket, "getaddrinfo", slow)
+        port, before = here.server.port, asyncio.all_tasks()
+        try:
+            for number in range(3):
+                with pytest.raises(MediaError):
+                    await fetcher.fetch(source(f"http://silent{number}.example:{port}/ok"))
+            # The one thread still waits for the first name. aiohttp's tasks that wait for the thread end.
+            left = asyncio.all_tasks() - before
+            assert not left or not (await asyncio.wait(left, timeout=10))[1]
+        finally:
+            answered.set()
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    assert await fetcher.fetch(source(f"http://pictures.example:{port}/ok")) == BODY
+                    break
+                except MediaError:  # this machine may be slower than the limit
+                    continue
+    assert asked[1] == "pictures.example"
+
+
 @pytest.mark.parametrize("addresses", [[PRIVATE], [PUBLIC, PRIVATE], ["::ffff:10.0.0.1"], ["fe80::1"]])
 async def test_a_name_with_any_private_address_is_refused(addresses):
     async with site(Names(evil_example=[addresses])) as (here, fetcher):
