@@ -27,7 +27,9 @@ class Settings(BaseModel):
 def _holds_boolean(value: Any) -> bool:
     if isinstance(value, Mapping):
         value = list(value.values())
-    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_holds_boolean, value)))
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(map(_holds_boolean, value))
+    return isinstance(value, bool)
 
 
 def _may_be_boolean(hint: Any) -> bool:

@@ -115,7 +115,7 @@ def decode_attention(
         q: ``(S, Hq, D)``; last dimension contiguous, also of ``k`` and ``v``.
         k, v: ``(S, Hkv, D)``; ``Hq`` is a multiple of ``Hkv``. None: the tokens' keys and values are in the
             cache already.
-        positions: ``(S,)``, or ``(3, S)`` if the table has sections; int64.
+        positions: ``(S,)``, or ``(axes, S)`` if the table has sections; int64.
         cache: changed in place.
         meta: a batch with one new token per sequence, so ``T == S``.
         scale: multiplies the scores; positive.

@@ -218,7 +218,7 @@ class Decoder(nn.Module):
 
         Args:
             embeds: ``(T, hidden_size)``.
-            positions: rows of the rotary tables, int64 ``(T,)``, or ``(3, T)`` with M-RoPE; see
+            positions: rows of the rotary tables, int64 ``(T,)``, or ``(axes, T)`` with M-RoPE; see
                 :class:`~engine.layers.rotary.Rotary`.
             caches: one per layer: keys and values, or recurrent states.
             meta: the batch's sequences and their KV blocks.

@@ -88,8 +88,9 @@ class TokenHistory:
         if longest < width:
             return
         # Powers of two, so that it seldom moves.
-        wider = torch.zeros((self._num_rows, (1 << longest.bit_length()) + 1), dtype=torch.int32)
-        wider = wider.to(self._device)
+        shape = self._num_rows, (1 << longest.bit_length()) + 1
+        # A copy from the host would wait for all work that is enqueued.
+        wider = torch.zeros(shape, dtype=torch.int32, device=self._device)
         if self.tokens is None:
             self.lengths, self.sizes = torch.zeros(
                 (2, self._num_rows), dtype=torch.int64, device=self._device

@@ -46,9 +46,10 @@ class WaitingQueue:
         return request
 
     def forget(self, request: Request) -> None:
-        """Take out a request for which nobody waits any more."""
-        self._queue.remove(self._places.pop(request))
-        self.tokens -= len(request.token_ids)
+        """Take out a request for which nobody waits any more. Does nothing if it isn't there."""
+        if (place := self._places.pop(request, None)) is not None:
+            self._queue.remove(place)
+            self.tokens -= len(request.token_ids)
 
     def requests(self) -> list[Request]:
         """Return all waiting requests."""

@@ -380,6 +380,24 @@ def test_an_interrupted_call_computes_nothing_more(llm, monkeypatch):
     ]
 
 
+def test_a_call_interrupted_before_a_request_is_queued_leaves_none_behind(llm, monkeypatch):
+    core, added = llm._engine.core, []
+    add = core.add
+
+    def interrupted(request):
+        if len(added) == 1:
+            raise KeyboardInterrupt
+        added.append(request)
+        add(request)
+
+    monkeypatch.setattr(core, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["hello world", "what?", "who?"], GREEDY, use_tqdm=False)
+    monkeypatch.undo()
+    assert added[0].finished
+    llm.check_integrity()
+
+
 def test_embeddings_of_waiting_prompts_stay_within_the_budget(path, llm, monkeypatch):
     """Each image has nine rows, and each step computes about one prompt."""
     prompts = [about(tiny.picture(24, 24, seed)) for seed in range(24)]

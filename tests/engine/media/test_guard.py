@@ -128,6 +128,12 @@ def test_a_port_that_there_is_not_is_refused(port):
         FetchPolicy(allowed_ports={443, port})
 
 
+@pytest.mark.parametrize("ports", [{True, 443}, frozenset({True}), [True]])
+def test_a_boolean_is_no_port(ports):
+    with pytest.raises(ValidationError, match="true and false"):
+        FetchPolicy(allowed_ports=ports)
+
+
 def test_the_timeout_comes_from_the_environment(monkeypatch):
     monkeypatch.delenv("SIGHTLINE_IMAGE_FETCH_TIMEOUT", raising=False)
     monkeypatch.delenv("VLLM_IMAGE_FETCH_TIMEOUT", raising=False)
