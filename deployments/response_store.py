@@ -186,6 +186,9 @@ class KeptResponses:
             kept.watched = self._clock()
         return kept.stop.is_set()
 
+    async def check_health(self) -> None:
+        """Answer on the event loop that does the work: Ray Serve's own answer comes from another one."""
+
     def _of(self, name: str, owner: str) -> _Kept | None:
         self._tidy()
         kept = self._kept.get(name)

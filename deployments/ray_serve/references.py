@@ -30,3 +30,6 @@ class ReferencesReplica:
     async def lost(self, owner: Owner, named: Sequence[MediaSource]) -> Refusal | None:
         """Forget media whose files are lost; always a refusal."""
         return await answered(self._references.lost(owner, named))
+
+    async def check_health(self) -> None:
+        """Answer on the event loop that does the work: Ray Serve's own answer comes from another one."""

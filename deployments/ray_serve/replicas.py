@@ -48,6 +48,10 @@ from engine.preparation import PagedFile
 from engine.prompt import KeptFiles, MediaItem, PreparedMedia
 from engine.startup import StartTimes
 
+#: The part of Ray Serve's time for a check of health that an engine's process has. A check may begin late. A
+#: process that hangs would outlive the replica, which must kill it before Ray Serve kills the replica.
+_PATIENCE = 0.7
+
 
 def leave() -> None:
     """End this process at once: its engine has died, and others can carry its requests on.
@@ -83,6 +87,9 @@ class PreprocessorReplica:
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Take over values while the replica runs; Ray Serve calls this."""
         self._in_place.take_over(user_config)
+
+    async def check_health(self) -> None:
+        """Answer on the event loop that does the work: Ray Serve's own answer comes from another one."""
 
     async def line(self) -> tuple[str, str]:
         """This replica's name, and the address by which processes of its host call :meth:`prepare`; empty if
@@ -253,8 +260,7 @@ class LanguageModelReplica:
         prepare_process()
         self._stage: EngineProcess | ServedModel
         if config.engine_process and launcher is None:
-            # A little less than Ray Serve's, so that the replica leaves before it is killed.
-            patience_s = 0.9 * config.health_check_timeout_s
+            patience_s = _PATIENCE * config.health_check_timeout_s
             self._stage = EngineProcess.start(engine, encoder, tracing, leave, patience_s)
         else:
             self._stage = ServedModel.load(engine, encoder, tracing, self._outboxes, launcher)

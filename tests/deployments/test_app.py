@@ -1,5 +1,6 @@
 """The Ray Serve application that a configuration describes; no replica starts here."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -111,6 +112,18 @@ def test_what_ingresses_share_is_on_their_nodes():
             if deployment.ray_actor_options.get("label_selector") == {"sightline/stage": "cpu"}
         }
         assert selected == names
+
+
+def test_whatever_works_answers_checks_of_its_health_on_its_own_event_loop():
+    """Ray Serve calls coroutines there, and says by itself, elsewhere, that a class without one is well."""
+    from ray.serve._private.build_app import build_app
+
+    args = app_args()
+    args["ingress"] = {"num_replicas": 2}
+    built = build_app(build(AppConfig.model_validate(args)), name="test", default_runtime_env={})
+    assert len(built.deployments) == 6
+    for deployment in built.deployments:
+        assert inspect.iscoroutinefunction(getattr(deployment.func_or_class, "check_health", None))
 
 
 def test_the_file_is_what_serve_reads():

@@ -1,11 +1,13 @@
 """Replicas: requests wait for their streams, and refusals are returned."""
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import pytest
 
 from deployments.ray_serve.channel import Outboxes
+from deployments.ray_serve.engine_process import EngineProcess
 from deployments.ray_serve.held_requests import Held, HeldRequests
 from deployments.ray_serve.packing import PixelsInfo, RowsInfo
 from deployments.ray_serve.refusals import Misrouted, Refusal, answered, checked
@@ -15,7 +17,9 @@ from deployments.ray_serve.replicas import (
     VisionEncoderReplica,
 )
 from deployments.ray_serve.served_model import ServedModel
+from deployments.stage_config import LanguageModelConfig
 from deployments.stages import Generation
+from engine.config import EngineConfig
 from engine.errors import InvalidRequest
 from engine.media.keys import KeptFiles
 from engine.prompt import EmbeddedMedia, EngineInput, MediaItem, PlaceholderRun, PreparedMedia
@@ -44,6 +48,24 @@ async def test_held_requests_are_dropped_after_a_while():
     asyncio.get_running_loop().call_later(0.001, later.set)
     await asyncio.wait_for(later.wait(), 60)
     assert len(held) == 0
+
+
+class Starting(LanguageModelReplica):
+    def __del__(self) -> None:
+        """Nothing was loaded."""
+
+
+def test_a_process_that_hangs_is_given_up_well_before_ray_serve_gives_up_its_replica(monkeypatch):
+    def start(*args: Any) -> None:
+        given.append(args[-1])
+
+    given: list[float] = []
+    monkeypatch.setattr("deployments.ray_serve.replicas.prepare_process", lambda: None)
+    monkeypatch.setattr(EngineProcess, "start", start)
+    Starting(None, LanguageModelConfig(health_check_timeout_s=30.0), EngineConfig(model="model"))
+    (patience_s,) = given
+    # The replica's event loop may be late by seconds.
+    assert 15 < patience_s <= 25
 
 
 class Encoding(LanguageModelReplica):
