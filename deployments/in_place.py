@@ -31,7 +31,7 @@ def overlaid(base: M, changes: Mapping[str, Any], fields: Collection[str] | None
         ValueError: a field is not one of them, or has a value that is not allowed.
     """
     known = type(base).model_fields.keys() if fields is None else fields
-    if unknown := sorted(changes.keys() - set(known)):
+    if unknown := sorted(map(str, changes.keys() - set(known))):
         others = f"; {', '.join(sorted(known))} can" if known else ""
         raise ValueError(
             f"{unknown[0]!r} can't change while a replica runs, only in the application's args{others}"

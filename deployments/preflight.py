@@ -89,11 +89,12 @@ class _UniqueKeys(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
+                # A number and a text of its digits are two keys.
+                if (key.tag, key.value) in seen:
                     raise yaml.composer.ComposerError(
                         None, None, f"the option {key.value} stands twice in one place", key.start_mark
                     )
-                seen.add(key.value)
+                seen.add((key.tag, key.value))
         return node
 
 

@@ -66,16 +66,26 @@ def _with_arrays(part: memoryview) -> Any:
 
 def framed(message: Any) -> Sequence[bytes | memoryview]:
     """A message as :class:`Frames` cuts it off, in parts for a transport's ``writelines``. Arrays are parts
-    of their own, which must not change until they are sent."""
+    of their own, which must not change until they are sent.
+
+    Raises:
+        OverflowError: it takes 2 GiB or more.
+    """
     arrays: list[pickle.PickleBuffer] = []
     data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL, buffer_callback=arrays.append)
     if not arrays:
-        return (len(data).to_bytes(_LENGTH, "big") + data,)
+        return (_length(len(data)).to_bytes(_LENGTH, "big") + data,)
     parts = [array.raw() for array in arrays]
     sizes = [part.nbytes for part in parts]
     head = struct.pack(f">{1 + len(sizes)}I", len(sizes), *sizes)
-    length = len(head) + sum(sizes) + len(data)
+    length = _length(len(head) + sum(sizes) + len(data))
     return ((length | _WITH_ARRAYS).to_bytes(_LENGTH, "big") + head, *parts, data)
+
+
+def _length(length: int) -> int:
+    if length >= _WITH_ARRAYS:
+        raise OverflowError(f"a message of {length} bytes is too long for a line")
+    return length
 
 
 class ServedLine(asyncio.Protocol):

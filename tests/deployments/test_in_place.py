@@ -56,6 +56,7 @@ def test_what_a_configuration_no_longer_names_goes_back_to_the_arguments():
     [
         ({"num_gpus": 1}, "'num_gpus' can't change while a replica runs"),
         ({"duty_cycle": 2}, "duty_cycle"),
+        ({1: 1, "num_gpus": 1}, "'1' can't change while a replica runs"),
     ],
 )
 def test_a_wrong_value_is_logged_and_ends_no_replica(user_config, message, caplog):

@@ -44,6 +44,12 @@ def test_an_option_may_stand_beside_those_that_are_merged(tmp_path):
     assert read_config(file) == {"a": {"b": {"x": 2}}, "d": {"x": 3}}
 
 
+def test_a_number_and_a_text_of_its_digits_are_two_keys(tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("a: {1: x, '1': y}\n")
+    assert read_config(file) == {"a": {1: "x", "1": "y"}}
+
+
 def config(folder: Path, args: dict | None = None, **http_options) -> str:
     file = folder / "serve.yaml"
     given = {"models": [{"name": "pocket", "engine": {"model": "models/pocket"}}]} | (args or {})

@@ -155,6 +155,20 @@ async def test_a_call_on_a_line_that_has_ended_is_lost():
         await asyncio.wait_for(line.call(1), 60)
 
 
+async def test_an_answer_that_is_too_long_is_refused_and_the_line_goes_on(monkeypatch):
+    monkeypatch.setattr("deployments.ray_serve.frames._WITH_ARRAYS", 1 << 14)
+    replica = Replica()
+    line = await replica.connect()
+    for result in (b"x" * (1 << 14), np.zeros(1 << 14, np.uint8)):
+        task = await replica.begin(line, 1)
+        replica.calls[1].set_result(result)
+        with pytest.raises(SightlineError):
+            await asyncio.wait_for(task, 60)
+    task = await replica.begin(line, 2)
+    replica.calls[2].set_result("short")
+    assert await asyncio.wait_for(task, 60) == "short"
+
+
 async def test_a_replica_that_stops_ends_its_calls_first():
     replica = Replica()
     task = await replica.begin(await replica.connect(), 1)

@@ -21,6 +21,13 @@ def test_messages_are_whole_however_their_bytes_come(size):
     assert found[0][1].flags.writeable
 
 
+@pytest.mark.parametrize("message", [b"x" * 1000, np.zeros(1000, np.uint8)])
+def test_a_message_whose_length_would_be_read_as_another_is_refused(message, monkeypatch):
+    monkeypatch.setattr("deployments.ray_serve.frames._WITH_ARRAYS", 1 << 9)
+    with pytest.raises(OverflowError):
+        framed(message)
+
+
 def test_arrays_are_sent_from_where_they_lie():
     parts = framed(MESSAGES[0])
     assert any(np.shares_memory(np.frombuffer(part, np.uint8), PIXELS) for part in parts)
