@@ -25,7 +25,8 @@ def end_with_this_process() -> subprocess.Popen[bytes]:
     """Once this process has ended, have all killed that it has started from now on, and all that these have.
 
     It does not matter how it ends, nor what parent and session they have then. One of them may call this too.
-    Where there is no /proc, nothing is killed.
+    Nothing is killed where there is no /proc, nor as long as there is a fork of this process that has run no
+    other program: it counts as this process.
 
     Returns:
         The process that waits for that. It ends when all others have.
@@ -56,6 +57,6 @@ def _processes(line: bytes) -> Iterator[int]:
 
 
 if __name__ == "__main__":
-    # It ends with the program, which alone has its other end.
+    # It ends with the program and its forks: no program that they run has its other end.
     sys.stdin.buffer.read()
     _kill_all(sys.argv[1].encode())

@@ -65,6 +65,8 @@ def main() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     several = {"language_models": options.language_models, "eager": options.eager}
     change = partial(on_gpus, gpus=options.gpus, **several) if options.gpus else on_cpus
+    # Ended from outside, too, it must leave no temporary folder behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     progress = Progress(longest(options))
     with (
         tempfile.TemporaryDirectory() as folder,
