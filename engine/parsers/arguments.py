@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.errors import InvalidRequest
+
 #: Keywords whose value is data or text, and keywords whose value is a mapping from names to schemas.
 _DATA = frozenset({"const", "default", "enum", "examples", "description", "title"})
 _BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
@@ -19,8 +21,26 @@ _INTEGER_BOUND = (1 << 63) - 1024
 _UPPER = frozenset({"maximum", "exclusiveMaximum", "enum", "const"})
 _LIMITS = frozenset({"minimum", "exclusiveMinimum"}) | _UPPER
 
-#: Levels of ``allOf`` within ``allOf``; a part may refer to the whole.
-_MOST_NESTED = 8
+#: The type that JSON Schema prescribes for the value of a keyword, with a name.
+_WELL_FORMED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        ("properties", "patternProperties"), ("an object", lambda value: isinstance(value, Mapping))
+    ),
+    **dict.fromkeys(
+        ("allOf", "anyOf", "oneOf", "prefixItems", "enum"), ("a list", lambda value: isinstance(value, list))
+    ),
+    **dict.fromkeys(
+        ("minLength", "maxLength", "minItems", "maxItems"),
+        ("a count", lambda value: _is_integer(value) and value >= 0),
+    ),
+    **dict.fromkeys(
+        ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+        ("a number", lambda value: _is_integer(value) or isinstance(value, float)),
+    ),
+    **dict.fromkeys(("pattern", "$ref"), ("a string", lambda value: isinstance(value, str))),
+    "required": ("a list of strings", lambda value: _are_strings(value)),
+    "type": ("a type or a list of types", lambda value: isinstance(value, str) or _are_strings(value)),
+}
 
 
 def standalone(root: Mapping[str, Any], schema: Any) -> Any:
@@ -166,15 +186,51 @@ def _is_lost(key: str, first: Any, last: Any) -> bool:
     return bool(first != last)
 
 
-def _conjuncts(root: Mapping[str, Any], schema: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
-    """What ``schema`` refers to beside other keywords, itself resolved, and the parts of its ``allOf``."""
-    found = resolved(root, schema)
-    within = depth < _MOST_NESTED
-    if within and isinstance(found.get("$ref"), str):
-        yield from _conjuncts(root, _target(root, found["$ref"]), depth + 1)
-    yield found
-    for part in (found.get("allOf") or ()) if within else ():
-        yield from _conjuncts(root, part, depth + 1)
+def _conjuncts(root: Mapping[str, Any], schema: Any) -> Iterator[Mapping[str, Any]]:
+    """What ``schema`` refers to beside other keywords, itself resolved, and the parts of its ``allOf``.
+
+    Each comes once: a part may refer to the whole, and many parts to one.
+
+    Raises:
+        InvalidRequest: a keyword has a value that it can't have.
+    """
+    seen: dict[int, Any] = {}
+
+    def parts(schema: Any) -> Iterator[Mapping[str, Any]]:
+        found = resolved(root, schema)
+        if id(found) in seen:
+            return
+        seen[id(found)] = found
+        _check(found)
+        if "$ref" in found:
+            yield from parts(_target(root, found["$ref"]))
+        yield found
+        for part in found.get("allOf", ()):
+            yield from parts(part)
+
+    try:
+        yield from parts(schema)
+    except RecursionError:
+        raise refused("its references and allOf are nested too deeply") from None
+
+
+def _check(schema: Mapping[str, Any]) -> None:
+    for key, value in schema.items():
+        if key in _WELL_FORMED and not _WELL_FORMED[key][1](value):
+            raise refused(f"{key} must be {_WELL_FORMED[key][0]}, not {json.dumps(value)[:60]}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def refused(reason: str) -> InvalidRequest:
+    """The refusal of a function's schema."""
+    return InvalidRequest(f"The JSON schema is refused: {reason}.", param="structured")
 
 
 def text_choices(schema: Mapping[str, Any]) -> list[str] | None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from engine.parsers.arguments import arguments_of, flattened, left_out_of_object, others_of
+from engine.parsers.arguments import arguments_of, flattened, left_out_of_object, others_of, refused
 from engine.parsers.call_forms import embedded, entries_in_order, other_key, tagged_value, whole_text
 from engine.parsers.gemma4 import CALL_END, QUOTE
 from engine.parsers.grammar import CallForm, Rules, ToolSchema
@@ -37,13 +37,34 @@ class _Notation:
     def __init__(self, rules: Rules, tool: ToolSchema, number: int) -> None:
         self._rules, self._root, self._prefix = rules, tool.parameters, f"value_{number}"
         self._names: dict[str, str] = {}
+        # Schemas whose rules are still to be written.
+        self._pending: list[str] = []
+
+    def arguments(self) -> str:
+        """The members of the function's arguments.
+
+        Raises:
+            InvalidRequest: the schema is malformed, or too large when written out.
+        """
+        members = self.members(self._root, f"arguments{self._prefix.removeprefix('value')}")
+        # Not by recursion: schemas may refer on through more levels than Python can nest.
+        while self._pending:
+            key = self._pending.pop()
+            name = self._names[key]
+            self._rules.add(name, " | ".join(self._choices(json.loads(key), name)))
+        return members
 
     def value(self, schema: Any) -> str:
         """The rule of the values that ``schema`` allows. Equal schemas share one, so that they may recur."""
-        key = json.dumps(schema if isinstance(schema, Mapping) else {}, sort_keys=True)
+        if not isinstance(schema, Mapping | bool):
+            raise refused(f"{json.dumps(schema)[:60]} is no schema")
+        key = json.dumps({} if isinstance(schema, bool) else schema, sort_keys=True)
         if key not in self._names:
-            self._names[key] = name = f"{self._prefix}_{len(self._names)}"
-            self._rules.add(name, " | ".join(self._choices(json.loads(key), name)))
+            # Options within options are written out with all that stands beside each. Their number doubles
+            # with each level, and a circle of them has no end.
+            self._rules.spend(len(key) // 8)
+            self._names[key] = f"{self._prefix}_{len(self._names)}"
+            self._pending.append(key)
         return self._names[key]
 
     def members(self, schema: Mapping[str, Any], name: str) -> str:
@@ -161,7 +182,7 @@ def _written(value: Any) -> str:
 
 def _arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
     """``key:value,...}`` and the closing tag."""
-    members = _Notation(rules, tool, number).members(tool.parameters, f"arguments_{number}")
+    members = _Notation(rules, tool, number).arguments()
     return f"{members} {rules.special.literal('}' + CALL_END)}".strip()
 
 

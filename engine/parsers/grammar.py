@@ -11,9 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from engine.parsers.arguments import refused
 from engine.parsers.reasoning import ReasoningTags
 
 CHUNK = r"/(.|\n)+/"
+
+#: Characters of the rules of one grammar: none may be longer.
+_MOST_WRITTEN = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +87,29 @@ class Rules:
 
     Attributes:
         left_out: keywords of schemas that the rules don't hold to.
+        written: characters, and what else was spent.
     """
 
     special: SpecialTokens
     lines: list[str] = field(default_factory=list)
     left_out: set[str] = field(default_factory=set)
+    written: int = 0
 
     def add(self, name: str, expression: str) -> str:
-        """Define a rule or terminal; returns its name without attributes."""
+        """Define a rule or terminal; returns its name without attributes. Errors as :meth:`spend`."""
         self.lines.append(f"{name}: {expression}")
+        self.spend(len(self.lines[-1]))
         return name.partition("[")[0]
+
+    def spend(self, characters: int) -> None:
+        """Note work that is worth so many characters of the grammar.
+
+        Raises:
+            InvalidRequest: together it is more than a grammar may hold.
+        """
+        self.written += characters
+        if self.written > _MOST_WRITTEN:
+            raise refused("calls by it take a grammar that is too large; use less of anyOf, or fewer tools")
 
     def leave_out(self, schema: Mapping[str, Any], *keywords: str) -> None:
         """Note those of ``keywords`` that ``schema`` has: the rules don't hold to them."""

@@ -139,8 +139,8 @@ def _closed(schema: Any) -> Any:
         found[key] = value
     properties, required = schema.get("properties"), schema.get("required")
     if isinstance(properties, dict) and not any(key in schema for key in _OPENNESS):
-        others = [name for name in required if name not in properties] if isinstance(required, list) else []
-        if not others:
+        listed = required if isinstance(required, list) else []
+        if all(isinstance(name, str) and name in properties for name in listed):
             found["additionalProperties"] = False
     return found
 

@@ -5,7 +5,7 @@ import json
 import jsonschema
 import pytest
 
-from engine.parsers.arguments import is_text, resolved, standalone, text_choices
+from engine.parsers.arguments import arguments_of, is_text, resolved, standalone, text_choices
 from engine.parsers.formats import TOOL_FORMATS
 from engine.parsers.grammar import ToolSchema, tool_grammar
 from tests.engine.parsers.cuts import joined
@@ -204,6 +204,13 @@ def test_a_part_stands_alone_with_all_that_it_refers_to():
     data = {"enum": [{"$ref": "#/a"}], "properties": {"enum": {"$ref": "#/$defs/Digit"}}}
     assert standalone(root, data)["enum"] == data["enum"]
     assert standalone(root, data)["properties"]["enum"] == {"$ref": "#/$defs/0"}
+
+
+def test_parts_that_refer_to_each_other_are_read_once():
+    again = [{"$ref": "#/$defs/A"}] * 9
+    part = {"allOf": again, "properties": {"a": DIGIT}, "required": ["a"]}
+    root = {"type": "object", "allOf": [*again, {"properties": {"b": DIGIT}}], "$defs": {"A": part}}
+    assert {name: found.required for name, found in arguments_of(root).items()} == {"a": True, "b": False}
 
 
 def test_references_in_a_circle_lead_nowhere():

@@ -6,6 +6,7 @@ import jinja2
 import jsonschema
 import pytest
 
+from engine.errors import InvalidRequest
 from engine.parsers.answer import AnswerParser
 from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS
 from engine.parsers.grammar import Thought, ToolSchema, grammar_with_budget, tool_grammar
@@ -107,6 +108,72 @@ def test_values_within_values_follow_their_schemas(schema, words):
             assert reference(walk.text) == ("", [(name, arguments)])
             found.append(arguments)
     assert found
+
+
+def levels(count):
+    """Definitions of options within options."""
+    return {
+        f"A{level}": {
+            "anyOf": [
+                {"allOf": [{"$ref": f"#/$defs/A{level + 1}"}], "required": [f"{name}{level}"]}
+                for name in ("q", "r")
+            ]
+        }
+        for level in range(count)
+    }
+
+
+@pytest.mark.parametrize(
+    ("schema", "definitions"),
+    [
+        ({"$ref": "#/$defs/A0"}, levels(30)),
+        (
+            {"$ref": "#/$defs/A"},
+            {"A": {"required": ["x"], "anyOf": [{"$ref": "#/$defs/A"}, {"type": "null"}]}},
+        ),
+        (
+            {"$ref": "#/$defs/Pet"},
+            {
+                "Pet": {"required": ["kind"], "oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]},
+                "Cat": {"allOf": [{"$ref": "#/$defs/Pet"}, {"properties": {"purrs": {"type": "boolean"}}}]},
+                "Dog": {"allOf": [{"$ref": "#/$defs/Pet"}, {"properties": {"barks": {"type": "boolean"}}}]},
+            },
+        ),
+        *(
+            (schema, {})
+            for schema in (
+                {"type": "array", "maxItems": "5"},
+                {"type": "array", "minItems": None},
+                {"type": "array", "prefixItems": None},
+                {"type": "array", "items": 5},
+                {"type": None},
+                {"type": "string", "enum": None},
+                {"type": "object", "required": True},
+                {"type": "object", "required": "c"},
+                {"type": "object", "required": [{}]},
+                {"type": "object", "properties": []},
+                {"type": "object", "patternProperties": None},
+                {"type": "string", "pattern": 5},
+                {"anyOf": {}},
+                {"enum": "x"},
+                {"$ref": 5},
+            )
+        ),
+    ],
+)
+def test_schemas_that_no_grammar_can_follow_are_refused(schema, definitions):
+    given = {"type": "object", "properties": {"value": schema}, "$defs": definitions}
+    with pytest.raises(InvalidRequest, match="The JSON schema is refused: "):
+        GEMMA4.layout.form.left_out(ToolSchema("f", given))
+
+
+def test_references_may_lead_through_many_levels():
+    chain = {
+        f"A{level}": {"type": "object", "properties": {"next": {"$ref": f"#/$defs/A{level + 1}"}}}
+        for level in range(400)
+    }
+    given = {"type": "object", "properties": {"value": {"$ref": "#/$defs/A0"}}, "$defs": chain}
+    assert GEMMA4.layout.form.left_out(ToolSchema("f", given)) == []
 
 
 #: Writes a turn as the public template does: keys sorted, texts between tokens, all else as Jinja does.

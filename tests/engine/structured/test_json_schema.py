@@ -293,6 +293,8 @@ def test_a_number_beyond_json_is_refused():
             },
         ),
         ({"allOf": [{"properties": {"a": {}}}]}, {"allOf": [{"properties": {"a": {}}}]}),
+        # A malformed list stays for the compiler to refuse.
+        ({"properties": {}, "required": [{}]}, {"properties": {}, "required": [{}]}),
         # Values are no schemas.
         ({"enum": [{"properties": {}}]}, {"enum": [{"properties": {}}]}),
         ({"default": {"properties": {}}}, {"default": {"properties": {}}}),
