@@ -76,6 +76,12 @@ class SteppedParser:
         raise NotImplementedError
 
 
+def whole_characters(text: str) -> str:
+    """``text`` as it can be sent. JSON spells a character beyond 16 bits as two escapes, of which a model may
+    write one: half a surrogate pair becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def held_back(text: str, markers: tuple[str, ...]) -> int:
     """Length of the longest end of ``text`` that may be the beginning of one of ``markers``."""
     longest = max((len(marker) for marker in markers), default=0)

@@ -8,16 +8,19 @@ from collections.abc import Callable
 
 from engine.parsers.arguments import is_json
 from engine.parsers.calls_in_text import CallsInText
-from engine.parsers.events import CallArguments, Event, first_marker, held_back
+from engine.parsers.events import CallArguments, Event, first_marker, held_back, whole_characters
 
 CALL, CALL_END = "<|tool_call>", "<tool_call|>"
 #: Stands on both sides of a text. A text can't hold it: there is no escape.
 QUOTE = '<|"|>'
 
-_HEAD = re.compile(r"\s*call:\s*([^\s{}<:][^\s{}<]*)\s*\{")
+#: Names have an end, so that a head is soon told from text.
+_NAME = r"[^\s{}<:][^\s{}<]{0,127}"
+_HEAD = re.compile(rf"\s{{0,16}}call:\s{{0,16}}({_NAME})\s{{0,16}}\{{")
 #: What may become a head with more text.
-_PART_OF_HEAD = re.compile(r"\s*(c?|ca|cal|call|call:\s*([^\s{}<:][^\s{}<]*\s*)?)")
-_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_PART_OF_HEAD = re.compile(rf"\s{{0,16}}(c?|ca|cal|call|call:\s{{0,16}}({_NAME}\s{{0,16}})?)")
+#: The text of a JSON string up to its end, or as far as it has come.
+_IN_STRING = re.compile(r'(?:[^"\\]++|\\.)*+', re.DOTALL)
 #: How the template, which is Jinja's, writes what JSON spells otherwise.
 _SPELLED = {"None": "null"}
 
@@ -36,6 +39,8 @@ class Gemma4Calls(CallsInText):
         # Brackets that close what is open, innermost last, and JSON text that stands before the next value.
         self._closing: list[str] = []
         self._before = ""
+        # The part of a value or key at the buffer's beginning that holds no end of it.
+        self._scanned = 0
         self._read: Callable[[], str | None] = self._read_entry
 
     def _head(self, start: int) -> tuple[str, int] | None:
@@ -46,6 +51,7 @@ class Gemma4Calls(CallsInText):
 
     def _open(self, name: str) -> None:
         self._closing, self._before, self._read = ["}"], "", self._read_entry
+        self._scanned = 0
 
     def _cut_off(self, rest: str) -> str:
         if self._read == self._read_value:
@@ -70,7 +76,15 @@ class Gemma4Calls(CallsInText):
 
     def _take(self, end: int) -> str:
         taken, self._buffer = self._buffer[:end], self._buffer[end:]
+        self._scanned = 0
         return taken
+
+    def _first(self, *markers: str) -> int:
+        """The place of the first of ``markers``; -1 if there is none yet. The buffer is scanned once."""
+        found = first_marker(self._buffer, markers, self._scanned)
+        if found is None:
+            self._scanned = len(self._buffer) - held_back(self._buffer, markers)
+        return -1 if found is None else found[0]
 
     def _read_entry(self) -> str | None:
         """The next key of an object, or its end."""
@@ -78,10 +92,10 @@ class Gemma4Calls(CallsInText):
             return self._close()
         quoted = self._quoted()
         if quoted is None:
-            found = first_marker(self._buffer, (":", "{", "}", CALL_END))
-            if found is None:
+            end = self._first(":", "{", "}", CALL_END)
+            if end < 0:
                 return None
-            key, end = json.dumps(self._buffer[: found[0]].rstrip(), ensure_ascii=False), found[0]
+            key = json.dumps(self._buffer[:end].rstrip(), ensure_ascii=False)
         else:
             key, end = quoted
         behind = self._buffer[end:].lstrip() if end >= 0 else ""
@@ -89,7 +103,7 @@ class Gemma4Calls(CallsInText):
             return None
         if behind[0] != ":" or not end:
             return self._break()
-        self._buffer = behind[1:]
+        self._take(len(self._buffer) - len(behind) + 1)
         self._before += f"{key}: "
         self._read = self._read_value
         return ""
@@ -100,19 +114,21 @@ class Gemma4Calls(CallsInText):
         None if there is no quote; a place of -1 if more text is needed. What no JSON string can be is empty.
         """
         if self._buffer[0] == '"':
-            found = _JSON_STRING.match(self._buffer)
-            if found is None:
+            end = _IN_STRING.match(self._buffer, max(self._scanned, 1)).end()
+            if self._buffer[end : end + 1] != '"':
+                self._scanned = end
                 return "", -1
             try:
-                text = json.loads(found[0], strict=False)
+                text = json.loads(self._buffer[: end + 1], strict=False)
             except ValueError:
                 return "", 0
-            return json.dumps(text, ensure_ascii=False), found.end()
+            return json.dumps(whole_characters(text), ensure_ascii=False), end + 1
         if QUOTE.startswith(self._buffer):
             return "", -1
         if not self._buffer.startswith(QUOTE):
             return None
-        end = self._buffer.find(QUOTE, len(QUOTE))
+        self._scanned = max(self._scanned, len(QUOTE))
+        end = self._first(QUOTE)
         if end < 0:
             return "", -1
         return json.dumps(self._buffer[len(QUOTE) : end], ensure_ascii=False), end + len(QUOTE)
@@ -138,9 +154,8 @@ class Gemma4Calls(CallsInText):
         if quoted is not None:
             value, end = quoted
         else:
-            found = first_marker(self._buffer, (",", "}", "]", CALL_END))
-            end = -1 if found is None else found[0]
-            value = _scalar(self._buffer[:end].rstrip())
+            end = self._first(",", "}", "]", CALL_END)
+            value = _scalar(self._buffer[:end].rstrip()) if end >= 0 else ""
         if end < 0:
             return None
         if not end:

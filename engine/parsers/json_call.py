@@ -6,6 +6,8 @@ import json
 from collections.abc import Collection
 from typing import Any, Literal
 
+from engine.parsers.events import whole_characters
+
 _SPACE = " \t\r\n"
 
 
@@ -232,9 +234,10 @@ class HeldCall:
 
 def _decoded(raw: list[str]) -> Any:
     try:
-        return json.loads("".join(raw))
+        value = json.loads("".join(raw))
     except ValueError as error:
         raise MalformedCall(str(error)) from error
+    return whole_characters(value) if isinstance(value, str) else value
 
 
 def _arguments_object(value: object) -> str:

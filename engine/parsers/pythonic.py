@@ -18,6 +18,7 @@ from engine.parsers.events import (
     Text,
     first_marker,
     held_back,
+    whole_characters,
 )
 
 _OPEN, _CLOSE = "([{", ")]}"
@@ -261,6 +262,6 @@ def _literal(node: ast.expr) -> Any:
         # JSON has no infinity: a number beyond a double's range becomes the greatest double.
         return math.copysign(sys.float_info.max, value)
     if isinstance(value, str):
-        # JSON spells a character beyond 16 bits as two escapes, which Python reads as two characters.
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        # Python reads two escapes of JSON as two characters.
+        return whole_characters(value)
     return value

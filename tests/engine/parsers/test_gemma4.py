@@ -232,6 +232,17 @@ def test_a_forced_call_of_that_turn_is_allowed():
         assert not words.accepts(grammar, text.replace("true", "maybe"))
 
 
+def test_half_a_surrogate_pair_is_no_character():
+    text = r"""<|tool_call>call:f{"k\ud83d":"x\ud83d",b:"\ud83d\ude00"}<tool_call|>"""
+    assert calls(text)[1] == [("f", {"k\ufffd": "x\ufffd", "b": "\U0001f600"})]
+
+
+def test_a_name_without_end_is_text():
+    long = "<|tool_call>call:" + "x" * 129
+    assert parse(lambda: GEMMA4.parser({}), long + "{a:1}")["text"] == long + "{a:1}"
+    assert calls("<|tool_call>call:" + "x" * 128 + "{a:1}")[1] == [("x" * 128, {"a": 1})]
+
+
 def test_a_text_arrives_before_it_ends():
     parser = GEMMA4.parser({})
     parser.feed('<|tool_call>call:f{a:{b:[<|"|>')

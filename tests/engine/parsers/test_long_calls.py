@@ -5,7 +5,9 @@ A call's argument comes in small pieces. A pattern is read for each request that
 
 import pytest
 
+from engine.parsers import gemma4
 from engine.parsers.call_forms import whole_text
+from engine.parsers.events import CallArguments, Text
 from engine.parsers.json_call import JsonCall
 from engine.parsers.leading_json import LeadingJsonCalls
 from engine.parsers.mistral import MistralCalls
@@ -76,3 +78,36 @@ def test_a_call_whose_name_comes_last_is_read_once(monkeypatch, parser, before):
 def test_patterns_of_any_length_are_read_once(pattern, is_followed):
     """Time that doubles with each escape, or grows as the square of the length, would outlast the test."""
     assert (whole_text(f"^{pattern}$") is not None) is is_followed
+
+
+@pytest.mark.parametrize(
+    "value", [f'"{LONG}"', LONG.replace(",", ""), f'<|"|>{LONG}<|"|>'], ids=["json", "bare", "quoted"]
+)
+@pytest.mark.parametrize("is_key", [False, True])
+def test_values_and_keys_of_gemma4_are_scanned_once(monkeypatch, value, is_key):
+    scanned, first_marker, in_string = [], gemma4.first_marker, gemma4._IN_STRING
+
+    class Scan:
+        def match(self, text, start):
+            scanned.append(len(text) - start)
+            return in_string.match(text, start)
+
+    def scan(text, markers, start):
+        scanned.append(len(text) - start)
+        return first_marker(text, markers, start)
+
+    monkeypatch.setattr(gemma4, "_IN_STRING", Scan())
+    monkeypatch.setattr(gemma4, "first_marker", scan)
+    parser = gemma4.Gemma4Calls()
+    parser.feed("<|tool_call>call:f{")
+    text = (f"{value}:1" if is_key else f"a:{value}") + "}<tool_call|>"
+    events = [event for place in range(0, len(text), 3) for event in parser.feed(text[place : place + 3])]
+    arguments = "".join(event.text for event in events if isinstance(event, CallArguments))
+    assert arguments.count("words") == 200
+    # What may be the beginning of a marker is looked at again.
+    assert sum(scanned) < 8 * len(text)
+
+
+def test_a_name_of_gemma4_without_end_is_not_held():
+    parser = gemma4.Gemma4Calls()
+    assert [type(event) for event in parser.feed("<|tool_call>call:" + 200 * "x")] == [Text, Text]
