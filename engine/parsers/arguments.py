@@ -64,7 +64,7 @@ def standalone(root: Mapping[str, Any], schema: Any) -> Any:
     while pending:
         reference = pending.pop()
         found[names[reference].rpartition("/")[2]] = _renamed(_target(root, reference), name)
-    if not names:
+    if not names or not isinstance(own, Mapping):
         return schema
     return {
         **{key: value for key, value in own.items() if key not in ("$defs", "definitions")},

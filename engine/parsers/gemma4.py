@@ -114,7 +114,9 @@ class Gemma4Calls(CallsInText):
         None if there is no quote; a place of -1 if more text is needed. What no JSON string can be is empty.
         """
         if self._buffer[0] == '"':
-            end = _IN_STRING.match(self._buffer, max(self._scanned, 1)).end()
+            start = max(self._scanned, 1)
+            inside = _IN_STRING.match(self._buffer, start)
+            end = inside.end() if inside else start
             if self._buffer[end : end + 1] != '"':
                 self._scanned = end
                 return "", -1

@@ -196,6 +196,9 @@ def test_a_part_stands_alone_with_all_that_it_refers_to():
     assert standalone(root, DIGIT) is DIGIT
     missing = {"$ref": "#/$defs/Nothing"}
     assert standalone(root, missing) is missing
+    # The compiler says that it is no schema.
+    no_schema = [{"$ref": "#/$defs/Point"}]
+    assert standalone(root, no_schema) is no_schema
     whole = standalone({"type": "array", "items": {"$ref": "#"}}, {"$ref": "#"})
     jsonschema.validate([[], [[]]], whole)
     with pytest.raises(jsonschema.ValidationError):
