@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
+from functools import reduce
+from typing import Literal
 
 from engine.parsers.events import CallArguments, CallStart, Event, Parser
 
 #: The argument that holds the text.
 ARGUMENT = "input"
 
-_HEAD = re.compile(rf'[ \t\r\n]*\{{[ \t\r\n]*"{ARGUMENT}"[ \t\r\n]*:[ \t\r\n]*"')
+_SPACE = r"[ \t\r\n]*"
+_PARTS_OF_HEAD = (_SPACE, r"\{", _SPACE, *f'"{ARGUMENT}"', _SPACE, ":", _SPACE, '"')
+_HEAD = re.compile("".join(_PARTS_OF_HEAD))
+#: The beginning of a head.
+_BEGUN_HEAD = re.compile(reduce(lambda behind, part: f"({part}{behind})?", reversed(_PARTS_OF_HEAD), ""))
+#: Most characters of a head; JSON may have any number of spaces.
+_MOST_OF_HEAD = 64
 #: Some plain characters of a JSON string, or an escape.
 _PIECE = re.compile(r'[^"\\]+|\\(?:u.{4}|[^u])', re.DOTALL)
 #: The halves of a surrogate pair, and what may become the second.
@@ -22,20 +30,29 @@ _PART_OF_LOW = re.compile(r"\\?|\\u.{0,3}", re.DOTALL)
 class FreeText:
     """Reads ``{"input": "..."}`` from pieces.
 
-    Half of a surrogate pair, which no text can hold, becomes U+FFFD.
+    Half of a surrogate pair, which no text can hold, becomes U+FFFD. Other arguments than these, which models
+    write where no grammar holds them, are a text as they stand.
     """
 
     def __init__(self) -> None:
         self._buffer = ""
-        self._begun = False
+        self._state: Literal["head", "text", "other", "end"] = "head"
 
     def feed(self, text: str) -> str:
         """Return what is certain of the text after ``text``."""
+        if self._state == "other":
+            return text
+        if self._state == "end":
+            return ""
         self._buffer += text
-        if not self._begun:
-            if (head := _HEAD.match(self._buffer)) is None:
+        if self._state == "head":
+            head = _HEAD.match(self._buffer, 0, _MOST_OF_HEAD)
+            if head is None and len(self._buffer) < _MOST_OF_HEAD and _BEGUN_HEAD.fullmatch(self._buffer):
                 return ""
-            self._buffer, self._begun = self._buffer[head.end() :], True
+            if head is None:
+                self._state = "other"
+                return self._buffer
+            self._buffer, self._state = self._buffer[head.end() :], "text"
         texts, end = [], 0
         while piece := _PIECE.match(self._buffer, end):
             behind = piece.end()
@@ -47,6 +64,8 @@ class FreeText:
             texts.append(_decoded(self._buffer[end:behind]))
             end = behind
         self._buffer = self._buffer[end:]
+        if self._buffer.startswith('"'):
+            self._state = "end"
         return "".join(texts)
 
 

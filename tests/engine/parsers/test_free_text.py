@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from engine.parsers.free_text import FreeTextCalls
+from engine.parsers.free_text import FreeText, FreeTextCalls
 from engine.parsers.tagged import TaggedCalls
 from tests.engine.parsers.cuts import joined, parse
 
@@ -47,6 +47,25 @@ def test_other_calls_keep_their_json():
 def test_what_no_text_can_hold(string, text):
     """Python's ``json`` gives halves of pairs, which can't be sent."""
     assert parse(make, block("run", f'{{"input": "{string}"}}'))["calls"] == [("run", text)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["{}", '{"inputs": "a"}', '{"input": 5}', '{"cmd": "a", "input": "b"}', f'{{{" " * 80}"input": "a"}}'],
+)
+def test_other_arguments_are_the_text_themselves(arguments):
+    """A model may write them where no grammar holds it."""
+    assert parse(make, block("run", arguments))["calls"] == [("run", arguments)]
+
+
+@pytest.mark.parametrize("begin", ['{"inputs": "', '{"input": "a", "more": "', " "])
+def test_little_is_held_back(begin):
+    """What is held back is looked at again with each piece."""
+    text, given = FreeText(), 0
+    for piece in (begin, *[" "] * 200):
+        given += len(text.feed(piece))
+    expected = 1 if "more" in begin else len(begin) + 200
+    assert given == expected and len(text._buffer) < 100
 
 
 def test_a_call_that_is_cut_has_the_text_so_far():
