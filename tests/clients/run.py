@@ -49,6 +49,10 @@ these were answered:
 - Codex 0.171: a provider with `wire_api = "responses"`, and `web_search = "disabled"`, since tools that run
   on the server are not offered.
 
+The `chat.completions.stream()` of openai-python 3.54 gives the pieces of a custom tool's call, but its
+`get_final_completion()` then raises an AttributeError. `create()`, streamed or not, and the Responses API
+give such calls whole.
+
 """
 
 
