@@ -3,8 +3,8 @@
 #
 # torch.nn.functional.interpolate(mode="bilinear", antialias=False) has two kernels for float32 images. Which one it takes
 # depends on the number of threads (torch.set_num_threads, OMP_NUM_THREADS), and they add the four weighted neighbours in
-# another order. Rounded to bytes, as torchvision and Transformers' image processors without antialiasing (Molmo 2) do, a
-# few bytes of a million differ by 1.
+# another order. Rounded to bytes, as torchvision and Transformers' image processors without antialiasing (Molmo 2) do,
+# some thirty bytes of a million differ by 1.
 # Expected: the same bytes; the image is too small for the work to be divided.
 # Why it matters to a server of vision-language models: processes that prepare images are often given one thread, while
 # the reference that they are compared with has all. Pixels, and hashes of pixels in cache keys, depend on it.

@@ -3,12 +3,12 @@
 #
 # mrope_section ([16, 16, 16, 16] in the public file) gives each of four axes a share of the angles: index, column,
 # line, number of the image. A rotary embedding turns pairs of a head's numbers, i and i + 64 of 128, each by one angle.
-# Expected: angles 0 to 15 take their position from the first axis, for both numbers of their pairs. So the model's first
-# code had it, which split cos and sin, twice the angles long, by the sections twice over: [16, 16, 16, 16] * 2. So do
-# vLLM's first class of it and llama.cpp.
+# Expected: angles 0 to 15 take their position from the first axis, for both numbers of their pairs. The model's first
+# code does so: it splits cos and sin (128 wide) by the list of sections repeated, [16, 16, 16, 16] * 2. So do vLLM's
+# first class of it and llama.cpp.
 # The class doubles each section instead: [32, 32, 32, 32]. The first axis has the first numbers of 32 pairs, and the
-# second numbers of these turn by the third axis. Text has one position on all axes and is the same; rows of images,
-# whose columns and lines are what the axes are for, are no longer rotated: their lengths change.
+# second numbers of these turn by the third axis. Text has one position on all axes and is the same. For
+# image tokens the axes differ, so a pair is no longer rotated: its length changes.
 # Why it matters to a server of vision-language models: images are told apart from text by these positions alone, and a
 # server that is right in them gives other logits than the reference.
 set -euo pipefail
