@@ -256,15 +256,16 @@ async def test_a_server_that_keeps_nothing_makes_nothing_in_the_background(runni
 
 
 class SlowKeeper(KeptResponses):
-    """A keeper that takes nothing new of a response once it is to ``hang``."""
+    """A keeper that takes no end of a response until it ``goes_on``."""
 
     def __init__(self) -> None:
         super().__init__(16, 1 << 20, 60.0)
-        self.hangs = asyncio.Event()
+        self.hangs, self.goes_on = asyncio.Event(), asyncio.Event()
 
     async def update(self, name, data):
         self.hangs.set()
-        await asyncio.Future()
+        await self.goes_on.wait()
+        await super().update(name, data)
 
 
 async def test_readers_of_a_response_that_is_cancelled_as_it_ends_are_not_left_waiting(running):
@@ -283,8 +284,9 @@ async def _kinds(stream) -> list[str]:
     return [event.type async for event in stream]
 
 
-async def test_clients_that_read_a_response_elsewhere_share_one_run(two, running):
-    one, other = two
+async def test_clients_that_read_a_response_elsewhere_share_one_run(running):
+    keeper = SlowKeeper()
+    one, other = ingress(running, keeper), ingress(running, keeper)
 
     def answers() -> float:
         families = running.app.api.state.pipelines["pocket"].meter.families()
@@ -298,6 +300,8 @@ async def test_clients_that_read_a_response_elsewhere_share_one_run(two, running
     stream = await ask(one, background=True, stream=True, **asked)
     name = (await anext(aiter(stream))).response.id
     readers = await asyncio.gather(*(other.responses.retrieve(name, stream=True) for _ in range(3)))
+    # No run has ended before the last reader came.
+    keeper.goes_on.set()
     texts = await asyncio.gather(*map(_text, [stream, *readers]))
     assert len({*texts}) == 1 and texts[0]
     assert answers() == before + 2

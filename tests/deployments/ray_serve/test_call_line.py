@@ -1,7 +1,8 @@
 """Calls of replicas by lines: results, refusals, losses, and which replica is called."""
 
 import asyncio
-import resource
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from deployments.ray_serve.call_line import CallLine, CallLines, ReplicaLines
-from deployments.ray_serve.frames import MOST_BYTES, connected, is_own_user
+from deployments.ray_serve.frames import MOST_BYTES, connected
 from deployments.ray_serve.handles import RemotePreprocessor
 from deployments.ray_serve.handoff import PixelsRef
 from deployments.ray_serve.line import _Reader
@@ -192,20 +193,30 @@ async def test_other_users_have_no_line(monkeypatch):
     assert await connected(await replica.lines.address(), asyncio.Protocol) is None
 
 
-async def test_lines_take_no_descriptor_but_their_own():
-    """Else a replica that has none left would hold a line to which it doesn't listen."""
-    replica = Replica()
-    line = await replica.connect()
-    address, (soft, hard) = await replica.lines.address(), resource.getrlimit(resource.RLIMIT_NOFILE)
+#: Has no descriptor left for a while, which other threads of the process of the tests could not bear.
+NO_DESCRIPTOR_LEFT = """
+import asyncio, resource
+from deployments.ray_serve.frames import LineServer, ServedLine, connected, is_own_user
+
+async def main():
+    server = LineServer(ServedLine, "")
+    address = await server.address()
+    line = await connected(address, lambda: ServedLine(set()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-    try:
-        own, made = is_own_user(line._transport), await connected(address, asyncio.Protocol)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert own and made is None
-    task = await replica.begin(line, 1)
-    replica.calls[1].set_result("done")
-    assert await task == "done"
+    assert is_own_user(line._transport)
+    assert await connected(address, asyncio.Protocol) is None
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not line._transport.is_closing() and is_own_user(line._transport)
+    assert await connected(address, asyncio.Protocol) is not None
+
+asyncio.run(main())
+"""
+
+
+def test_lines_take_no_descriptor_but_their_own():
+    """Otherwise a replica that has none left would hold a line to which it doesn't listen."""
+    subprocess.run([sys.executable, "-c", NO_DESCRIPTOR_LEFT], check=True, timeout=240)
 
 
 async def test_a_call_whose_work_was_cancelled_is_lost():
