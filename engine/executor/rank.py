@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -29,6 +31,19 @@ from engine.runner.kv_storage import (
 )
 from engine.runner.model_runner import ModelRunner
 from engine.startup import StartTimes
+
+#: Where a container finds the limit of its memory: control groups of version 2, and of version 1.
+_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def _host_bytes() -> int:
+    """Bytes of memory that the processes of this host or container may use together."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in _MEMORY_LIMITS:
+        # Outside of containers the file may be missing, or say "max".
+        with suppress(OSError, ValueError):
+            there = min(there, int(file.read_text()))
+    return there
 
 
 @dataclass(slots=True)
@@ -142,8 +157,8 @@ class ModelRank:
         return ConfigError(f"{text}; raise kv_cache_bytes, or lower block_size", param="kv_cache_bytes")
 
     def check_blocks(self, num_blocks: int) -> None:
-        """Check that this rank can hold so many KV blocks: all of a GPU's memory that is free, or of a host's
-        that there is.
+        """Check that this rank can hold so many KV blocks: all of a GPU's memory that is free, or all memory
+        of a host or container.
 
         Raises:
             ConfigError: it can't. On a CPU the process would be killed once they fill.
@@ -155,9 +170,10 @@ class ModelRank:
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             there = torch.cuda.mem_get_info(device)[0] + unused
         else:
-            there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            there = _host_bytes()
         if needed > there:
-            field = "kv_cache_bytes" if self.config.num_kv_blocks is None else "num_kv_blocks"
+            measured = "gpu_memory_utilization" if device.type == "cuda" else "kv_cache_bytes"
+            field = measured if self.config.num_kv_blocks is None else "num_kv_blocks"
             raise ConfigError(
                 f"{field} is {getattr(self.config, field)}, which takes {needed >> 20} MiB, but there are "
                 f"{there >> 20} MiB; lower it, or leave it out",

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pypdfium2
@@ -20,7 +21,9 @@ import torch
 from PIL import Image
 
 from engine import LLM, SamplingParams, offline
+from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
+from engine.distributed.group import SingleProcessGroup
 from engine.errors import (
     CheckpointError,
     ConfigError,
@@ -29,8 +32,11 @@ from engine.errors import (
     MediaForbidden,
     MediaTooLarge,
 )
+from engine.executor import rank
+from engine.families.registry import resolve
 from engine.frontend import Frontend
 from engine.sampling_params import StructuredSpec
+from engine.startup import StartTimes
 from engine.weights import loader
 from tests.engine import tiny
 from tests.engine.media.pdfs import page, pdf
@@ -257,6 +263,34 @@ def test_a_limit_on_media_is_named_and_the_others_stay(path, llm):
 def test_bad_options_are_named(path, options, words):
     with pytest.raises(ConfigError, match=words):
         LLM(str(path), **options)
+
+
+def test_kv_blocks_stay_within_the_limit_of_a_container(path, tmp_path, monkeypatch):
+    limit, unlimited = tmp_path / "memory.limit_in_bytes", tmp_path / "memory.max"
+    unlimited.write_text("max\n")
+    monkeypatch.setattr(rank, "_MEMORY_LIMITS", (tmp_path / "none", unlimited, limit))
+    options = {"max_model_len": 64, "kv_cache_bytes": 2 << 20, "max_num_seqs": 64}
+    LLM(str(path), **options)
+    limit.write_text(f"{1 << 20}\n")
+    with pytest.raises(ConfigError, match=r"kv_cache_bytes is 2097152, .* but there are 1 MiB") as caught:
+        LLM(str(path), **options)
+    assert caught.value.param == "kv_cache_bytes"
+
+
+@pytest.mark.parametrize(
+    ("options", "field"), [({}, "gpu_memory_utilization"), ({"num_kv_blocks": 9}, "num_kv_blocks")]
+)
+def test_a_gpu_that_lacks_memory_for_kv_blocks_names_the_option(path, monkeypatch, options, field):
+    checkpoint = Checkpoint.open(str(path))
+    config = EngineConfig(model=str(path), dtype="bfloat16", device="cpu", **options)
+    model = resolve(checkpoint).parse(checkpoint)
+    loaded = rank.ModelRank.load(config, checkpoint, model, SingleProcessGroup(), StartTimes())
+    loaded.decoder = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    for name, found in {"memory_reserved": 0, "memory_allocated": 0, "mem_get_info": (4096, 1 << 30)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    with pytest.raises(ConfigError, match=f"^{field} is ") as caught:
+        loaded.check_blocks(9)
+    assert caught.value.param == field
 
 
 def test_options_that_are_understood(path, caplog):
