@@ -14,4 +14,7 @@ def prepare_process(turn_s: float = TURN_S) -> None:
     """Set up logs, threads and memory; ``turn_s`` as of :func:`~deployments.threads.take_turns`."""
     take_turns(turn_s)
     keep_freed_memory()
+    # Texts are tokenized one at a time. The library's threads, one for each core, would only pass each on and
+    # wait for it.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     set_up_logs(LoggingConfig.model_validate_json(os.environ.get(LOGGING, "{}")))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -17,9 +16,6 @@ from tokenizers import AddedToken, normalizers
 from engine.errors import CheckpointError, InvalidRequest
 from engine.text import tekken
 from engine.text.token_bytes import TokenBytes
-
-# Texts come one at a time. The library's threads, one for each core, would only pass each on and wait for it.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class Tokenizer:

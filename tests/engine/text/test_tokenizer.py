@@ -156,13 +156,20 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         Tokenizer.load(tmp_path)
 
 
-def test_transformers_and_torch_stay_unimported_and_no_threads_are_started(checkpoints):
+def test_imports_are_light_and_change_no_environment_and_a_replica_starts_no_threads_for_texts(checkpoints):
     code = f"""if True:
-        import os, sys, engine.inputs.builder, engine.text.detokenizer
+        import os, sys
+        before = dict(os.environ)
+        import engine.inputs.builder, engine.text.detokenizer
         from engine.text.tokenizer import Tokenizer
-        Tokenizer.load({str(checkpoints["byte_level"])!r}).encode("Hello the red world")
+        tokenizer = Tokenizer.load({str(checkpoints["byte_level"])!r})
         assert not {{"transformers", "torch"}} & set(sys.modules), "heavy import"
-        assert len(os.listdir("/proc/self/task")) == 1, "threads"
+        assert dict(os.environ) == before, "environment"
+        from deployments.ray_serve.process import prepare_process
+        prepare_process()
+        threads = os.listdir("/proc/self/task")
+        tokenizer.encode("Hello the red world")
+        assert os.listdir("/proc/self/task") == threads, "threads"
     """
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
