@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+
+from engine.collector import COLLECTOR
 
 Replay = Callable[[], Any]
 
@@ -39,21 +40,15 @@ class CudaCapture:
         self._stream.wait_stream(before)
         # If the garbage collector frees device memory during a capture, the capture can fail. Collecting
         # before each capture, as torch.cuda.graph does, would take most of the time of a hundred captures.
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            with torch.cuda.stream(self._stream):
-                # Outside of the capture kernels are compiled and libraries choose their algorithms.
-                work()
-                # Other threads may use the device meanwhile.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    result = work()
-                finally:
-                    graph.capture_end()
-        finally:
-            if collects:
-                gc.enable()
+        with COLLECTOR.paused(), torch.cuda.stream(self._stream):
+            # Outside of the capture kernels are compiled and libraries choose their algorithms.
+            work()
+            # Other threads may use the device meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = work()
+            finally:
+                graph.capture_end()
         before.wait_stream(self._stream)
 
         def replay() -> Any:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
 
+from engine.collector import COLLECTOR
 from engine.encoder import EncoderEngine
 from engine.errors import SightlineError
 from engine.frontend import Encode, Name, PreparedPrompt
@@ -122,7 +121,7 @@ class OfflineRunner:
         by_group: dict[RequestGroup, Job] = {}
         # Even a disabled tqdm bar takes multiprocessing locks.
         bar = tqdm(total=len(prepare), desc="prompts", dynamic_ncols=True) if use_tqdm else nullcontext()
-        with _COLLECTOR.young_garbage_only(), bar as progress:
+        with COLLECTOR.young_garbage_only(), bar as progress:
             waiting = self._start(prepare, params, jobs)
             try:
                 ready = next(waiting, None)
@@ -327,38 +326,6 @@ class _LoneMedia:
             first = {index: rows for index, each in enumerate(media) if each is begun}
             media = self._runner.name_all(media, name)
         return self._runner.encode([(inputs.cache_salt, each) for each in media], first), media
-
-
-class _Collector:
-    """The process's garbage collector. Threads may use it at the same time, as each may have a model."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._uses = 0
-        self._frozen = False
-
-    @contextmanager
-    def young_garbage_only(self) -> Iterator[None]:
-        """Keep the collector from traversing objects that exist already. After a model is loaded each
-        traversal takes tens of milliseconds, while the device waits."""
-        with self._lock:
-            self._uses += 1
-            if self._uses == 1 and not self._frozen:
-                # The caller may have frozen objects, and may not want them unfrozen. To count them takes as
-                # long as a traversal: they are counted until some are found.
-                self._frozen = gc.get_freeze_count() > 0
-                if not self._frozen:
-                    gc.freeze()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._uses -= 1
-                if not self._uses and not self._frozen:
-                    gc.unfreeze()
-
-
-_COLLECTOR = _Collector()
 
 
 def _num_rows(job: Job) -> int:

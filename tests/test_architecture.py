@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 #: Floors of the engine from the ground up. A package imports itself and packages of lower floors, no others.
 FLOORS = [
-    ["errors", "text_formats"],
+    ["collector", "errors", "text_formats"],
     [
         *("graphs", "logprobs", "outputs", "param_checks", "parsers", "prompt", "kernels", "watchdog"),
         *("startup", "helpers", "lru", "goal_queue", "transfers", "turns", "settings"),

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pypdfium2
@@ -22,6 +23,7 @@ from PIL import Image
 
 from engine import LLM, SamplingParams, offline
 from engine.checkpoint.folder import Checkpoint
+from engine.collector import Collector
 from engine.config import EngineConfig
 from engine.distributed.group import SingleProcessGroup
 from engine.errors import (
@@ -35,6 +37,7 @@ from engine.errors import (
 from engine.executor import rank
 from engine.families.registry import resolve
 from engine.frontend import Frontend
+from engine.graphs import CudaCapture
 from engine.sampling_params import StructuredSpec
 from engine.startup import StartTimes
 from engine.weights import loader
@@ -487,18 +490,46 @@ def test_images_of_earlier_prompts_are_not_encoded_again(path, monkeypatch):
     model.check_integrity()
 
 
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_collector_waits_for_all_captures_of_graphs(monkeypatch, collects):
+    """Models in two threads may capture at the same time. The device is made up."""
+    for name in ("CUDAGraph", "Stream", "current_stream", "graph_pool_handle", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    begun, goes_on, seen = threading.Event(), threading.Event(), []
+
+    def first():
+        begun.set()
+        goes_on.wait(30)
+
+    def second():
+        goes_on.set()
+        thread.join(30)
+        seen.append((thread.is_alive(), gc.isenabled()))
+
+    thread, before = threading.Thread(target=CudaCapture("cuda"), args=(first,)), gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        thread.start()
+        assert begun.wait(30)
+        CudaCapture("cuda")(second)
+        assert seen == [(False, False)] * 2
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
 def test_the_collector_looks_at_what_a_call_makes_only(thawed, llm, monkeypatch):
     frozen = []
     # Other calls have seen frozen objects.
-    monkeypatch.setattr(offline, "_COLLECTOR", offline._Collector())
+    monkeypatch.setattr(offline, "COLLECTOR", Collector())
     step = llm._engine.core.step
     monkeypatch.setattr(llm._engine.core, "step", lambda: frozen.append(gc.get_freeze_count()) or step())
     generated(llm, "what?")
     assert min(frozen) > 1000 and gc.get_freeze_count() == 0
     # A call in another thread, of another model, may begin in the midst of one and end after it.
     for _ in range(2):
-        other = offline._COLLECTOR.young_garbage_only()
-        with offline._COLLECTOR.young_garbage_only():
+        other = offline.COLLECTOR.young_garbage_only()
+        with offline.COLLECTOR.young_garbage_only():
             other.__enter__()
         assert gc.get_freeze_count() > 1000
         other.__exit__(None, None, None)
