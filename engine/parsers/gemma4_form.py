@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -94,19 +95,27 @@ class _Notation:
         options = found.pop("anyOf", None) or found.pop("oneOf", None)
         if options:
             rest = {key: value for key, value in found.items() if key not in _ANNOTATIONS | {"oneOf"}}
-            for option in options:
-                yield self.value({**rest, "allOf": [option]} if rest else option)
+            parts = [{**rest, "allOf": [option]} if rest else option for option in options]
+            yield from map(self.value, [part for part in parts if self._may_be_met(part)] or parts)
             return
-        kinds = found.get("type", _TYPES)
-        kinds = [kinds] if isinstance(kinds, str) else kinds
+        kinds = _kinds(found)
         if "const" in found or "enum" in found:
             self._rules.left_out |= found.keys() & _BESIDE_VALUES
             values = [found["const"]] if "const" in found else found["enum"]
             fitting = [value for value in values if _has_type(value, kinds)]
             yield from (self._rules.special.literal(_written(value)) for value in fitting or values)
             return
-        for kind in kinds:
+        for kind in [kind for kind in kinds if _has_room(kind, found)] or kinds:
             yield self._of_type(kind, found, name)
+
+    def _may_be_met(self, schema: Any) -> bool:
+        """Return False if the bounds of ``schema`` exclude each other for values of all its types."""
+        if not isinstance(schema, Mapping):
+            return schema is not False
+        found = flattened(self._root, schema)
+        if found.keys() & {"anyOf", "oneOf", "const", "enum"}:
+            return True
+        return any(_has_room(kind, found) for kind in _kinds(found))
 
     def _of_type(self, kind: str, schema: Mapping[str, Any], name: str) -> str:
         literal = self._rules.special.literal
@@ -156,6 +165,28 @@ def _repeated(expression: str, least: int, most: int | None) -> str:
     if most == 0:
         return ""
     return f"({expression})" + ("*" if (least, most) == (0, None) else f"{{{least},{most or ''}}}")
+
+
+def _kinds(schema: Mapping[str, Any]) -> Sequence[str]:
+    """The types that values may have."""
+    kinds = schema.get("type", _TYPES)
+    return [kinds] if isinstance(kinds, str) else kinds
+
+
+#: The keywords of the least and the greatest size of a value, by its type.
+_SIZES = {"string": ("minLength", "maxLength"), "array": ("minItems", "maxItems")}
+
+
+def _has_room(kind: str, schema: Mapping[str, Any]) -> bool:
+    """Return whether some value of a type is within the bounds of ``schema``."""
+    if kind in _SIZES:
+        low, high = (schema.get(key) for key in _SIZES[kind])
+        return low is None or high is None or low <= high
+    if kind not in ("number", "integer"):
+        return True
+    low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
+    above, below = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
+    return low <= high and max(low, above) < below and above < high
 
 
 def _has_type(value: Any, kinds: Sequence[str]) -> bool:

@@ -56,6 +56,13 @@ SCHEMAS = {
         "required": ["kind"],
         "additionalProperties": False,
     },
+    "an option that nothing meets": {"anyOf": [{"type": "integer", "minimum": 5, "maximum": 3}, SHORT]},
+    "a type that nothing meets": {"type": ["boolean", "integer"], "minimum": 5, "maximum": 3},
+    "bounds beside options": {
+        "type": "integer",
+        "minimum": 5,
+        "anyOf": [{"exclusiveMaximum": 5}, {"maximum": 10}, {"exclusiveMinimum": 7, "maximum": 7}],
+    },
     "a reference that says more": {"$ref": "#/$defs/Digit", "maximum": 4},
     "a tree": {"$ref": "#/$defs/Tree"},
 }
