@@ -12,8 +12,8 @@ from engine.kernels.dispatch import linear
 from engine.kernels.shard_rows import shard_rows
 from engine.layers.build import BuildContext, WeightSlot
 
-#: So low that a token's probability is 0 in float32; finite, as JSON has no other numbers.
-NEVER = -3e4
+#: So low that a token's probability is 0 at any temperature of use; finite, as JSON has no other numbers.
+NEVER = -1e30
 
 
 class VocabTable(nn.Module):
@@ -65,7 +65,8 @@ class LMHead(VocabTable):
 
     Args:
         tied: the embedding whose table is used; None for a table of its own.
-        unpredicted: trailing tokens that no answer has: their logits are :data:`NEVER`.
+        unpredicted: trailing tokens that no answer has: their logits are :data:`NEVER`, or the least
+            number of the dtype.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class LMHead(VocabTable):
         if self.tp.size > 1:
             logits = self.tp.all_gather(logits)[..., : self.vocab_size]
         if self.apart:
-            logits[..., self.vocab_size - self.apart :] = NEVER
+            logits[..., self.vocab_size - self.apart :] = max(NEVER, torch.finfo(logits.dtype).min)
         return logits
 
     def gap(self, hidden: torch.Tensor, first: int, second: int) -> torch.Tensor:
