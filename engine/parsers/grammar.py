@@ -183,6 +183,8 @@ def tool_grammar(
     if choice == "required" or otherwise is not None:
         lead = _lead(rules, thought, layout.trigger)
         calls = _required(rules, layout, tools, parallel)
+        if otherwise is not None and thought is not None:
+            otherwise = _within_tags(rules, thought, otherwise)
         start = f"{lead} {calls if otherwise is None else f'({calls} | {otherwise})'}".strip()
     elif layout.trigger:
         start = _text_with_calls(rules, layout, tools, parallel, thought)
@@ -200,7 +202,16 @@ def _grammar(start: str, rules: Rules) -> str:
 def grammar_behind_thought(body: str, special: SpecialTokens, thought: Thought) -> str:
     """The Lark grammar of a thought and ``body``, an expression such as ``%json {...}``, behind it."""
     rules = Rules(special)
-    return _grammar(f"{_lead(rules, thought)} {body}", rules)
+    return _grammar(f"{_lead(rules, thought)} {_within_tags(rules, thought, body)}", rules)
+
+
+def _within_tags(rules: Rules, thought: Thought, body: str) -> str:
+    """``body`` with the tags that the family writes around a visible text, which may be missing."""
+    around = thought.tags.around
+    if not around:
+        return body
+    start, end = (rules.special.literal(tag) for tag in around)
+    return f"(({start})? {body} ({end})?)"
 
 
 def grammar_with_budget(special: SpecialTokens, thought: Thought) -> str:

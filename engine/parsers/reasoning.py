@@ -18,13 +18,13 @@ class ReasoningTags:
         start: opens a thought.
         end: closes it.
         label: text that the model writes behind ``start``; it is no part of the thought.
-        around: tags around the visible text, which are no part of it.
+        around: the tags before and behind the visible text, which are no part of it; none if empty.
     """
 
     start: str
     end: str
     label: str = ""
-    around: tuple[str, ...] = ()
+    around: tuple[()] | tuple[str, str] = ()
 
     def open_in(self, prompt: str) -> bool:
         """Return whether ``prompt`` ends within a thought that has just begun."""

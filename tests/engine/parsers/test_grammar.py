@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -364,6 +365,17 @@ def test_structured_output_begins_behind_the_thought(words):
     assert not words.accepts(text, "<think>hm</think>\ntwelve")
     inside = grammar_behind_thought('%json {"type": "integer"}', words.special, Thought(THINK, True))
     assert words.accepts(inside, "hm</think>12") and not words.accepts(inside, "12")
+
+
+@pytest.mark.parametrize("words", VOCABULARIES)
+def test_structured_output_may_have_the_tags_of_a_visible_text(words):
+    words, tags = vocabulary(words), replace(THINK, around=("<|tool_call|>", "<|other|>"))
+    behind = grammar_behind_thought('%json {"type": "integer"}', words.special, Thought(tags))
+    instead = grammar(TOOL_FORMATS["hermes"], words, otherwise="/[0-9]{2}/", thought=Thought(tags))
+    for text in (behind, instead):
+        for answer in ("12", "<think>hm</think>\n<|tool_call|>12<|other|>", "<|tool_call|>12"):
+            assert words.accepts(text, answer), answer
+        assert not words.accepts(text, "<|tool_call|>twelve") and not words.accepts(text, "<|tool_call|>")
 
 
 @pytest.mark.parametrize("inside", [False, True])
