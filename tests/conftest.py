@@ -91,11 +91,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Confi
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Draw the same random tensors whatever ran before. Leave the cores to the tests that start processes, if
-    those run in another worker."""
+    """Have fixtures draw the same random tensors whatever test ran before. Leave the cores to the tests that
+    start processes, if those run in another worker."""
     _seed(0)
     if hasattr(item.config, "workerinput"):
         give_way(item)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Have the test draw the same random tensors whatever its fixtures drew: those of a module are set up for
+    one of its tests only."""
+    _seed(0)
 
 
 @pytest.hookimpl(trylast=True)
