@@ -43,6 +43,14 @@ _WELL_FORMED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+#: Keywords that say nothing about values of other types than this, by the type's name.
+_OF_TYPE = {
+    **dict.fromkeys(("minLength", "maxLength", "pattern"), "string"),
+    **dict.fromkeys(("minItems", "maxItems", "prefixItems"), "array"),
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), "number"),
+}
+
+
 def standalone(root: Mapping[str, Any], schema: Any) -> Any:
     """``schema``, a part of ``root``, as a schema that means the same by itself.
 
@@ -204,7 +212,7 @@ def _conjuncts(root: Mapping[str, Any], schema: Any) -> Iterator[Mapping[str, An
         _check(found)
         if "$ref" in found:
             yield from parts(_target(root, found["$ref"]))
-        yield found
+        yield {key: value for key, value in found.items() if _applies(key, found)}
         for part in found.get("allOf", ()):
             yield from parts(part)
 
@@ -216,8 +224,17 @@ def _conjuncts(root: Mapping[str, Any], schema: Any) -> Iterator[Mapping[str, An
 
 def _check(schema: Mapping[str, Any]) -> None:
     for key, value in schema.items():
-        if key in _WELL_FORMED and not _WELL_FORMED[key][1](value):
+        if key in _WELL_FORMED and _applies(key, schema) and not _WELL_FORMED[key][1](value):
             raise refused(f"{key} must be {_WELL_FORMED[key][0]}, not {json.dumps(value)[:60]}")
+
+
+def _applies(key: str, schema: Mapping[str, Any]) -> bool:
+    """Return whether a keyword may say something about values of the type that ``schema`` gives."""
+    kinds = schema.get("type")
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if key not in _OF_TYPE or not isinstance(kinds, list):
+        return True
+    return _OF_TYPE[key] in kinds or (_OF_TYPE[key] == "number" and "integer" in kinds)
 
 
 def _is_integer(value: Any) -> bool:

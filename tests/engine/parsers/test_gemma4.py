@@ -174,6 +174,12 @@ def test_schemas_that_no_grammar_can_follow_are_refused(schema, definitions):
         GEMMA4.layout.form.left_out(ToolSchema("f", given))
 
 
+def test_keywords_of_other_types_say_nothing():
+    value = {"type": ["boolean", "null"], "minimum": None, "pattern": None, "maxItems": "5"}
+    tool = ToolSchema("f", {"type": "object", "properties": {"value": value}, "minLength": None})
+    assert GEMMA4.layout.form.left_out(tool) == []
+
+
 def test_references_may_lead_through_many_levels():
     chain = {
         f"A{level}": {"type": "object", "properties": {"next": {"$ref": f"#/$defs/A{level + 1}"}}}
