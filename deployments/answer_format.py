@@ -78,6 +78,8 @@ class AnswerFormat:
         reasoning = None
         if self.reasoning is not None:
             reasoning = ReasoningParser(self.reasoning, begins_inside=self.begins_inside(prompt))
+        elif calls is not None and self._calls.tags is not None:
+            reasoning = ReasoningParser(self._calls.tags, thinks=False)
         if calls is None and reasoning is None:
             return None
         return AnswerParser(reasoning, calls, calls_in_thoughts=self._calls.anywhere)

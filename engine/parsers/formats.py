@@ -36,6 +36,8 @@ class ToolFormat:
         parser: makes a parser for one answer, given the JSON schemas of the functions' parameters by name.
         layout: the same format as grammar rules.
         anywhere: whether calls may stand in the middle of a text.
+        tags: those of the family's thoughts, where its visible text has tags too, which are special tokens as
+            those of calls are.
     """
 
     name: str
@@ -43,6 +45,7 @@ class ToolFormat:
     parser: Callable[[Schemas], Parser]
     layout: CallLayout
     anywhere: bool = True
+    tags: ReasoningTags | None = None
 
 
 _HERMES_CALL = json_call('\n{"name": "', '", "arguments": ', "}\n</tool_call>")
@@ -52,6 +55,9 @@ _INTERNLM_TAGS = ("<|action_start|><|plugin|>", "<|action_start|> <|plugin|>")
 _COHERE_CALL = replace(
     json_call('", "tool_name": "', '", "parameters": ', "}"),
     lead=json.dumps('{"tool_call_id": "') + " /[0-9]{1,6}/",
+)
+_COHERE_TAGS = ReasoningTags(
+    "<|START_THINKING|>", "<|END_THINKING|>", around=("<|START_RESPONSE|>", "<|END_RESPONSE|>")
 )
 _FENCED = "\n```python\n"
 
@@ -109,6 +115,7 @@ TOOL_FORMATS = {
                 partial(JsonCall, skipped_keys=("tool_call_id",), name_key="tool_name"),
             ),
             CallLayout("<|START_ACTION|>", _COHERE_CALL, "[\n    ", ",\n    ", "\n]<|END_ACTION|>"),
+            tags=_COHERE_TAGS,
         ),
         ToolFormat(
             "internlm",
@@ -155,9 +162,7 @@ REASONING_TAGS = {
     "mistral": ReasoningTags("[THINK]", "[/THINK]"),
     "seed": ReasoningTags("<seed:think>", "</seed:think>"),
     "kimi": ReasoningTags("◁think▷", "◁/think▷"),
-    "cohere": ReasoningTags(
-        "<|START_THINKING|>", "<|END_THINKING|>", around=("<|START_RESPONSE|>", "<|END_RESPONSE|>")
-    ),
+    "cohere": _COHERE_TAGS,
     "gemma4": ReasoningTags("<|channel>", "<channel|>", "thought\n"),
 }
 

@@ -39,13 +39,14 @@ class ReasoningParser(SteppedParser):
     Args:
         tags: the family's.
         begins_inside: the prompt has opened the thought, so the answer begins within it.
+        thinks: false takes all but the tags around the visible text as visible.
     """
 
-    def __init__(self, tags: ReasoningTags, *, begins_inside: bool = False) -> None:
+    def __init__(self, tags: ReasoningTags, *, begins_inside: bool = False, thinks: bool = True) -> None:
         self._tags = tags
-        self._state: ThoughtState = "inside" if begins_inside else "before"
+        self._state: ThoughtState = "inside" if begins_inside else "before" if thinks else "none"
         super().__init__()
-        self._trim = True
+        self._trim = thinks
 
     @property
     def state(self) -> ThoughtState:

@@ -607,3 +607,9 @@ def test_tokens_of_a_thought_are_the_same_however_an_answer_is_cut(tokens, opene
     inner = range(1, len(tokens))
     all_cuts = [list(cuts) for size in range(len(tokens)) for cuts in combinations(inner, size)]
     assert {count(cuts) for cuts in all_cuts} == {counted}
+
+
+def test_tags_around_the_visible_text_are_dropped_where_thoughts_are_not_parsed():
+    found = AnswerFormat(SPECIAL, TOOL_FORMATS["cohere"]).parser(read_tools(TOOLS, "auto", None), "")
+    events = found.feed("<|START_RESPONSE|>Yes.<|END_RESPONSE|>") + found.finish()
+    assert "".join(event.text for event in events) == "Yes."
