@@ -56,6 +56,13 @@ class Controller:
             return {}
         return {name: each for app in applications.values() for name, each in app["deployments"].items()}
 
+    def states(self, deployment: str) -> set[str]:
+        """The states of the replicas of all deployments of that name, also while an application is being
+        updated."""
+        applications = self._client.get_serve_details()["applications"].values()
+        found = [app["deployments"][deployment] for app in applications if deployment in app["deployments"]]
+        return {replica["state"] for each in found for replica in each["replicas"]}
+
     def replicas(self) -> dict[str, set[str]]:
         """The replicas of each deployment; empty while any of them starts or stops."""
         found = self.deployments()

@@ -70,10 +70,12 @@ def test_any_replica_stops_a_response(served, several):
 
 def test_a_replica_that_leaves_ends_its_responses_first(controller, several):
     """Its clients ask the other one."""
-    asked = {"max_output_tokens": 200, "extra_body": {"ignore_eos": True}, "background": True}
+    asked = {"max_output_tokens": 900, "extra_body": {"ignore_eos": True}, "background": True}
     made = [several.responses.create(model="pocket", input=f"Hello {i}!", **asked).id for i in range(8)]
     controller.config["applications"][-1]["deployments"] = [{"name": "Ingress", "num_replicas": 1}]
     controller.deploy()
+    wait_for(lambda: "STOPPING" in controller.states("Ingress"))
+    assert any(several.responses.retrieve(name).status == "in_progress" for name in reversed(made))
     for name in made:
         wait_for(lambda name=name: several.responses.retrieve(name).status == "incomplete")
     assert wait_for(lambda: len(controller.replicas().get("Ingress", ())) == 1)
