@@ -8,7 +8,7 @@ from collections.abc import Collection
 from functools import reduce
 from typing import Literal
 
-from engine.parsers.events import CallArguments, CallStart, Event, Parser
+from engine.parsers.events import CallArguments, CallStart, Event, Parser, whole_characters
 
 #: The argument that holds the text.
 ARGUMENT = "input"
@@ -109,4 +109,4 @@ def _decoded(piece: str) -> str:
     except ValueError:
         # JSON doesn't know this escape: it stands for itself.
         return piece
-    return found.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole_characters(found)
