@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import Field, PositiveInt, SecretStr, model_validator
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.admission import is_work
+from deployments.admission import Place, is_work
 from deployments.errors import error_response
 from deployments.report import current_report
 from deployments.turns import Turns
@@ -146,7 +146,7 @@ class Caller:
         return error
 
 
-class Visit:
+class Visit(Place):
     """One request of a caller, the tokens that it asks for, and what its media take.
 
     Args:
@@ -156,16 +156,12 @@ class Visit:
     """
 
     def __init__(self, caller: Caller, media: Account, *, works: bool) -> None:
+        super().__init__()
         self.caller = caller
         self.media = media
         self._works = works
         self._tokens = 0
-        self._holders = 1
         self._refused = False
-
-    def hold(self) -> None:
-        """Keep the request open for work that goes on after its response; :meth:`end` must follow."""
-        self._holders += 1
 
     def charge(self, tokens: int) -> None:
         """Count tokens of the prompt and of the longest completion, until the request ends.
@@ -189,11 +185,7 @@ class Visit:
         self.caller._tokens += tokens
         self._tokens += tokens
 
-    def end(self) -> None:
-        """Give back what the request took, once nothing works on it any more."""
-        self._holders -= 1
-        if self._holders:
-            return
+    def _leave(self) -> None:
         self.media.close()
         if self._works:
             self.caller._requests -= 1
@@ -230,8 +222,7 @@ def hold_open(task: asyncio.Future) -> None:
     """Keep the current request open for its caller until ``task`` has ended, beyond its response."""
     current = visit.get()
     if current is not None:
-        current.hold()
-        task.add_done_callback(lambda _: current.end())
+        current.hold(task)
 
 
 def media_account() -> Account:

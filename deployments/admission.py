@@ -1,7 +1,7 @@
 """The limit on open requests of an ingress, and when refused clients should come back."""
 
 import asyncio
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 
 from starlette.datastructures import QueryParams
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -21,15 +21,11 @@ MOST_TURNS = 100.0
 PLACE = "sightline.place"
 
 
-class Place:
-    """One of the places for open requests.
+class Place(ABC):
+    """What an open request takes up of a limit, until nothing works on it any more."""
 
-    Args:
-        leave: called when nothing needs it any more.
-    """
-
-    def __init__(self, leave: Callable[[], None]) -> None:
-        self._leave, self._holders = leave, 1
+    def __init__(self) -> None:
+        self._holders = 1
 
     def hold(self, task: asyncio.Future) -> None:
         """Keep the place until ``task`` has ended, beyond the request's response."""
@@ -41,6 +37,10 @@ class Place:
         self._holders -= 1
         if not self._holders:
             self._leave()
+
+    @abstractmethod
+    def _leave(self) -> None:
+        """Give the place back."""
 
 
 class AdmissionLimit:
@@ -74,7 +74,7 @@ class AdmissionLimit:
                 # Clients that were refused have not come back.
                 self._turns.clear()
             self.active += 1
-            place = Place(self._leave)
+            place = _Admitted(self)
             try:
                 await app({**scope, PLACE: place}, receive, send)
             finally:
@@ -82,9 +82,17 @@ class AdmissionLimit:
 
         return admit
 
+
+class _Admitted(Place):
+    """The place of a request that ``limit`` has admitted."""
+
+    def __init__(self, limit: AdmissionLimit) -> None:
+        super().__init__()
+        self._limit = limit
+
     def _leave(self) -> None:
-        self.active -= 1
-        self._turns.ended(asyncio.get_running_loop().time())
+        self._limit.active -= 1
+        self._limit._turns.ended(asyncio.get_running_loop().time())
 
 
 def is_work(scope: Scope) -> bool:
