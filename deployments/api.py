@@ -232,12 +232,11 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     path = request.scope["path"][:200]
     if error.status_code == 404:
         if path.startswith("/v1/v1/"):
-            meant, advice = (
-                path.removeprefix("/v1"),
-                "The client adds /v1 itself: leave it out of the base URL.",
-            )
+            meant = path.removeprefix("/v1")
+            advice = "The client adds /v1 itself: leave it out of the base URL."
         else:
-            meant, advice = f"/v1{path}", "Let the client's base URL end in /v1."
+            meant = f"/v1{path}"
+            advice = "Let the client's base URL end in /v1."
         hint = f" Did you mean {meant}? {advice}" if meant in request.app.state.paths else ""
         missing = NoSuchRoute(f"There is no endpoint {path}.{hint}")
         return error_response(missing, request.scope)

@@ -247,8 +247,10 @@ def _add_item(messages: list[Message], item: Mapping[str, Any], where: str) -> d
             raise InvalidRequest(f"{where}.namespace must be a string.", param=f"{where}.namespace")
         if isinstance(name, str):
             name = name_in_namespace(namespace, name)
-        holder, given = ("function", "arguments") if kind == "function_call" else ("custom", "input")
-        value = item.get("arguments") or "{}" if kind == "function_call" else item.get("input")
+        if kind == "function_call":
+            holder, given, value = "function", "arguments", item.get("arguments") or "{}"
+        else:
+            holder, given, value = "custom", "input", item.get("input")
         call = {"id": item.get("call_id"), "type": holder, holder: {"name": name, given: value}}
         if not _open_turn(messages):
             messages.append({"role": "assistant"})
