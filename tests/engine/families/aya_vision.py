@@ -14,7 +14,7 @@ from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub, under_vision_model
 from tests.engine.families.references import with_scaled_logits
 from tests.engine.families.without_torchvision import WithoutTorchvision, imported
-from tests.engine.tiny import TEXT_SIZES, rewrite_tensors, spread, tiny_siglip, tokenizer
+from tests.engine.tiny import TEXT_SIZES, rewrite_json, rewrite_tensors, spread, tiny_siglip, tokenizer
 
 TOKENS = {
     "image_token": "<|IMG_PATCH|>",
@@ -89,14 +89,11 @@ def make_aya_vision(
     }
     (path / "preprocessor_config.json").write_text(json.dumps(images))
     if hub:
-        stated = json.loads((path / "config.json").read_text())
-        kinds = stated["text_config"].get("layer_types")
         rewrite_tensors(path, under_vision_model)
+        if text == "cohere2":
+            stated = json.loads((path / "config.json").read_text())["text_config"]
+            rewrite_json(path / "config.json", {"text_config": {**stated, "sliding_window_pattern": 2}})
         as_on_the_hub(path, **images)
-        if kinds:
-            respelled = json.loads((path / "config.json").read_text())
-            respelled["text_config"]["sliding_window_pattern"] = 2
-            (path / "config.json").write_text(json.dumps(respelled))
     return path
 
 

@@ -26,6 +26,12 @@ SECTION = [1, 3, 2, 2]
 ROPE = {"rope_theta": 1e4, "factor": 1.0, "alpha": 50.0}
 
 
+def hunyuan_tokenizer() -> PreTrainedTokenizerFast:
+    return tokenizer(
+        SPECIALS, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=TOKENS
+    )
+
+
 def make_hunyuan_vl(path: Path, hub: bool) -> Path:
     """A checkpoint with a table of 7x7 positions, and queries and keys that rotate before their norms.
 
@@ -33,9 +39,7 @@ def make_hunyuan_vl(path: Path, hub: bool) -> Path:
         hub: write it as the public one is: flat config.json in the old spelling, the tower's tensors under
             ``vit.``, and several shards.
     """
-    tok = tokenizer(
-        SPECIALS, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=TOKENS
-    )
+    tok = hunyuan_tokenizer()
     config = transformers.HunYuanVLConfig(
         text_config={
             "vocab_size": len(tok),

@@ -10,8 +10,14 @@ from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.drawn.vision import draw_pixels, draw_sizes
-from tests.engine.families.hunyuan_vl import FRAME, IMAGE, SPECIALS, TOKENS, HunyuanReference
-from tests.engine.tiny import tokenizer
+from tests.engine.families.hunyuan_vl import (
+    FRAME,
+    IMAGE,
+    SPECIALS,
+    TOKENS,
+    HunyuanReference,
+    hunyuan_tokenizer,
+)
 
 _TOKENS = 512
 
@@ -23,9 +29,7 @@ class HunyuanFamily:
     architectures = ("HunYuanVLForConditionalGeneration",)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
-        tok = tokenizer(
-            SPECIALS, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=TOKENS
-        )
+        tok = hunyuan_tokenizer()
         tok.save_pretrained(path)
         text = draw_decoder(draw, self.name, len(tok), tokens=_TOKENS, section=True)
         text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
