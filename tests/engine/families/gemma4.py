@@ -20,6 +20,13 @@ from tests.engine.tiny import rewrite_tensors, split_shards, spread, tokenizer
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<|image>", "<image|>", "<|image|>", "<|video|>", "<|turn>", "<turn|>")
 TOKENS = {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>"}
 IMAGE, VIDEO = "<|image|>", "<|video|>"
+#: Fields of config.json.
+MEDIA_TOKENS = {
+    "image_token_id": SPECIALS.index(IMAGE),
+    "video_token_id": SPECIALS.index(VIDEO),
+    "boi_token_id": SPECIALS.index("<|image>"),
+    "eoi_token_id": SPECIALS.index("<image|>"),
+}
 FRAME = "<bos><|turn>user\n{}<turn|>\n<|turn>model\n"
 PATCH, SIDE = 4, 2
 #: Most rows of an image and of a frame.
@@ -27,6 +34,18 @@ ROWS, FRAME_ROWS = 12, 6
 LAYERS = ("sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention")
 _RATE = 24.0
 
+#: Fields of all text models.
+TEXT: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "sliding_window": 11,
+    "final_logit_softcapping": 4.0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
 #: As E2B: layers that borrow keys and values, wider MLPs in them, and inputs of each layer.
 SMALL: dict[str, Any] = {
     "layer_types": [*LAYERS, "sliding_attention", "full_attention"],
@@ -72,14 +91,9 @@ def make_gemma4(path: Path, hub: bool = False, *, large: bool = False) -> Path:
     experts."""
     tok = gemma4_tokenizer()
     text = {
+        **TEXT,
         "vocab_size": len(tok) + 3,
         "vocab_size_per_layer_input": len(tok) + 3,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 512,
-        "sliding_window": 11,
-        "final_logit_softcapping": 4.0,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
             "full_attention": {
@@ -88,9 +102,6 @@ def make_gemma4(path: Path, hub: bool = False, *, large: bool = False) -> Path:
                 "rope_theta": 10000.0,
             },
         },
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
         **(LARGE if large else SMALL),
         **(EXPERTS if large and hub else {}),
     }
@@ -110,26 +121,23 @@ def make_gemma4(path: Path, hub: bool = False, *, large: bool = False) -> Path:
             "standardize": large,
         },
         audio_config=None,
-        image_token_id=SPECIALS.index("<|image|>"),
-        video_token_id=SPECIALS.index("<|video|>"),
-        boi_token_id=SPECIALS.index("<|image>"),
-        eoi_token_id=SPECIALS.index("<image|>"),
+        **MEDIA_TOKENS,
         audio_token_id=len(tok) + 1,
     )
     model = transformers.Gemma4ForConditionalGeneration(config)
     spread(model, seed=17, embedding_std=0.05)
     draw_gemma4_buffers(model, 0.5 if large else 0.25)
-    model.generation_config.eos_token_id = [1, SPECIALS.index("<turn|>")]
-    model.save_pretrained(path)
-    tok.save_pretrained(path)
-    write_processors(path, "Gemma4")
+    save_gemma4(path, model, tok, "Gemma4")
     if hub:
         _publish(path, text)
     return path
 
 
-def write_processors(path: Path, name: str) -> None:
-    """The file of both processors, whose classes begin with ``name``."""
+def save_gemma4(path: Path, model: Any, tok: Any, name: str) -> None:
+    """Save a model, its tokenizer and the file of both processors, whose classes begin with ``name``."""
+    model.generation_config.eos_token_id = [1, SPECIALS.index("<turn|>")]
+    model.save_pretrained(path)
+    tok.save_pretrained(path)
     sizes = {"patch_size": PATCH, "pooling_kernel_size": SIDE}
     stated = {
         "processor_class": f"{name}Processor",
@@ -170,9 +178,7 @@ def draw_gemma4_buffers(model: torch.nn.Module, scores: float) -> None:
 def _publish(path: Path, text: dict[str, Any]) -> None:
     """Heads of layers as public files state them, tensors of borrowing layers, and some of audio."""
     config = json.loads((path / "config.json").read_text())
-    config["text_config"].pop("per_layer_config", None)
-    for field in ("global_head_dim", "num_global_key_value_heads"):
-        config["text_config"][field] = text.get(field)
+    state_heads(config["text_config"], text)
     (path / "config.json").write_text(json.dumps(config))
 
     def add(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -184,6 +190,18 @@ def _publish(path: Path, text: dict[str, Any]) -> None:
 
     rewrite_tensors(path, add)
     split_shards(path)
+
+
+def state_heads(stated: dict[str, Any], text: dict[str, Any]) -> None:
+    """State the heads of layers as public files do.
+
+    Args:
+        stated: ``text_config`` as Transformers has saved it.
+        text: the fields that it was made of.
+    """
+    stated.pop("per_layer_config", None)
+    for field in ("global_head_dim", "num_global_key_value_heads"):
+        stated[field] = text.get(field)
 
 
 class Gemma4Reference:

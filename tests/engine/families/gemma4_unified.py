@@ -12,14 +12,16 @@ from PIL import Image
 
 from tests.engine.families.gemma4 import (
     LARGE,
+    MEDIA_TOKENS,
     PATCH,
     ROWS,
     SIDE,
-    SPECIALS,
+    TEXT,
     Gemma4Reference,
     draw_gemma4_buffers,
     gemma4_tokenizer,
-    write_processors,
+    save_gemma4,
+    state_heads,
 )
 from tests.engine.families.without_torchvision import imported
 from tests.engine.tiny import rewrite_tensors, split_shards, spread
@@ -31,19 +33,7 @@ def make_gemma4_unified(path: Path, hub: bool = False) -> Path:
     """A checkpoint as Transformers saves it, or as the public one: in parts, with a tensor of sound, and
     without a field that has its usual value."""
     tok = gemma4_tokenizer()
-    text = {
-        **LARGE,
-        "vocab_size": len(tok) + 3,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 512,
-        "sliding_window": 11,
-        "final_logit_softcapping": 4.0,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
-    }
+    text = {**TEXT, **LARGE, "vocab_size": len(tok) + 3}
     del text["hidden_size_per_layer_input"]
     config = transformers.Gemma4UnifiedConfig(
         text_config=text,
@@ -56,19 +46,13 @@ def make_gemma4_unified(path: Path, hub: bool = False) -> Path:
             "rms_norm_eps": 1e-3,
         },
         audio_config=None,
-        image_token_id=SPECIALS.index("<|image|>"),
-        video_token_id=SPECIALS.index("<|video|>"),
-        boi_token_id=SPECIALS.index("<|image>"),
-        eoi_token_id=SPECIALS.index("<image|>"),
+        **MEDIA_TOKENS,
         audio_token_id=len(tok) + 1,
     )
     model = transformers.Gemma4UnifiedForConditionalGeneration(config)
     spread(model, seed=19, embedding_std=0.05)
     draw_gemma4_buffers(model, 0.5)
-    model.generation_config.eos_token_id = [1, SPECIALS.index("<turn|>")]
-    model.save_pretrained(path)
-    tok.save_pretrained(path)
-    write_processors(path, "Gemma4Unified")
+    save_gemma4(path, model, tok, "Gemma4Unified")
     if hub:
         _publish(path, text)
     return path
@@ -76,10 +60,8 @@ def make_gemma4_unified(path: Path, hub: bool = False) -> Path:
 
 def _publish(path: Path, text: dict[str, Any]) -> None:
     config = json.loads((path / "config.json").read_text())
-    for field in ("per_layer_config", "use_bidirectional_attention"):
-        config["text_config"].pop(field, None)
-    for field in ("global_head_dim", "num_global_key_value_heads"):
-        config["text_config"][field] = text[field]
+    state_heads(config["text_config"], text)
+    config["text_config"].pop("use_bidirectional_attention", None)
     config["vision_config"]["model_patch_size"] = PATCH * SIDE
     (path / "config.json").write_text(json.dumps(config))
     rewrite_tensors(

@@ -20,6 +20,7 @@ from tests.engine.families.drawn.vision import draw_pixels
 from tests.engine.families.gemma4 import (
     FRAME,
     IMAGE,
+    MEDIA_TOKENS,
     SPECIALS,
     VIDEO,
     Gemma4Reference,
@@ -30,7 +31,6 @@ from tests.engine.families.gemma4_unified import Gemma4UnifiedReference
 
 _TOKENS = 768
 _KINDS = ("sliding_attention", "full_attention")
-_IMAGE, _VIDEO = SPECIALS.index(IMAGE), SPECIALS.index(VIDEO)
 
 
 class Gemma4Family:
@@ -44,10 +44,8 @@ class Gemma4Family:
     def __init__(self, unified: bool = False) -> None:
         self._unified = unified
         self.name = "gemma4_unified" if unified else "gemma4"
-        architecture = (
-            "Gemma4UnifiedForConditionalGeneration" if unified else "Gemma4ForConditionalGeneration"
-        )
-        self.architectures = (architecture,)
+        self._reference = Gemma4UnifiedReference if unified else Gemma4Reference
+        self.architectures = (self._reference.architecture,)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         tok = gemma4_tokenizer()
@@ -70,10 +68,7 @@ class Gemma4Family:
             if self._unified
             else _draw_tower(draw, patch, side),
             "audio_config": None,
-            "image_token_id": _IMAGE,
-            "video_token_id": _VIDEO,
-            "boi_token_id": SPECIALS.index("<|image>"),
-            "eoi_token_id": SPECIALS.index("<image|>"),
+            **MEDIA_TOKENS,
             "audio_token_id": text["vocab_size"] - 1,
         }
         place_tied(draw, raw, text)
@@ -98,13 +93,11 @@ class Gemma4Family:
         style = Style(FRAME, "<turn|>\n", placeholder=lambda index, count: IMAGE, video=VIDEO, frames=4)
         return Drawn(
             path,
-            same_weights(
-                (Gemma4UnifiedReference if self._unified else Gemma4Reference)(path, **kwargs), model
-            ),
+            same_weights(self._reference(path, **kwargs), model),
             style,
             _TOKENS,
             {"mm_processor_kwargs": kwargs},
-            media=frozenset({_IMAGE, _VIDEO}),
+            media=frozenset({MEDIA_TOKENS["image_token_id"], MEDIA_TOKENS["video_token_id"]}),
             together=max(rows, frame_rows, *kwargs.values()) if both_ways else 1,
         )
 
