@@ -13,6 +13,12 @@ THINK = ReasoningTags("<think>", "</think>")
 GEMMA4 = REASONING_TAGS["gemma4"]
 
 
+def read(tags: ReasoningTags, text: str, inside: bool = False) -> tuple[str, str]:
+    """The thought and the visible text of an answer, however it is cut."""
+    found = parse(lambda: ReasoningParser(tags, begins_inside=inside), text)
+    return found["reasoning"], found["text"]
+
+
 @pytest.mark.parametrize(
     ("text", "inside", "reasoning", "visible"),
     [
@@ -36,8 +42,7 @@ GEMMA4 = REASONING_TAGS["gemma4"]
     ],
 )
 def test_thoughts_for_every_cut(text, inside, reasoning, visible):
-    found = parse(lambda: ReasoningParser(THINK, begins_inside=inside), text)
-    assert (found["reasoning"], found["text"]) == (reasoning, visible)
+    assert read(THINK, text, inside) == (reasoning, visible)
 
 
 @pytest.mark.parametrize(
@@ -53,8 +58,7 @@ def test_thoughts_for_every_cut(text, inside, reasoning, visible):
     ],
 )
 def test_the_label_of_a_thought_is_no_part_of_it(text, inside, reasoning, visible):
-    found = parse(lambda: ReasoningParser(GEMMA4, begins_inside=inside), text)
-    assert (found["reasoning"], found["text"]) == (reasoning, visible)
+    assert read(GEMMA4, text, inside) == (reasoning, visible)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +74,7 @@ def test_the_label_of_a_thought_is_no_part_of_it(text, inside, reasoning, visibl
     ],
 )
 def test_tags_around_the_visible_text_are_no_part_of_it(text, reasoning, visible):
-    found = parse(lambda: ReasoningParser(REASONING_TAGS["cohere"]), text)
-    assert (found["reasoning"], found["text"]) == (reasoning, visible)
+    assert read(REASONING_TAGS["cohere"], text) == (reasoning, visible)
 
 
 def test_a_prompt_may_have_opened_a_thought_with_or_without_its_label():
