@@ -27,6 +27,12 @@ def media_processor(path: Path, **options: Any) -> MediaProcessor | None:
     return resolve(checkpoint).media_processor(checkpoint, config, options)
 
 
+def copy_json(path: Path, folder: Path) -> None:
+    """Copy the files of a checkpoint but its tensors."""
+    for file in path.glob("*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
 def check_refused(path: Path, file: str, fields: dict[str, Any], param: str) -> None:
     """Check that a checkpoint is refused, naming ``param``, with other ``fields`` in one of its files."""
     stated = json.loads((path / file).read_text())

@@ -19,7 +19,7 @@ from engine.layers.layer_groups import LayerGroups
 from engine.layers.rotary import inverse_frequencies
 from engine.media.video.video import Pace, Video
 from tests.engine.families.gemma4 import FRAME_ROWS, PATCH, ROWS, SIDE, Gemma4Reference, make_gemma4
-from tests.engine.families.opened import encoder, media_processor, parse
+from tests.engine.families.opened import copy_json, encoder, media_processor, parse
 from tests.engine.families.without_torchvision import imported
 from tests.engine.tiny import picture
 
@@ -104,8 +104,7 @@ def test_requests_lower_the_rows(path):
 
 
 def test_a_model_without_sound_need_not_have_a_token_for_it(path, tmp_path):
-    for file in path.glob("*.json"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    copy_json(path, tmp_path)
     config = json.loads((path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "audio_token_id": None}))
     tokens = config["image_token_id"], config["video_token_id"]

@@ -15,7 +15,7 @@ from engine.fit import check_fit
 from engine.media.video.video import Video
 from tests.engine.families.gemma4 import PATCH, ROWS, SIDE
 from tests.engine.families.gemma4_unified import Gemma4UnifiedReference, make_gemma4_unified
-from tests.engine.families.opened import encoder, media_processor, parse
+from tests.engine.families.opened import copy_json, encoder, media_processor, parse
 from tests.engine.families.test_gemma4 import SIZES
 from tests.engine.tiny import picture
 
@@ -64,8 +64,7 @@ def test_fields_that_are_left_out_have_the_values_of_transformers():
 
 @pytest.mark.parametrize("stated", [{}, {"use_bidirectional_attention": None}], ids=str)
 def test_images_attend_both_ways_unless_the_file_says_no(path, tmp_path, stated):
-    for file in path.glob("*.json"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    copy_json(path, tmp_path)
     config = json.loads((path / "config.json").read_text())
     del config["text_config"]["use_bidirectional_attention"]
     config["text_config"] |= stated
@@ -82,8 +81,7 @@ def test_images_attend_both_ways_unless_the_file_says_no(path, tmp_path, stated)
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(path, tmp_path, vision, words):
-    for file in path.glob("*.json"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    copy_json(path, tmp_path)
     config = json.loads((path / "config.json").read_text())
     config["vision_config"] = vision and {**config["vision_config"], **vision}
     (tmp_path / "config.json").write_text(json.dumps(config))

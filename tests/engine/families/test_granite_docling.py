@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from engine.errors import CheckpointError, ConfigError, InvalidRequest
+from engine.errors import ConfigError, InvalidRequest
 from engine.families.granite_docling.encoder import sine_positions
 from tests.engine.families.granite_docling import (
     SIDE,
@@ -17,7 +17,7 @@ from tests.engine.families.granite_docling import (
     GraniteDoclingReference,
     make_granite_docling_tiles,
 )
-from tests.engine.families.opened import encoder, media_processor, parse
+from tests.engine.families.opened import check_refused, copy_json, encoder, media_processor
 from tests.engine.tiny import picture
 
 SIZES = [(30, 33), (90, 30), (70, 60), (1, 1), (7, 300), (300, 7), (64, 64)]
@@ -74,8 +74,7 @@ def test_both_connectors_in_one_batch(path):
     ids=str,
 )
 def test_tilings_are_those_of_transformers(path, tmp_path, stated):
-    for file in path.glob("*.json"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    copy_json(path, tmp_path)
     plain = {"size": {"height": SIDE, "width": SIDE}, **stated}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(plain))
     ours, draw = media_processor(tmp_path), random.Random(str(stated))
@@ -119,19 +118,13 @@ def test_requests_may_ask_for_less(path):
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(path, tmp_path, vision, param):
-    for file in path.glob("*.json"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((path / "config.json").read_text())
-    config["vision_config"] |= vision
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError) as error:
-        parse(tmp_path)
-    assert error.value.param == param
+    copy_json(path, tmp_path)
+    stated = json.loads((path / "config.json").read_text())["vision_config"]
+    check_refused(tmp_path, "config.json", {"vision_config": {**stated, **vision}}, param)
 
 
 def test_a_checkpoint_without_fine_connector_has_no_fine_rows(path, tmp_path):
-    for file in path.glob("*.json"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    copy_json(path, tmp_path)
     config = json.loads((path / "config.json").read_text())
     config["vision_config"]["use_fine_route"] = False
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -13,7 +13,7 @@ from engine import LLM, SamplingParams
 from engine.errors import InvalidRequest
 from engine.media.bilinear import resize_bilinear
 from tests.engine.families.molmo2 import FRAME, HAS_MOLMO2, IMAGE, PROCESSOR, image_processor_of, make_molmo2
-from tests.engine.families.opened import media_processor, parse
+from tests.engine.families.opened import copy_json, media_processor, parse
 from tests.engine.tiny import picture
 
 pytestmark = pytest.mark.skipif(not HAS_MOLMO2, reason="this release of Transformers has no Molmo 2")
@@ -74,8 +74,7 @@ def test_crops_are_those_of_transformers_at_public_sizes(public):
     "changed", [{}, {"overlap_margins": [2, 0], "pooling_size": [3, 2]}, {"max_crops": 7}], ids=str
 )
 def test_pixels_and_windows_are_those_of_transformers(path, tmp_path, changed):
-    for file in path.glob("*.json"):
-        (tmp_path / file.name).write_text(file.read_text())
+    copy_json(path, tmp_path)
     stated = {"image_processor": {**PROCESSOR, **changed}}
     (tmp_path / "processor_config.json").write_text(json.dumps(stated))
     ours, theirs = media_processor(tmp_path), image_processor_of(tmp_path)

@@ -20,7 +20,7 @@ from tests.engine.families.idefics import make_idefics3
 from tests.engine.families.llava_variants import make_llava_variant
 from tests.engine.families.molmo2 import make_molmo2
 from tests.engine.families.onevision import make_onevision
-from tests.engine.families.opened import media_processor
+from tests.engine.families.opened import copy_json, media_processor
 from tests.engine.families.phi3_v_reference import make_phi3_v
 from tests.engine.families.qwen import make_qwen2_5_vl, make_qwen3_vl
 from tests.engine.tiny import make_llava, make_qwen2_vl
@@ -189,8 +189,7 @@ def unchanged(tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize(("name", "file", "change", "error"), ROWS)
 def test_the_error_names_the_field(tmp_path, unchanged, name, file, change, error):
-    for source in unchanged(name).glob("*.json"):
-        (tmp_path / source.name).write_text(source.read_text())
+    copy_json(unchanged(name), tmp_path)
     changed = tmp_path / file
     content = json.loads(changed.read_text()) if changed.exists() else {}
     for field, value in change.items():
