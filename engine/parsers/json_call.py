@@ -206,6 +206,7 @@ class JsonCall:
 
 class HeldCall:
     """Reads a :class:`JsonCall` from a buffer that is held until the name is known: the text may be no call.
+    Afterwards the buffer keeps what :meth:`feed` gives back.
 
     Args:
         call: of which nothing was read.
@@ -219,7 +220,10 @@ class HeldCall:
         self._read = 0
 
     def feed(self, buffer: str, start: int) -> tuple[str, str]:
-        """Read on in a buffer that has only grown since the last time; the call begins at ``start``.
+        """Read on in the buffer.
+
+        Args:
+            start: where the call begins, or goes on once its name is known.
 
         Returns:
             As :meth:`JsonCall.feed`. While the name isn't known, nothing is passed on.
@@ -228,7 +232,7 @@ class HeldCall:
             MalformedCall: as there.
         """
         arguments, rest = self.call.feed(buffer[max(start, self._read) :])
-        self._read = len(buffer)
+        self._read = len(buffer) if self.call.name is None else 0
         return arguments, rest
 
 

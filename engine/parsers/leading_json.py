@@ -22,7 +22,7 @@ class LeadingJsonCalls(SteppedParser):
         self._prefix = prefix
         super().__init__()
         self._state = "start"
-        self._held, self._call = HeldCall(JsonCall()), JsonCall()
+        self._held = HeldCall(JsonCall())
         self._calls = 0
 
     def finish(self) -> list[Event]:
@@ -34,7 +34,7 @@ class LeadingJsonCalls(SteppedParser):
 
     @property
     def _named(self) -> bool:
-        return self._call.name is not None
+        return self._held.call.name is not None
 
     def _step(self, events: list[Event]) -> bool:
         if self._state == "start":
@@ -69,30 +69,25 @@ class LeadingJsonCalls(SteppedParser):
 
     def _read_call(self, events: list[Event]) -> bool:
         """Hold the text while the name isn't known; afterwards pass the arguments on."""
-        if not self._named:
-            start = self._buffer.find("{") if self._calls == 0 else 0
-            try:
-                arguments, rest = self._held.feed(self._buffer, start)
-            except MalformedCall:
-                self._state = "text" if self._calls == 0 else "rest"
-                return True
-            name = self._held.call.name
-            if name is None:
-                return False
-            self._call, self._held = self._held.call, HeldCall(JsonCall())
-            events.append(CallStart(self._calls, name))
-        else:
-            if not self._buffer:
-                return False
-            arguments, rest = self._call.feed(self._buffer)
+        call, was_named = self._held.call, self._named
+        start = 0 if was_named or self._calls else self._buffer.find("{")
+        try:
+            arguments, rest = self._held.feed(self._buffer, start)
+        except MalformedCall:
+            self._state = "text" if self._calls == 0 else "rest"
+            return True
+        if call.name is None:
+            return False
+        if not was_named:
+            events.append(CallStart(self._calls, call.name))
         self._buffer = rest
         if arguments:
             events.append(CallArguments(self._calls, arguments))
-        if self._call.broken:
+        if call.broken:
             self._state = "rest"
-        elif self._call.done:
+        elif call.done:
             self._calls += 1
-            self._call, self._state = JsonCall(), "between"
+            self._held, self._state = HeldCall(JsonCall()), "between"
         else:
             return False
         return True

@@ -31,7 +31,7 @@ class MistralCalls(SteppedParser):
         super().__init__()
         self._tag, self._new_call = tag, new_call
         self._state: Callable[[list[Event]], bool] = self._read_text
-        self._held, self._call = HeldCall(new_call()), new_call()
+        self._held = HeldCall(new_call())
         self._value = JsonValue()
         self._calls = 0
         self._named = False
@@ -46,7 +46,7 @@ class MistralCalls(SteppedParser):
     @property
     def _started(self) -> bool:
         """True if a call was reported."""
-        return self._calls > 0 or self._named or self._call.name is not None
+        return self._calls > 0 or self._named or self._held.call.name is not None
 
     def _step(self, events: list[Event]) -> bool:
         return self._state(events)
@@ -77,35 +77,31 @@ class MistralCalls(SteppedParser):
         return True
 
     def _read_list(self, events: list[Event]) -> bool:
-        if self._call.name is None:
-            start = self._buffer.find("{")
-            if start < 0:
-                return False
-            try:
-                arguments, rest = self._held.feed(self._buffer, start)
-            except MalformedCall:
-                self._held, self._state = HeldCall(self._new_call()), self._read_rest
-                if self._calls == 0:
-                    events.append(Text(self._tag))
-                    self._state = self._read_text
-                return True
-            name = self._held.call.name
-            if name is None:
-                return False
-            self._call, self._held = self._held.call, HeldCall(self._new_call())
-            events.append(CallStart(self._calls, name))
-        elif self._buffer:
-            arguments, rest = self._call.feed(self._buffer)
-        else:
+        call = self._held.call
+        was_named = call.name is not None
+        start = 0 if was_named else self._buffer.find("{")
+        if start < 0:
             return False
+        try:
+            arguments, rest = self._held.feed(self._buffer, start)
+        except MalformedCall:
+            self._held, self._state = HeldCall(self._new_call()), self._read_rest
+            if self._calls == 0:
+                events.append(Text(self._tag))
+                self._state = self._read_text
+            return True
+        if call.name is None:
+            return False
+        if not was_named:
+            events.append(CallStart(self._calls, call.name))
         self._buffer = rest
         if arguments:
             events.append(CallArguments(self._calls, arguments))
-        if self._call.broken:
+        if call.broken:
             self._state = self._read_rest
-        elif self._call.done:
+        elif call.done:
             self._calls += 1
-            self._call = self._new_call()
+            self._held = HeldCall(self._new_call())
         else:
             return False
         return True
