@@ -120,9 +120,7 @@ TOOL_FORMATS = {
         ToolFormat(
             "internlm",
             (("<|action_start|>",), ("<|plugin|>",)),
-            lambda schemas: TaggedCalls(
-                ("<|action_start|><|plugin|>", "<|action_start|> <|plugin|>"), "<|action_end|>"
-            ),
+            lambda schemas: TaggedCalls(_INTERNLM_TAGS, "<|action_end|>"),
             CallLayout(
                 "<|action_start|>",
                 json_call('<|plugin|>\n{"name": "', '", "parameters": ', "}\n<|action_end|>"),
