@@ -21,6 +21,9 @@ _INTEGER_BOUND = (1 << 63) - 1024
 _UPPER = frozenset({"maximum", "exclusiveMaximum", "enum", "const"})
 _LIMITS = frozenset({"minimum", "exclusiveMinimum"}) | _UPPER
 
+#: Keywords that bound numbers.
+NUMERIC = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+
 #: The type that JSON Schema prescribes for the value of a keyword, with a name.
 _WELL_FORMED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
@@ -33,21 +36,17 @@ _WELL_FORMED: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("minLength", "maxLength", "minItems", "maxItems"),
         ("a count", lambda value: _is_integer(value) and value >= 0),
     ),
-    **dict.fromkeys(
-        ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
-        ("a number", lambda value: _is_integer(value) or isinstance(value, float)),
-    ),
+    **dict.fromkeys(NUMERIC, ("a number", lambda value: _is_integer(value) or isinstance(value, float))),
     **dict.fromkeys(("pattern", "$ref"), ("a string", lambda value: isinstance(value, str))),
     "required": ("a list of strings", lambda value: _are_strings(value)),
     "type": ("a type or a list of types", lambda value: isinstance(value, str) or _are_strings(value)),
 }
 
-
 #: Keywords that say nothing about values of other types than this, by the type's name.
 _OF_TYPE = {
     **dict.fromkeys(("minLength", "maxLength", "pattern"), "string"),
     **dict.fromkeys(("minItems", "maxItems", "prefixItems"), "array"),
-    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), "number"),
+    **dict.fromkeys(NUMERIC, "number"),
 }
 
 

@@ -8,17 +8,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from engine.parsers.arguments import arguments_of, flattened, left_out_of_object, others_of, refused
+from engine.parsers.arguments import NUMERIC, arguments_of, flattened, left_out_of_object, others_of, refused
 from engine.parsers.call_forms import embedded, entries_in_order, other_key, tagged_value, whole_text
 from engine.parsers.gemma4 import CALL_END, QUOTE
 from engine.parsers.grammar import CallForm, Rules, ToolSchema
 
 _TYPES = ("string", "number", "boolean", "null", "object", "array")
-_NUMERIC = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _ANNOTATIONS = frozenset({"title", "description", "default", "examples", "$defs", "definitions", "$schema"})
 
 #: Keywords that are not looked at beside ``const`` and ``enum``.
-_BESIDE_VALUES = {"pattern", "minLength", "maxLength", "format", "minProperties", "maxProperties", *_NUMERIC}
+_BESIDE_VALUES = {"pattern", "minLength", "maxLength", "format", "minProperties", "maxProperties", *NUMERIC}
 
 #: Keys that stand without quotes.
 _BARE_KEY = re.compile(r'[^\s:,{}\[\]<>|"]+( [^\s:,{}\[\]<>|"]+)*')
@@ -126,7 +125,7 @@ class _Notation:
             return f'"{{" {self.members(schema, f"{name}_member")} "}}"'
         if kind == "array":
             return f'"[" {self._entries(schema)} "]"'
-        return embedded({"type": kind, **{key: schema[key] for key in _NUMERIC if key in schema}})
+        return embedded({"type": kind, **{key: schema[key] for key in NUMERIC if key in schema}})
 
     def _entries(self, schema: Mapping[str, Any]) -> str:
         """The entries of a list, without its brackets."""
