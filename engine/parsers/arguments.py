@@ -119,7 +119,7 @@ def arguments_of(root: Mapping[str, Any], schema: Mapping[str, Any] | None = Non
     properties: dict[str, Any] = {}
     required: dict[str, None] = {}
     others: Any = True
-    for part in _conjuncts(root, root if schema is None else schema):
+    for part in _conjuncts(root, schema):
         properties |= part.get("properties") or {}
         required |= dict.fromkeys(part.get("required") or ())
         others = part.get("additionalProperties") or others
@@ -131,7 +131,7 @@ def others_of(root: Mapping[str, Any], schema: Mapping[str, Any] | None = None) 
     """The schema of arguments without a name in the function's schema; None if there may be none. Arguments
     as :func:`arguments_of`."""
     others: Any = True
-    for part in _conjuncts(root, root if schema is None else schema):
+    for part in _conjuncts(root, schema):
         given = part.get("additionalProperties", True)
         if given is False:
             return None
@@ -175,7 +175,7 @@ def left_out_of_object(root: Mapping[str, Any], schema: Mapping[str, Any] | None
     """The keywords of an object that :func:`arguments_of` and :func:`others_of` don't tell. ``allOf`` is one
     where they tell the last of what its parts say. Arguments as :func:`arguments_of`."""
     seen: dict[str, Any] = {}
-    for part in _conjuncts(root, root if schema is None else schema):
+    for part in _conjuncts(root, schema):
         yield from part.keys() & {"minProperties", "maxProperties", "patternProperties"}
         yield from part.keys() & {"anyOf", "oneOf", "const", "enum"}
         said = {key: value for key, value in part.items() if key not in _JOINED}
@@ -193,8 +193,11 @@ def _is_lost(key: str, first: Any, last: Any) -> bool:
     return bool(first != last)
 
 
-def _conjuncts(root: Mapping[str, Any], schema: Any) -> Iterator[Mapping[str, Any]]:
+def _conjuncts(
+    root: Mapping[str, Any], schema: Mapping[str, Any] | None = None
+) -> Iterator[Mapping[str, Any]]:
     """What ``schema`` refers to beside other keywords, itself resolved, and the parts of its ``allOf``.
+    Arguments as :func:`arguments_of`.
 
     Each comes once: a part may refer to the whole, and many parts to one.
 
@@ -216,7 +219,7 @@ def _conjuncts(root: Mapping[str, Any], schema: Any) -> Iterator[Mapping[str, An
             yield from parts(part)
 
     try:
-        yield from parts(schema)
+        yield from parts(root if schema is None else schema)
     except RecursionError:
         raise refused("its references and allOf are nested too deeply") from None
 
