@@ -232,11 +232,18 @@ def _check(schema: Mapping[str, Any]) -> None:
 
 def _applies(key: str, schema: Mapping[str, Any]) -> bool:
     """Return whether a keyword may say something about values of the type that ``schema`` gives."""
-    kinds = schema.get("type")
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    if key not in _OF_TYPE or not isinstance(kinds, list):
+    kinds = types_of(schema)
+    if key not in _OF_TYPE or kinds is None:
         return True
     return _OF_TYPE[key] in kinds or (_OF_TYPE[key] == "number" and "integer" in kinds)
+
+
+def types_of(schema: Mapping[str, Any]) -> list[Any] | None:
+    """The types that a schema gives; None if it gives none, or something else."""
+    given = schema.get("type")
+    if isinstance(given, str):
+        return [given]
+    return given if isinstance(given, list) else None
 
 
 def _is_integer(value: Any) -> bool:
@@ -281,8 +288,7 @@ def with_bounded_integers(schema: Any) -> Any:
             new[key] = {name: with_bounded_integers(entry) for name, entry in value.items()}
         else:
             new[key] = value if key in _DATA else with_bounded_integers(value)
-    kinds = schema.get("type")
-    if kinds == "integer" or (isinstance(kinds, list) and "integer" in kinds):
+    if "integer" in (types_of(schema) or ()):
         given = [schema[key] for key in _LIMITS if key in schema]
         if not given:
             new |= {"minimum": -_INTEGER_BOUND, "maximum": _INTEGER_BOUND}

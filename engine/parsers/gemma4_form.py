@@ -8,7 +8,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from engine.parsers.arguments import NUMERIC, arguments_of, flattened, left_out_of_object, others_of, refused
+from engine.parsers.arguments import (
+    NUMERIC,
+    arguments_of,
+    flattened,
+    left_out_of_object,
+    others_of,
+    refused,
+    types_of,
+)
 from engine.parsers.call_forms import embedded, entries_in_order, other_key, tagged_value, whole_text
 from engine.parsers.gemma4 import CALL_END, QUOTE
 from engine.parsers.grammar import CallForm, Rules, ToolSchema
@@ -168,8 +176,8 @@ def _repeated(expression: str, least: int, most: int | None) -> str:
 
 def _kinds(schema: Mapping[str, Any]) -> Sequence[str]:
     """The types that values may have."""
-    kinds = schema.get("type", _TYPES)
-    return [kinds] if isinstance(kinds, str) else kinds
+    kinds = types_of(schema)
+    return _TYPES if kinds is None else kinds
 
 
 #: The keywords of the least and the greatest size of a value, by its type.
