@@ -17,7 +17,7 @@ _BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"}
 _BESIDE = frozenset({"$ref", "$defs", "definitions", "type", "title", "description", "default", "examples"})
 
 #: The greatest integer of 64 bits that is a double, as llguidance reads bounds.
-_INTEGER_BOUND = (1 << 63) - 1024
+INTEGER_BOUND = (1 << 63) - 1024
 _UPPER = frozenset({"maximum", "exclusiveMaximum", "enum", "const"})
 _LIMITS = frozenset({"minimum", "exclusiveMinimum"}) | _UPPER
 
@@ -291,11 +291,11 @@ def with_bounded_integers(schema: Any) -> Any:
     if "integer" in (types_of(schema) or ()):
         given = [schema[key] for key in _LIMITS if key in schema]
         if not given:
-            new |= {"minimum": -_INTEGER_BOUND, "maximum": _INTEGER_BOUND}
+            new |= {"minimum": -INTEGER_BOUND, "maximum": INTEGER_BOUND}
         elif not schema.keys() & _UPPER and all(
-            isinstance(low, int) and low < _INTEGER_BOUND for low in given
+            isinstance(low, int) and low < INTEGER_BOUND for low in given
         ):
-            new["maximum"] = _INTEGER_BOUND
+            new["maximum"] = INTEGER_BOUND
     return new
 
 

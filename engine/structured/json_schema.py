@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from engine.parsers.arguments import INTEGER_BOUND, types_of
 from engine.structured.checks import GrammarRefused, oversize
 from engine.structured.decimals import plain_decimals
 from engine.text_formats import BOUNDED_FORMATS, FORMAT_LENGTHS
@@ -43,9 +44,8 @@ _FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4"
 #: Formats of UUIDs of one version: ``uuid4`` says more than ``uuid``, and is followed as that.
 _UUID_VERSION = re.compile(r"uuid[1-8]")
 
-#: Bounds of numbers, and the greatest integer of 64 bits that is a double.
+#: Bounds of numbers.
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-_GREATEST = (1 << 63) - 1024
 
 #: Keywords whose value is a schema, a list of schemas, or schemas by name.
 _IN_SCHEMA = ("additionalItems", "additionalProperties", "items")
@@ -252,9 +252,9 @@ def not_followed(schema: Any) -> list[str]:
     for node in schemas_in(schema):
         if node.get("uniqueItems") is True:
             found.add("uniqueItems")
-        kind, types = node.get("format"), _types_given(node)
+        kind, types = node.get("format"), types_of(node)
         # Of numbers it is a note, such as int64.
-        if isinstance(kind, str) and kind not in known and ("string" in types or not types):
+        if isinstance(kind, str) and kind not in known and (not types or "string" in types):
             found.add(f"format {kind!r}"[:100])
     return sorted(found)
 
@@ -384,12 +384,7 @@ def _exclude(one: Any, other: Any) -> bool:
 def _types(schema: Schema) -> set[str]:
     """The types a value may have; empty if that isn't said."""
     # An integer is a number as well.
-    return {"number" if name == "integer" else str(name) for name in _types_given(schema)}
-
-
-def _types_given(schema: Schema) -> list[Any]:
-    given = schema.get("type")
-    return [given] if isinstance(given, str) else given if isinstance(given, list) else []
+    return {"number" if name == "integer" else str(name) for name in types_of(schema) or ()}
 
 
 def _within_64_bits(key: str, bound: Any) -> Any:
@@ -397,7 +392,7 @@ def _within_64_bits(key: str, bound: Any) -> Any:
     is beyond, and reads bounds as doubles. Numbers that are no integers get the narrower bound, too."""
     if not isinstance(bound, int | float) or isinstance(bound, bool) or bound in (math.inf, -math.inf):
         return bound
-    return min(bound, _GREATEST) if key in ("maximum", "exclusiveMaximum") else max(bound, -_GREATEST)
+    return min(bound, INTEGER_BOUND) if key in ("maximum", "exclusiveMaximum") else max(bound, -INTEGER_BOUND)
 
 
 def _required(schema: Schema) -> Iterator[str]:
