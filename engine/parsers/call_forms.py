@@ -63,8 +63,10 @@ def _xml_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
     parts = []
     for place, (key, each) in enumerate(arguments_of(tool.parameters).items()):
         tag = rules.special.literal(f"<parameter={key}>\n")
-        part = f"{tag} {_xml_value(rules, tool.parameters, each.schema, f'value_{number}_{place}')}"
-        parts.append(part if each.required else f"({part})?")
+        value = tagged_value(
+            rules, tool.parameters, each.schema, f"value_{number}_{place}", _XML_END, "</parameter>"
+        )
+        parts.append(f"{tag} {value}" if each.required else f"({tag} {value})?")
     if (others := others_of(tool.parameters)) is not None:
         key = rules.add(f"KEY_{number}", other_key(r"[^<>\n ]{1,64}", arguments_of(tool.parameters)))
         value = _other_value(
@@ -73,11 +75,6 @@ def _xml_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
         parts.append(f'("<parameter=" {key} ">\\n" {value})*')
     parts.append(rules.special.literal("</function>\n</tool_call>"))
     return rules.add(f"parameters_{number}", " ".join(parts))
-
-
-def _xml_value(rules: Rules, root: Mapping[str, Any], schema: Any, name: str) -> str:
-    """The value of a parameter, whose schema is a part of ``root``, and the tag that closes it."""
-    return tagged_value(rules, root, schema, name, _XML_END, "</parameter>")
 
 
 def tagged_value(
@@ -190,19 +187,17 @@ XML_CALL = CallForm(lambda name: f"\n<function={name}>\n", _xml_arguments)
 
 def _glm_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
     """Two pairs of tags for each argument, in the schema's order; the model may put line feeds between."""
-    literal, line_feed = rules.special.literal, '"\\n"?'
+    literal, line_feed, end = rules.special.literal, '"\\n"?', "</arg_value>"
     rules.left_out.update(left_out_of_object(tool.parameters))
     parts = []
     for place, (key, each) in enumerate(arguments_of(tool.parameters).items()):
         head = f"{literal(f'<arg_key>{key}</arg_key>')} {line_feed} {literal('<arg_value>')}"
-        end = "</arg_value>"
         value = tagged_value(rules, tool.parameters, each.schema, f"value_{number}_{place}", end, end)
         part = f"{line_feed} {head} {value}"
         parts.append(part if each.required else f"({part})?")
     if (others := others_of(tool.parameters)) is not None:
         key = rules.add(f"KEY_{number}", other_key(r"[^<>\n]{1,64}", arguments_of(tool.parameters)))
         head = f"{literal('<arg_key>')} {key} {literal('</arg_key>')} {line_feed} {literal('<arg_value>')}"
-        end = "</arg_value>"
         value = _other_value(rules, tool.parameters, others, f"value_{number}_other", end, end)
         parts.append(f"({line_feed} {head} {value})*")
     parts.append(f"{line_feed} {literal('</tool_call>')}")
