@@ -6,6 +6,7 @@ import base64
 import os
 import stat
 import string
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +61,10 @@ def _decode_data_url(source: MediaSource, url: str, policy: FetchPolicy) -> byte
         example = _EXAMPLES.get(source.kind, "image/png")
         raise MediaError(f"{where}: a data URL must look like data:{example};base64,...", param=where)
     check_size(len(payload) // 4 * 3 - 2, policy, source)
+    with suppress(ValueError):
+        return base64.b64decode(payload, validate=True)
     try:
-        try:
-            return base64.b64decode(payload, validate=True)
-        except ValueError:
-            return _forgiving_base64(payload)
+        return _forgiving_base64(payload)
     except ValueError:
         raise MediaError(f"{where}: the data URL is not valid base64.", param=where) from None
 
