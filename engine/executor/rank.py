@@ -139,16 +139,18 @@ class ModelRank:
         if states and config.enable_prefix_caching:
             kept = config.state_snapshot_bytes
             free = max(0, free - (free // 4 if kept is None else kept))
-        stored = kv_dtype(config, decoder.dtype)
-        num_blocks = free // block_bytes(self.groups, config.block_size, stored)
+        num_blocks = free // self._block_bytes
         if num_blocks < 2:
             raise self._no_room(free)
         return num_blocks
 
+    @property
+    def _block_bytes(self) -> int:
+        return block_bytes(self.groups, self.config.block_size, kv_dtype(self.config, self.decoder.dtype))
+
     def _no_room(self, free: int) -> ConfigError:
-        """The refusal of ``free`` bytes for KV blocks, too few for one of use."""
-        each = block_bytes(self.groups, self.config.block_size, kv_dtype(self.config, self.decoder.dtype))
-        text = f"{free} bytes are left for KV blocks, of which two take {2 * each}"
+        """The refusal of ``free`` bytes for KV blocks, too few for two."""
+        text = f"{free} bytes are left for KV blocks, of which two take {2 * self._block_bytes}"
         if self.decoder.device.type == "cuda":
             return ConfigError(
                 f"{text}; raise gpu_memory_utilization, or lower max_num_batched_tokens or block_size",
@@ -163,8 +165,7 @@ class ModelRank:
         Raises:
             ConfigError: it can't. On a CPU the process would be killed once they fill.
         """
-        stored = kv_dtype(self.config, self.decoder.dtype)
-        needed = num_blocks * block_bytes(self.groups, self.config.block_size, stored)
+        needed = num_blocks * self._block_bytes
         if (device := self.decoder.device).type == "cuda":
             # What the allocator holds and nothing uses, such as room for weights as read, counts too.
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
