@@ -39,7 +39,7 @@ PAIRS = {
     "file": ((PROCESSOR, IMAGE, [FILE], ""), (PROCESSOR, IMAGE, [OTHER], "")),
     "processor": (
         (PROCESSOR, IMAGE, [FILE], ""),
-        (replace(PROCESSOR, resample=(2, 3)), IMAGE, [FILE], ""),
+        (replace(PROCESSOR, resample=2), IMAGE, [FILE], ""),
     ),
     "detail": ((PROCESSOR, IMAGE, [FILE], ""), (PROCESSOR, replace(IMAGE, detail="low"), [FILE], "")),
     "options of the request": (

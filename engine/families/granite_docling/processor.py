@@ -10,7 +10,6 @@ from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, ConfigError
 from engine.families.base import ImagesOnly, ModelConfig, SizedImages, sized_item
 from engine.families.granite_docling.config import TilesVisionConfig
-from engine.families.internvl.processor import best_tiling, cut_image
 from engine.families.parsing.processor import (
     count_option,
     flag_option,
@@ -20,6 +19,7 @@ from engine.families.parsing.processor import (
     require_steps,
     stated_size,
 )
+from engine.families.tiles import best_tiling, cut_image
 from engine.media.keys import content_hash
 from engine.prompt import PreparedMedia
 

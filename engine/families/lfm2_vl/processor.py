@@ -12,7 +12,6 @@ import numpy as np
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import ImagesOnly, ModelConfig, SizedImages
-from engine.families.internvl.processor import best_tiling
 from engine.families.lfm2_vl.config import TileVisionConfig, num_patches, pieces
 from engine.families.parsing.processor import (
     count_option,
@@ -21,6 +20,7 @@ from engine.families.parsing.processor import (
     lowered_flag,
     request_options,
 )
+from engine.families.tiles import best_tiling
 from engine.media.keys import content_hash
 from engine.media.resize import resize
 from engine.prompt import PreparedMedia

@@ -10,7 +10,7 @@ import transformers
 
 from engine import LLM, SamplingParams
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.families.internvl.processor import best_tiling
+from engine.families.tiles import best_tiling
 from tests.engine.families.case import CasePrompt
 from tests.engine.families.internvl import InternVLReference, make_internvl
 from tests.engine.families.internvl_chat import make_internvl_chat, with_slow_tokenizer

@@ -11,8 +11,8 @@ import pytest
 
 from engine import LLM
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.families.internvl.processor import best_tiling
 from engine.families.ovis2.processor import covering_tiling
+from engine.families.tiles import best_tiling
 from engine.prompt import PreparedMedia
 from tests.engine.families.case import CasePrompt
 from tests.engine.families.made import check_answer
