@@ -23,7 +23,7 @@ from engine.families.parsing.model import (
     token_field,
 )
 from engine.families.parsing.processor import parse_normalisation
-from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
+from engine.families.parsing.tower import parse_siglip, require_squares, tower_rules, unused_tensors
 from engine.prompt import MediaItem, PlaceholderRun, runs_with_rows
 from engine.vision.crops_config import CropVisionConfig, GatedSquares
 from engine.vision.normalisation import CLIP_NORMALISATION
@@ -76,13 +76,8 @@ def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
     else:
         tower = parse_siglip(stated)
         gated = GatedSquares(_half({"alignment_intermediate_size": 36864, **raw}))
-    side = tower.image_size // tower.patch_size
     factor = integer({"downsample_factor": 2, **raw}, "downsample_factor")
-    if side % factor:
-        raise CheckpointError(
-            f"config.json: downsample_factor {factor} does not divide the tower's {side} patches per side",
-            param="downsample_factor",
-        )
+    require_squares(tower.grid_side, factor, "downsample_factor")
     return tower.crops(
         out_features=hidden,
         normalisation=parse_normalisation(processor, CLIP_NORMALISATION),

@@ -40,7 +40,7 @@ _BETWEEN_CROPS = "\n\n \n\n"
 def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
     tower = parse_siglip(raw.get("vision_config") or {})
     rows = integer({"mm_tokens_per_image": 256, **raw}, "mm_tokens_per_image")
-    side, patches = int(rows**0.5), tower.image_size // tower.patch_size
+    side, patches = int(rows**0.5), tower.grid_side
     if side * side != rows or patches % side:
         raise CheckpointError(
             f"config.json: mm_tokens_per_image should be the square of a number that divides the tower's "

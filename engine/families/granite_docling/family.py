@@ -45,7 +45,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> TilesVisionConfig:
     stated = {key: value for key, value in (raw.get("vision_config") or {}).items() if value is not None}
     config = {**_DEFAULTS, **stated}
     tower = parse_siglip(config)
-    side, square = tower.image_size // tower.patch_size, integer(config, "scale_factor")
+    side, square = tower.grid_side, integer(config, "scale_factor")
     fine = flag(config, "use_fine_route")
     if side % square or (fine and square % 2):
         raise CheckpointError(

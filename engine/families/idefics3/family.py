@@ -7,7 +7,6 @@ from itertools import repeat
 
 from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
-from engine.errors import CheckpointError
 from engine.families.base import ModelConfig, PromptFormat
 from engine.families.encoders import crop_encoder
 from engine.families.family import Family
@@ -17,7 +16,7 @@ from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, integer
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
 from engine.families.parsing.processor import parse_normalisation
-from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
+from engine.families.parsing.tower import parse_siglip, require_squares, tower_rules, unused_tensors
 from engine.prompt import MediaItem, PlaceholderRun, runs_with_rows
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.normalisation import HALF_NORMALISATION
@@ -37,12 +36,7 @@ def _text(raw: Json) -> tuple[Json, DecoderKind]:
 def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
     tower = parse_siglip(raw.get("vision_config") or {}, defaults=_TOWER_DEFAULTS)
     factor = integer({"scale_factor": 2, **raw}, "scale_factor")
-    side = tower.image_size // tower.patch_size
-    if side % factor:
-        raise CheckpointError(
-            f"config.json: scale_factor {factor} does not divide the tower's {side} patches per side",
-            param="scale_factor",
-        )
+    require_squares(tower.grid_side, factor, "scale_factor")
     return tower.crops(
         out_features=hidden,
         normalisation=parse_normalisation(processor, HALF_NORMALISATION),

@@ -31,7 +31,7 @@ from engine.families.parsing.model import (
     token_field,
 )
 from engine.families.parsing.processor import parse_normalisation
-from engine.families.parsing.tower import SquareTower
+from engine.families.parsing.tower import SquareTower, require_squares
 from engine.prompt import MediaItem, PlaceholderRun, runs_with_rows
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.mlp_config import MLPConfig
@@ -82,12 +82,8 @@ def shuffled_crops(
     Raises:
         CheckpointError: the squares don't divide a crop.
     """
-    side, factor = tower.image_size // tower.patch_size, _shuffle(raw.get("downsample_ratio", 0.5))
-    if side % factor:
-        raise CheckpointError(
-            f"config.json: downsample_ratio 1/{factor} does not divide the tower's {side} patches per side",
-            param="downsample_ratio",
-        )
+    factor = _shuffle(raw.get("downsample_ratio", 0.5))
+    require_squares(tower.grid_side, factor, "downsample_ratio", f"1/{factor}")
     return tower.crops(
         drop_first=True,
         out_features=hidden,

@@ -64,7 +64,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> MergedVisionConfig:
         tower=tower.config,
         merged_after=after if mode == "16x" else None,
         patch_size=tower.patch_size,
-        position_side=tower.image_size // tower.patch_size,
+        position_side=tower.grid_side,
         out_features=hidden,
         normalisation=parse_normalisation(processor, HALF_NORMALISATION),
     )

@@ -16,6 +16,7 @@ from engine.families.ovis2.processor import Ovis2Processor
 from engine.families.parsing.fields import Json, flag, integer, number, vision_activation
 from engine.families.parsing.model import ConfigReader, nested_text, tied_unless_stated, token_field
 from engine.families.parsing.processor import parse_normalisation
+from engine.families.parsing.tower import require_squares
 from engine.prompt import MediaItem, PlaceholderRun
 from engine.vision.crops_config import CropVisionConfig, VisualVocabulary
 from engine.vision.normalisation import CLIP_NORMALISATION
@@ -62,11 +63,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
         if integer(filled, field) != wanted:
             raise CheckpointError(f"config.json: {field} should be {wanted}", param=field)
     words, stride = integer(filled, "vocab_size"), integer(filled, "hidden_stride")
-    if image // patch % stride:
-        raise CheckpointError(
-            f"config.json: hidden_stride {stride} does not divide the {image // patch} patches per side",
-            param="hidden_stride",
-        )
+    require_squares(image // patch, stride, "hidden_stride")
     tower = VisionConfig(
         hidden_size=integer(filled, "hidden_size"),
         intermediate_size=integer(filled, "intermediate_size"),

@@ -52,6 +52,11 @@ class SquareTower:
     image_size: int
     patch_size: int
 
+    @property
+    def grid_side(self) -> int:
+        """Patches along an image's side."""
+        return self.image_size // self.patch_size
+
     def crops(
         self, *, out_features: int, normalisation: Normalisation, drop_first: bool = False, **connector: Any
     ) -> CropVisionConfig:
@@ -108,6 +113,23 @@ def feature_states(feature_layer: Any, layers: int) -> tuple[int, tuple[int, ...
             param="vision_feature_layer",
         )
     return max(states), states if len(states) > 1 else ()
+
+
+def require_squares(side: int, factor: int, field: str, stated: str | None = None) -> None:
+    """Refuse squares of ``factor`` by ``factor`` patches that don't fill an image of ``side`` by ``side``.
+
+    Args:
+        field: of config.json, which states ``factor``.
+        stated: the field's value, where that is not ``factor`` itself.
+
+    Raises:
+        CheckpointError: naming the field.
+    """
+    if side % factor:
+        raise CheckpointError(
+            f"config.json: {field} {stated or factor} does not divide the {side} patches per side",
+            param=field,
+        )
 
 
 def axial_theta(raw: Mapping[str, Any]) -> float:
