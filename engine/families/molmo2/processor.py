@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from engine.errors import CheckpointError
 from engine.families.base import ImagesOnly, ModelConfig, SizedImages, sized_item
 from engine.families.molmo2.config import MolmoVisionConfig
 from engine.families.parsing.processor import count_option, lowered, request_options
+from engine.families.tiles import tilings
 from engine.media.bilinear import resize_bilinear
 from engine.media.image_ops import rgb_array
 from engine.media.keys import content_hash
@@ -67,11 +67,7 @@ class Molmo2Processor(SizedImages, ImagesOnly):
         compared in float32, without the margins.
         """
         vision = self.vision
-        counts = range(1, self.most_crops + 1)
-        found = sorted(
-            ((down, along) for down, along in product(counts, counts) if down * along <= self.most_crops),
-            key=lambda tiling: (tiling[0] * tiling[1], tiling[0]),
-        )
+        found = tilings(1, self.most_crops)
         margins = sum(vision.margins) * vision.patch_size
         sides = np.array([size[1] - margins, size[0] - margins], np.float32)
         with np.errstate(divide="ignore"):
