@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import SANDWICH_RULES, WeightRules
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig, PromptFormat
 from engine.families.family import plain_positions
 from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, integer
-from engine.families.parsing.model import named_tokens, nested_text, token_field
+from engine.families.parsing.model import nested_text, remember_tokens, token_field
 from engine.families.qwen2_5_vl.family import windowed_vision
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.vision.native_config import NativeVisionConfig
@@ -42,11 +41,6 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
     return replace(vision, tower=replace(vision.tower, num_kv_heads=kv_heads))
 
 
-def _with_tokens(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """Remembers the tokens of images and videos that the tokenizer's files name."""
-    return replace(config, extra=named_tokens(checkpoint, _TOKENS))
-
-
 def _prompt_format(config: ModelConfig) -> PromptFormat:
     assert config.extra is not None
     return PromptFormat(image=config.extra["image_token"], video=config.extra["video_token"])
@@ -67,7 +61,7 @@ FAMILY = replace(
         vision=_vision,
         image_token=token_field("image_token_id", default=67),
         video_token=token_field("video_token_id", default=68),
-        finish=_with_tokens,
+        finish=remember_tokens(_TOKENS),
     ),
     prompt_format=_prompt_format,
     positions=plain_positions,

@@ -4,11 +4,9 @@ M-RoPE of four axes."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import HUNYUAN_RULES, WeightRules
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig, PromptFormat
@@ -16,8 +14,8 @@ from engine.families.encoders import native_encoder
 from engine.families.family import Family
 from engine.families.hunyuan_vl.processor import HunyuanProcessor
 from engine.families.parsing.defaults import DecoderKind
-from engine.families.parsing.fields import Json, integer, number, vision_activation
-from engine.families.parsing.model import ConfigReader, named_tokens, token_field
+from engine.families.parsing.fields import Json, integer, number, vision_activation, with_aliases
+from engine.families.parsing.model import ConfigReader, remember_tokens, token_field
 from engine.families.qwen2_vl.config import native_vision
 from engine.families.qwen2_vl.processor import ImageRules, VideoRules
 from engine.prompt import MediaSpan
@@ -40,10 +38,7 @@ def _text(raw: Json) -> tuple[Json, DecoderKind]:
     Embeddings are tied unless config.json and its ``text_config`` both deny it, as in Transformers.
     """
     nested = raw.get("text_config")
-    fields = dict(nested or raw)
-    for name, alias in _ALIASES.items():
-        if alias in fields:
-            fields.setdefault(name, fields[alias])
+    fields = with_aliases(nested or raw, _ALIASES)
     denied = [part.get("tie_word_embeddings", True) for part in (raw, nested or {})]
     return {**fields, "tie_word_embeddings": any(denied)}, "hunyuan_vl_text"
 
@@ -104,10 +99,6 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
     )
 
 
-def _finished(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    return replace(config, extra=named_tokens(checkpoint, _TOKENS))
-
-
 def _prompt_format(config: ModelConfig) -> PromptFormat:
     assert config.extra is not None
     return PromptFormat(image=config.extra["image_token"], adds_special=False)
@@ -161,7 +152,7 @@ FAMILY = Family(
         text=_text,
         vision=_vision,
         image_token=token_field("image_token_id", default=120120),
-        finish=_finished,
+        finish=remember_tokens(_TOKENS),
     ),
     prompt_format=_prompt_format,
     positions=_positions,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
-from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import DECODER_RULES, WeightRules
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig, PromptFormat
@@ -25,8 +23,8 @@ from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, vision_activation
 from engine.families.parsing.model import (
     ConfigReader,
-    named_tokens,
     nested_text,
+    remember_tokens,
     tied_unless_stated,
     token_field,
 )
@@ -105,11 +103,6 @@ def _shuffle(ratio: Any) -> int:
     return factor
 
 
-def _with_tokens(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """Remembers the tokens of images and videos that the tokenizer's files name."""
-    return replace(config, extra=named_tokens(checkpoint, TOKENS))
-
-
 def _prompt_format(config: ModelConfig) -> PromptFormat:
     assert config.extra is not None
     if config.architecture == _QIANFAN:
@@ -160,7 +153,7 @@ FAMILY = Family(
         text=_text,
         vision=_vision,
         image_token=token_field("image_token_id", default=151667),
-        finish=_with_tokens,
+        finish=remember_tokens(TOKENS),
     ),
     prompt_format=_prompt_format,
     placeholder=crop_placeholder,

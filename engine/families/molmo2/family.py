@@ -15,7 +15,7 @@ from engine.families.family import Family
 from engine.families.molmo2.config import parse_vision
 from engine.families.molmo2.processor import Molmo2Processor
 from engine.families.parsing.defaults import DecoderKind
-from engine.families.parsing.fields import Json
+from engine.families.parsing.fields import Json, with_aliases
 from engine.families.parsing.model import ConfigReader, named_tokens, token_field
 from engine.families.parsing.tower import unused_layers
 from engine.prompt import MediaItem, PlaceholderRun
@@ -40,10 +40,7 @@ _COLUMNS = {
 
 
 def _text(raw: Json) -> tuple[Json, DecoderKind]:
-    fields = dict(raw.get("text_config") or {})
-    for name, alias in _ALIASES.items():
-        if alias in fields:
-            fields.setdefault(name, fields[alias])
+    fields = with_aliases(raw.get("text_config") or {}, _ALIASES)
     layers = fields.get("rope_scaling_layers")
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     plain = rope.get("rope_type", rope.get("type", "default")) == "default"

@@ -25,6 +25,11 @@ ACTIVATION_NAMES: dict[Any, str] = {
 }
 
 
+def with_aliases(config: Json, aliases: Mapping[str, str]) -> dict[str, Any]:
+    """``config``, where each missing field of ``aliases`` has the value of the field that it maps to."""
+    return {**{field: config[alias] for field, alias in aliases.items() if alias in config}, **config}
+
+
 def integer(config: Json, field: str, *, least: int = 1) -> int:
     """The integer ``field`` of ``config``, at least ``least``.
 

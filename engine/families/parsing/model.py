@@ -80,6 +80,11 @@ def named_tokens(checkpoint: Checkpoint, usual: Mapping[str, str]) -> dict[str, 
     return {field: token["content"] if isinstance(token, dict) else token for field, token in texts.items()}
 
 
+def remember_tokens(usual: Mapping[str, str]) -> Callable[[ModelConfig, Checkpoint], ModelConfig]:
+    """For :attr:`ConfigReader.finish`: ``extra`` becomes :func:`named_tokens` of ``usual``."""
+    return lambda config, checkpoint: replace(config, extra=named_tokens(checkpoint, usual))
+
+
 def token_field(*names: str, default: int) -> TokenId:
     """The first of the fields ``names`` that config.json states, else ``default``.
 
