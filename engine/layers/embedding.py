@@ -43,12 +43,12 @@ class VocabTable(nn.Module):
 
     def _slot(self, source: str, first: int, count: int) -> WeightSlot:
         """The slot of a tensor with ``count`` rows of the table, from ``first`` on."""
-        begin, end = max(self.start, first), min(self.start + self.count, first + count)
-        begin, columns = min(begin, first + count), slice(0, self.weight.shape[1])
-        end = max(begin, end)
-        own = self.weight.data[begin - self.start : end - self.start] if end > begin else self.weight.data[:0]
-        region = (slice(begin - first, end - first), columns)
-        return WeightSlot(source, (count, self.weight.shape[1]), [(region, own)])
+        stop, width = first + count, self.weight.shape[1]
+        begin = min(max(self.start, first), stop)
+        end = max(begin, min(self.start + self.count, stop))
+        region = slice(begin - first, end - first), slice(0, width)
+        target = self.weight.data[begin - self.start : end - self.start]
+        return WeightSlot(source, (count, width), [(region, target)])
 
 
 class VocabEmbedding(VocabTable):
