@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -22,7 +23,7 @@ from engine.families.parsing.processor import (
 from engine.media.keys import content_hash
 from engine.media.padding import cut_in_tiles
 from engine.media.resize import resize
-from engine.prompt import PreparedMedia
+from engine.prompt import MediaItem, PlaceholderRun, PreparedMedia, runs_with_rows
 from engine.vision.crops_config import CropVisionConfig
 
 if TYPE_CHECKING:
@@ -148,6 +149,20 @@ def cut_image(
     if crops > 1:
         cut_in_tiles(resize(image, (columns * side, rows * side), resample), side, out=tiles)
     return pixels
+
+
+def part_runs(
+    config: ModelConfig, item: MediaItem, parts: int, tokens: Sequence[int], row: str
+) -> tuple[PlaceholderRun, ...]:
+    """The ``tokens`` of an item as runs: each of its ``parts`` has one token ``row`` and equally many rows.
+
+    Raises:
+        CheckpointError: the tokenizer, which made ``tokens``, has no token ``row``.
+    """
+    runs = runs_with_rows(tokens, config.image_token_id, repeat(item.num_tokens // parts))
+    if sum(run.is_embed for run in runs) != parts:
+        raise CheckpointError(f"the tokenizer has no token {row}, which this model's images need")
+    return runs
 
 
 @lru_cache(maxsize=16)

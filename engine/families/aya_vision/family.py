@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import repeat
 
 from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
@@ -24,7 +23,8 @@ from engine.families.parsing.model import (
 )
 from engine.families.parsing.processor import parse_normalisation
 from engine.families.parsing.tower import parse_siglip, require_squares, tower_rules, unused_tensors
-from engine.prompt import MediaItem, PlaceholderRun, runs_with_rows
+from engine.families.tiles import part_runs
+from engine.prompt import MediaItem, PlaceholderRun
 from engine.vision.crops_config import CropVisionConfig, GatedSquares
 from engine.vision.normalisation import CLIP_NORMALISATION
 
@@ -114,7 +114,7 @@ def _placeholder(
     config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
 ) -> tuple[PlaceholderRun, ...]:
     """An image's crops between two tokens: with Aya Vision each after its name, else each before a token."""
-    assert config.extra is not None and config.image_token_id is not None
+    assert config.extra is not None
     crops, texts = item.grid[0], config.extra
     if config.architecture == _COMMAND:
         row = texts["image_token"]
@@ -124,10 +124,7 @@ def _placeholder(
         names = [f"{texts['tile_token']}_{number}" for number in range(1, crops)]
         within = "".join(name + row for name in [*names, texts["tile_global_token"]])
         text = texts["start_of_img_token"] + within + texts["end_of_img_token"]
-    runs = runs_with_rows(encode(text), config.image_token_id, repeat(item.num_tokens // crops))
-    if sum(run.is_embed for run in runs) != crops:
-        raise CheckpointError(f"the tokenizer has no token {row}, which this model's images need")
-    return runs
+    return part_runs(config, item, crops, encode(text), row)
 
 
 def _processor(checkpoint: Checkpoint, config: ModelConfig, options: Options) -> AyaVisionProcessor:

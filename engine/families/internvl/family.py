@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import repeat
 from typing import Any
 
 from engine.checkpoint.rules import DECODER_RULES, WeightRules
@@ -30,7 +29,8 @@ from engine.families.parsing.model import (
 )
 from engine.families.parsing.processor import parse_normalisation
 from engine.families.parsing.tower import SquareTower, require_squares
-from engine.prompt import MediaItem, PlaceholderRun, runs_with_rows
+from engine.families.tiles import part_runs
+from engine.prompt import MediaItem, PlaceholderRun
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.mlp_config import MLPConfig
 from engine.vision.normalisation import CLIP_NORMALISATION, Normalisation
@@ -118,15 +118,12 @@ def crop_placeholder(
     config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
 ) -> tuple[PlaceholderRun, ...]:
     """An image's crops between two tokens; a video's frames likewise, each but the first after its number."""
-    assert config.extra is not None and config.image_token_id is not None
+    assert config.extra is not None
     start, row, end = (config.extra[name] for name in tuple(TOKENS)[:3])
     frame = f"{start}{row}{end}"
     frames = item.grid[0] if item.kind == "video" else 1
     text = frame + "".join(f"\nFrame{number}: {frame}" for number in range(2, frames + 1))
-    runs = runs_with_rows(encode(text), config.image_token_id, repeat(item.num_tokens // frames))
-    if sum(run.is_embed for run in runs) != frames:
-        raise CheckpointError(f"the tokenizer has no token {row}, which this model's images need")
-    return runs
+    return part_runs(config, item, frames, encode(text), row)
 
 
 def _weights(config: ModelConfig) -> WeightRules:
