@@ -21,6 +21,7 @@ from engine.errors import InvalidRequest, SightlineError
 from engine.media.documents.pages import PageOptions
 from engine.media.source import MediaSource, RowsSource
 from engine.prompt import KeptFiles, MediaItem, PlaceholderRun, PreparedMedia
+from tests.deployments.ray_serve.doubles import serve_router
 from tests.serving import wait_until
 
 
@@ -301,9 +302,7 @@ class Preparing(PreprocessorReplica):
         self.calls = 0
         limits = SimpleNamespace(replica_id=SimpleNamespace(unique_id="a"), max_ongoing_requests=8)
         router = SimpleNamespace(curr_replicas={"a": limits}, _event_loop=asyncio.get_running_loop())
-        self.metrics = SimpleNamespace(autoscaling_config=None)
-        serving = SimpleNamespace(request_router=router, _metrics_manager=self.metrics)
-        self._router = SimpleNamespace(_asyncio_router=serving)
+        self._router = serve_router(router)
 
     def options(self, **_: Any) -> "Preparing":
         return self
@@ -400,7 +399,7 @@ async def test_replicas_whose_calls_are_counted_are_called_by_ray_serve():
     replica = Preparing(np.zeros(1, np.uint8))
     stage = stage_of(replica)
     await opened(stage, replica)
-    replica.metrics.autoscaling_config = object()
+    replica._router._asyncio_router._metrics_manager.autoscaling_config = object()
     for _ in range(2):
         with pytest.raises(InvalidRequest, match="by Ray Serve"):
             await prepared(stage, IMAGE)

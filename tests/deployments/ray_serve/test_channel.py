@@ -37,6 +37,7 @@ from engine.mailbox import Mailbox
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage, merge_updates
 from engine.prompt import EngineInput
 from engine.sampling_params import SamplingParams
+from tests.deployments.ray_serve.doubles import serve_router
 from tests.serving import wait_until
 
 DEPLOYMENT = DeploymentID(name="model", app_name="test")
@@ -202,9 +203,7 @@ class Handle:
     def __init__(self, *replicas: Replica) -> None:
         self.replicas = {replica.name: replica for replica in replicas}
         self.calls: dict[str, list] = {"generate": [], "updates": [], "hold": []}
-        metrics = SimpleNamespace(autoscaling_config=None)
-        serving = SimpleNamespace(request_router=None, _metrics_manager=metrics)
-        self._router = SimpleNamespace(_asyncio_router=serving)
+        self._router = serve_router()
 
     def allow_lines(self) -> LanguageModelRouter:
         """Let replicas be asked by their lines; returns the router that chooses among them."""

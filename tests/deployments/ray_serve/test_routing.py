@@ -15,6 +15,7 @@ from deployments.routing import ItemPlaces, ranked
 from deployments.stages import Generation
 from engine.prompt import EngineInput
 from engine.sampling_params import SamplingParams
+from tests.deployments.ray_serve.doubles import serve_router
 
 DEPLOYMENT = DeploymentID(name="stage", app_name="test")
 
@@ -137,13 +138,12 @@ async def test_a_prompt_is_asked_for_by_the_line_of_the_replica_that_has_seen_it
 async def test_nothing_goes_past_ray_serve_while_an_autoscaling_counts_calls():
     """Whether one does may change while replicas run, by ``deployments`` of Serve's configuration."""
     router = await router_of(LanguageModelRouter, Replica("a"))
-    metrics = SimpleNamespace(autoscaling_config=None)
-    serving = SimpleNamespace(request_router=router, _metrics_manager=metrics)
-    handle: Any = SimpleNamespace(_router=SimpleNamespace(_asyncio_router=serving))
+    handle: Any = SimpleNamespace(_router=serve_router(router))
+    serving = handle._router._asyncio_router
     assert router_here(handle) is router and limits_here(handle) == {"a": 5}
-    metrics.autoscaling_config = AutoscalingConfig()
+    serving._metrics_manager.autoscaling_config = AutoscalingConfig()
     assert router_here(handle) is None and limits_here(handle) == {}
-    metrics.autoscaling_config = None
+    serving._metrics_manager.autoscaling_config = None
     assert router_here(handle) is router
     # Of a language model over several hosts, the first one alone may be asked.
     serving.request_router = await router_of(FirstHostRouter, Replica("a"))
