@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Awaitable, Callable
+from typing import Any
 from unittest.mock import ANY
 
 import httpx
@@ -50,15 +52,23 @@ async def ask(client, **options):
     return await client.responses.create(**given | options)
 
 
+async def until(condition: Callable[[], Awaitable[Any]]) -> Any:
+    """Ask again until the answer is true; returns it."""
+    deadline = time.monotonic() + 120
+    while not (found := await condition()):
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        await asyncio.sleep(0.01)
+    return found
+
+
 async def ended(client, name: str):
     """A response of which no more comes."""
-    deadline = time.monotonic() + 120
-    found = await client.responses.retrieve(name)
-    while found.status == "in_progress":
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
+
+    async def response():
         found = await client.responses.retrieve(name)
-    return found
+        return found if found.status != "in_progress" else None
+
+    return await until(response)
 
 
 async def endless(client):
@@ -147,14 +157,12 @@ async def test_background_responses_have_places_and_can_be_looked_at_and_ended(r
         await ask(client)
     assert (await client.responses.retrieve(first.id)).status == "in_progress"
     await client.responses.cancel(first.id)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+
+    async def let_in():
         with contextlib.suppress(openai.RateLimitError):
-            await ask(client)
-            break
-        await asyncio.sleep(0.01)
-    else:
-        raise AssertionError("no place was given back")
+            return await ask(client)
+
+    await until(let_in)
     # So have streams of their events.
     stream = await client.responses.retrieve(first.id, stream=True)
     with pytest.raises(openai.RateLimitError):
@@ -189,11 +197,12 @@ async def test_a_response_whose_maker_has_died_has_failed(running, monkeypatch):
     assert (await _kinds(await client.responses.retrieve("resp_dead", stream=True)))[-1] == "response.failed"
     assert (await client.responses.cancel("resp_dead")).status == "failed"
     assert (await ask(client, previous_response_id="resp_dead")).status == "completed"
+
     # The maker of the other one says every now and then that it lives.
-    deadline = time.monotonic() + 60
-    while (await client.responses.retrieve(alive.id)).status != "in_progress":
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
+    async def lives():
+        return (await client.responses.retrieve(alive.id)).status == "in_progress"
+
+    await until(lives)
     await client.responses.cancel(alive.id)
     await running.wait_until_idle()
 
