@@ -22,7 +22,7 @@ from deployments.ray_serve.refusals import LOST
 from deployments.stages import RowsLost, StageLost
 from engine.errors import Overloaded, SightlineError, Unavailable
 
-#: Of a process, of what runs it, or of its host.
+#: The death of a process, of what runs it, or of its host.
 _DEATHS = RayActorError | WorkerCrashedError | OutOfMemoryError | NodeDiedError | LocalRayletDiedError
 
 #: How a stream ends whose connection broke, apart from ``UNAVAILABLE``, which Serve translates.
