@@ -12,6 +12,7 @@ import transformers
 from engine.errors import ConfigError, InvalidRequest
 from engine.families.granite_docling.encoder import sine_positions
 from tests.engine.families.granite_docling import (
+    HAS_GRANITE_DOCLING,
     SIDE,
     SPREAD,
     GraniteDoclingReference,
@@ -22,8 +23,9 @@ from tests.engine.tiny import picture
 
 SIZES = [(30, 33), (90, 30), (70, 60), (1, 1), (7, 300), (300, 7), (64, 64)]
 
-if not hasattr(transformers, "GraniteDoclingConfig"):
-    pytest.skip("this release of Transformers has no such family", allow_module_level=True)
+pytestmark = pytest.mark.skipif(
+    not HAS_GRANITE_DOCLING, reason="this release of Transformers has no such family"
+)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from tests.engine.families.drawn.checkpoint import (
     Drawn,
     Unavailable,
@@ -22,6 +20,7 @@ from tests.engine.families.drawn.rope import lengths_of
 from tests.engine.families.drawn.vision import draw_pixels, draw_tower
 from tests.engine.families.granite_docling import (
     FRAME,
+    HAS_GRANITE_DOCLING,
     SPECIALS,
     GraniteDoclingReference,
     granite_docling_tokenizer,
@@ -35,7 +34,7 @@ class GraniteDoclingFamily:
     architectures = ("GraniteDoclingForConditionalGeneration",)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
-        if not hasattr(transformers, "GraniteDoclingConfig"):
+        if not HAS_GRANITE_DOCLING:
             raise Unavailable("this release of Transformers has no such family")
         tok = granite_docling_tokenizer()
         tok.save_pretrained(path)
