@@ -193,7 +193,8 @@ def _unknown(form: type[BaseModel], given: Mapping[str, Any], where: str = "") -
         field = form.model_fields.get(name)
         if field is None:
             near = nearest(name, form.model_fields)
-            yield f"{where}{name}: Ray Serve has no such option{f'; did you mean {near}?' if near else '.'}"
+            hint = f"; did you mean {near}?" if near else "."
+            yield f"{where}{name}: Ray Serve has no such option{hint}"
             continue
         options = (field.annotation, *get_args(field.annotation))
         forms = [each for each in options if isinstance(each, type) and issubclass(each, BaseModel)]
