@@ -60,15 +60,15 @@ _XML_END = "\n</parameter>\n"
 def _xml_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
     """A tag for each parameter, in the schema's order."""
     rules.left_out.update(left_out_of_object(tool.parameters))
-    parts = []
-    for place, (key, each) in enumerate(arguments_of(tool.parameters).items()):
+    parts, named = [], arguments_of(tool.parameters)
+    for place, (key, each) in enumerate(named.items()):
         tag = rules.special.literal(f"<parameter={key}>\n")
         value = tagged_value(
             rules, tool.parameters, each.schema, f"value_{number}_{place}", _XML_END, "</parameter>"
         )
         parts.append(f"{tag} {value}" if each.required else f"({tag} {value})?")
     if (others := others_of(tool.parameters)) is not None:
-        key = rules.add(f"KEY_{number}", other_key(r"[^<>\n ]{1,64}", arguments_of(tool.parameters)))
+        key = rules.add(f"KEY_{number}", other_key(r"[^<>\n ]{1,64}", named))
         value = _other_value(
             rules, tool.parameters, others, f"value_{number}_other", _XML_END, "</parameter>"
         )
@@ -189,14 +189,14 @@ def _glm_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
     """Two pairs of tags for each argument, in the schema's order; the model may put line feeds between."""
     literal, line_feed, end = rules.special.literal, '"\\n"?', "</arg_value>"
     rules.left_out.update(left_out_of_object(tool.parameters))
-    parts = []
-    for place, (key, each) in enumerate(arguments_of(tool.parameters).items()):
+    parts, named = [], arguments_of(tool.parameters)
+    for place, (key, each) in enumerate(named.items()):
         head = f"{literal(f'<arg_key>{key}</arg_key>')} {line_feed} {literal('<arg_value>')}"
         value = tagged_value(rules, tool.parameters, each.schema, f"value_{number}_{place}", end, end)
         part = f"{line_feed} {head} {value}"
         parts.append(part if each.required else f"({part})?")
     if (others := others_of(tool.parameters)) is not None:
-        key = rules.add(f"KEY_{number}", other_key(r"[^<>\n]{1,64}", arguments_of(tool.parameters)))
+        key = rules.add(f"KEY_{number}", other_key(r"[^<>\n]{1,64}", named))
         head = f"{literal('<arg_key>')} {key} {literal('</arg_key>')} {line_feed} {literal('<arg_value>')}"
         value = _other_value(rules, tool.parameters, others, f"value_{number}_other", end, end)
         parts.append(f"({line_feed} {head} {value})*")
@@ -215,8 +215,8 @@ def _python_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
     """
     literal = rules.special.literal
     rules.left_out.update(left_out_of_object(tool.parameters))
-    entries = []
-    for key, each in arguments_of(tool.parameters).items():
+    entries, named = [], arguments_of(tool.parameters)
+    for key, each in named.items():
         begin, end = f"{key}=", ""
         if not key.isidentifier() or keyword.iskeyword(key):
             begin, end = f"**{{{json.dumps(key, ensure_ascii=False)}: ", literal("}")
@@ -224,8 +224,8 @@ def _python_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
         entries.append((f"{literal(begin)} {value} {end}".strip(), each.required))
     other = ""
     if (others := others_of(tool.parameters)) is not None:
-        known = [*arguments_of(tool.parameters), *keyword.kwlist]
-        key = rules.add(f"KEY_{number}", other_key("[a-zA-Z_][a-zA-Z0-9_]{0,63}", known))
+        barred = [*named, *keyword.kwlist]
+        key = rules.add(f"KEY_{number}", other_key("[a-zA-Z_][a-zA-Z0-9_]{0,63}", barred))
         other = f'{key} "=" ({_python_value(tool.parameters, others)})'
     return f"{entries_in_order(rules, f'arguments_{number}', entries, other)} {literal(')')}".strip()
 
