@@ -90,7 +90,7 @@ def tagged_value(
     literal = rules.special.literal
     choices = text_choices(found)
     if choices is not None:
-        rules.leave_out(found, *_OF_TEXTS, "anyOf", "oneOf", "allOf")
+        rules.leave_out(found, *OF_TEXTS, "anyOf", "oneOf", "allOf")
         return f"({' | '.join(literal(choice + end) for choice in choices)})"
     if not is_text(found):
         return f"{embedded(standalone(root, schema))} {literal(end)}"
@@ -114,7 +114,7 @@ def _other_value(
 
 
 #: Keywords that bound texts.
-_OF_TEXTS = ("pattern", "minLength", "maxLength", "format")
+OF_TEXTS = ("pattern", "minLength", "maxLength", "format")
 
 
 def _text(rules: Rules, schema: Mapping[str, Any]) -> str:

@@ -17,7 +17,14 @@ from engine.parsers.arguments import (
     refused,
     types_of,
 )
-from engine.parsers.call_forms import embedded, entries_in_order, other_key, tagged_value, whole_text
+from engine.parsers.call_forms import (
+    OF_TEXTS,
+    embedded,
+    entries_in_order,
+    other_key,
+    tagged_value,
+    whole_text,
+)
 from engine.parsers.gemma4 import CALL_END, QUOTE
 from engine.parsers.grammar import CallForm, Rules, ToolSchema
 
@@ -25,7 +32,7 @@ _TYPES = ("string", "number", "boolean", "null", "object", "array")
 _ANNOTATIONS = frozenset({"title", "description", "default", "examples", "$defs", "definitions", "$schema"})
 
 #: Keywords that are not looked at beside ``const`` and ``enum``.
-_BESIDE_VALUES = {"pattern", "minLength", "maxLength", "format", "minProperties", "maxProperties", *NUMERIC}
+_BESIDE_VALUES = {*OF_TEXTS, *NUMERIC, "minProperties", "maxProperties"}
 
 #: Keys that stand without quotes.
 _BARE_KEY = re.compile(r'[^\s:,{}\[\]<>|"]+( [^\s:,{}\[\]<>|"]+)*')
