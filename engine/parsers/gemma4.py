@@ -81,10 +81,10 @@ class Gemma4Calls(CallsInText):
 
     def _first(self, *markers: str) -> int:
         """The place of the first of ``markers``; -1 if there is none yet. The buffer is scanned once."""
-        found = first_marker(self._buffer, markers, self._scanned)
-        if found is None:
-            self._scanned = len(self._buffer) - held_back(self._buffer, markers)
-        return -1 if found is None else found[0]
+        if found := first_marker(self._buffer, markers, self._scanned):
+            return found[0]
+        self._scanned = len(self._buffer) - held_back(self._buffer, markers)
+        return -1
 
     def _read_entry(self) -> str | None:
         """The next key of an object, or its end."""
