@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 import torch
 from torch import nn
 
-from engine.families.gemma4.config import PooledVisionConfig
+from engine.families.gemma4.config import PooledVisionConfig, SquaresConfig
 from engine.graphs import Capture
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.linear import Linear
@@ -52,7 +52,7 @@ class PooledVisionEncoder(nn.Module):
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
         for entry in media:
-            self._check(entry)
+            check_frames(entry, self.config, self.config.num_positions)
         sizes = [entry.item.grid[1:] for entry in media for _ in range(entry.item.grid[0])]
         places = {size: self._places(*size) for size in dict.fromkeys(sizes)}
         columns, rows = torch.cat([places[size] for size in sizes], dim=1).to(self.device)
@@ -87,13 +87,6 @@ class PooledVisionEncoder(nn.Module):
         assert theta is not None
         return places.float()[:, None] * axis_frequencies(theta, head_dim, places.device)
 
-    def _check(self, entry: PreparedMedia) -> None:
-        grid, side = entry.item.grid, self.config.side
-        found = [grid[1:]] * grid[0] if len(grid) == 3 else []
-        within = all(length <= self.config.num_positions for length in grid[1:])
-        rows = sum(height * width for height, width in found) // side**2
-        check_pieces(entry, found if within else [], (self.config.patch_size**2, 3), rows, side=side)
-
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         own = {
             "position_embedding": self.position_embedding,
@@ -101,3 +94,19 @@ class PooledVisionEncoder(nn.Module):
             "std_scale": self.std_scale,
         }
         return [plain_slot(prefix + name, each) for name, each in own.items() if each is not None]
+
+
+def check_frames(entry: PreparedMedia, config: SquaresConfig, longest: int) -> None:
+    """Check that an item's pixels are the uint8 patches of frames in whole squares.
+
+    Args:
+        longest: most patches along a side of a frame.
+
+    Raises:
+        InvalidRequest: they are not.
+    """
+    grid, side = entry.item.grid, config.side
+    found = [grid[1:]] * grid[0] if len(grid) == 3 else []
+    within = all(length <= longest for length in grid[1:])
+    rows = sum(height * width for height, width in found) // side**2
+    check_pieces(entry, found if within else [], (config.patch_size**2, 3), rows, side=side)

@@ -7,13 +7,14 @@ from collections.abc import Container, Sequence
 import torch
 from torch import nn
 
+from engine.families.gemma4.encoder import check_frames
 from engine.families.gemma4_unified.config import ProjectedVisionConfig
 from engine.graphs import Capture
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.linear import Linear
 from engine.layers.norm import LayerNorm, UnitNorm
 from engine.prompt import MediaItem, PreparedMedia
-from engine.vision.pixels import PixelInput, blank, check_pieces
+from engine.vision.pixels import PixelInput, blank
 
 #: Of torch's layer norm, whose default Transformers leaves as it is.
 _EPS = 1e-5
@@ -52,7 +53,7 @@ class ProjectedVisionEncoder(nn.Module):
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
         for entry in media:
-            self._check(entry)
+            check_frames(entry, self.config, self.config.num_positions * self.config.side)
         squares = torch.cat([self._squares(self.pixels.to_device(entry.pixels)) for entry in media])
         columns, rows = torch.cat([self._places(entry.item) for entry in media], dim=1).to(self.device)
         features = self.dense_norm(self.dense(self.patch_norm(self.pixels.last(squares))))
@@ -72,13 +73,6 @@ class ProjectedVisionEncoder(nn.Module):
         down, along = height // self.config.side, width // self.config.side
         numbers = torch.arange(down * along).repeat(frames)
         return torch.stack([numbers % along, numbers // along])
-
-    def _check(self, entry: PreparedMedia) -> None:
-        grid, side = entry.item.grid, self.config.side
-        found = [grid[1:]] * grid[0] if len(grid) == 3 else []
-        within = all(length <= self.config.num_positions * side for length in grid[1:])
-        rows = sum(height * width for height, width in found) // side**2
-        check_pieces(entry, found if within else [], (self.config.patch_size**2, 3), rows, side=side)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [plain_slot(prefix + "position_embedding", self.position_embedding)]
