@@ -114,9 +114,8 @@ def _placeholder(
     runs = list[PlaceholderRun]()
     for (begin, ends), (lines, length) in zip(parts, config.vision.shapes(item.grid), strict=True):
         runs.append(_text_run(begin, encode))
-        for _ in range(lines):
-            runs.append(PlaceholderRun(config.image_token_id, length, True))
-            runs += [_text_run("<im_col>", encode)] if ends else []
+        line_end = [_text_run("<im_col>", encode)] if ends else []
+        runs += [PlaceholderRun(config.image_token_id, length, True), *line_end] * lines
         runs.append(_text_run("<im_end>", encode))
     return tuple(runs)
 
