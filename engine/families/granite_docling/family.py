@@ -18,6 +18,7 @@ from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
 from engine.families.family import Family
 from engine.families.granite_docling.config import TilesVisionConfig
 from engine.families.granite_docling.processor import GraniteDoclingProcessor
+from engine.families.idefics3.family import IMAGE, WHOLE_TEXT, tiles_text
 from engine.families.parsing.fields import Json, flag, integer, layer_list
 from engine.families.parsing.model import ConfigReader, nested_text, tied_unless_stated, token_field
 from engine.families.parsing.processor import parse_normalisation
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 _TOWER = r"model\.vision_model\."
 _CONNECTOR = _TOWER + r"connector\."
 _MERGER = _CONNECTOR + r"(coarse|fine)\.deepstack_mergers\.(\d+)\."
-_IMAGE, _FAKE, _GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
 _DEFAULTS: dict[str, Any] = {
     "image_size": 512,
     "scale_factor": 4,
@@ -88,13 +88,7 @@ def _placeholder(
 ) -> tuple[PlaceholderRun, ...]:
     """A page's tiles row by row, each after the name of its place; then the whole, if there are several."""
     crops, rows, columns = item.grid
-    text = ""
-    for row in range(rows):
-        for column in range(columns):
-            text += f"{_FAKE}<row_{row + 1}_col_{column + 1}>{_IMAGE}"
-        text += "\n"
-    if crops > 1:
-        text += f"\n{_FAKE}{_GLOBAL}{_IMAGE}{_FAKE}"
+    text = tiles_text(rows, columns) + (f"\n{WHOLE_TEXT}" if crops > 1 else "")
     # Tokenised as one text: two line feeds may be one token.
     return runs_with_rows(encode(text), config.image_token_id, repeat(item.num_tokens // crops))
 
@@ -131,7 +125,7 @@ FAMILY = Family(
         image_token=token_field("image_token_id", default=100337),
         finish=_with_deepstack,
     ),
-    prompt_format=lambda config: PromptFormat(image=_IMAGE),
+    prompt_format=lambda config: PromptFormat(image=IMAGE),
     placeholder=_placeholder,
     processor=GraniteDoclingProcessor.create,
     options=("crop_to_patches", "max_patches", "fine_route"),

@@ -24,7 +24,9 @@ from engine.vision.normalisation import HALF_NORMALISATION
 _TOWER = r"model\.vision_model\."
 _TOWER_DEFAULTS = {"hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32}
 _SMOLVLM = "SmolVLMForConditionalGeneration"
-_IMAGE, _FAKE, _GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
+IMAGE, _FAKE = "<image>", "<fake_token_around_image>"
+WHOLE_TEXT = f"{_FAKE}<global-img>{IMAGE}{_FAKE}"
+"""The text that shows an image as a whole."""
 
 
 def _text(raw: Json) -> tuple[Json, DecoderKind]:
@@ -45,20 +47,24 @@ def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
     )
 
 
+def tiles_text(rows: int, columns: int) -> str:
+    """The text that shows the tiles of an image line by line, each after the name of its place."""
+    lines = [
+        "".join(f"{_FAKE}<row_{row}_col_{column}>{IMAGE}" for column in range(1, columns + 1))
+        for row in range(1, rows + 1)
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
 def _placeholder(
     config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
 ) -> tuple[PlaceholderRun, ...]:
     """An image's crops row by row, each after the name of its place, then the whole; or a video's frames."""
     crops, rows, columns = item.grid
-    text, whole = "", f"{_FAKE}{_GLOBAL}{_IMAGE}{_FAKE}"
-    for row in range(rows):
-        for column in range(columns):
-            text += f"{_FAKE}<row_{row + 1}_col_{column + 1}>{_IMAGE}"
-        text += "\n"
-    text += whole if not rows else f"\n{whole}"
+    text = tiles_text(rows, columns) + (f"\n{WHOLE_TEXT}" if rows else WHOLE_TEXT)
     if item.kind == "video":
         # The words before the first frame stand before the placeholder.
-        text += "".join(words_of_frame(seconds) + whole for seconds in item.times[1:-1])
+        text += "".join(words_of_frame(seconds) + WHOLE_TEXT for seconds in item.times[1:-1])
     # Tokenised as one text: two line feeds are one token in some vocabularies and two in others.
     return runs_with_rows(encode(text), config.image_token_id, repeat(item.num_tokens // crops))
 
@@ -68,7 +74,7 @@ def _around(config: ModelConfig, item: MediaItem) -> tuple[str, str]:
 
 
 def _prompt_format(config: ModelConfig) -> PromptFormat:
-    return PromptFormat(image=_IMAGE, video="<video>" if config.architecture == _SMOLVLM else None)
+    return PromptFormat(image=IMAGE, video="<video>" if config.architecture == _SMOLVLM else None)
 
 
 def _processor(checkpoint: Checkpoint, config: ModelConfig, options: Json) -> Idefics3Processor:
