@@ -111,11 +111,11 @@ class Resampler(nn.Module):
         return [plain_slot(prefix + "query", self.query), plain_slot(prefix + "proj", self.proj)]
 
 
-def sine_positions(length: int, width: int) -> torch.Tensor:
-    """Sinusoidal embeddings of the positions 0 to ``length - 1``: float32 ``(length, width)``.
+def sine_positions(length: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Sinusoidal embeddings of the positions 0 to ``length - 1``: ``(length, width)``, computed in ``dtype``.
 
     With ``p`` the position, the first half is ``sin(p / 10000 ** (2i / width))``, the second the cosines.
     """
-    exponents = torch.arange(width // 2, dtype=torch.float32) / (width / 2)
-    angles = torch.arange(length, dtype=torch.float32)[:, None] * (1.0 / 10000**exponents)
+    exponents = torch.arange(width // 2, dtype=dtype) / (width / 2)
+    angles = torch.arange(length, dtype=dtype)[:, None] * (1.0 / 10000**exponents)
     return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -19,6 +19,7 @@ from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.mlp_config import MLPConfig
 from engine.vision.pixel_shuffle import ShuffledMLPConnector, shuffled
 from engine.vision.pixels import PixelInput, blank, unfit
+from engine.vision.resampler import sine_positions
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer import VisionTransformer
 
@@ -116,7 +117,7 @@ class _Path(nn.Module):
         width, out = config.tower.hidden_size, config.out_features
         self.projection = Linear(width * factor**2, out, build, bias=False)
         self.positions: torch.Tensor
-        positions = sine_positions(self.side // factor, out).to(build.device, build.dtype)
+        positions = square_positions(self.side // factor, out).to(build.device, build.dtype)
         self.register_buffer("positions", positions, persistent=False)
         self.deepstack = nn.ModuleList(
             ShuffledMLPConnector(width, self.side, factor, MLPConfig("gelu"), out, build)
@@ -130,13 +131,11 @@ class _Path(nn.Module):
         return rows, [merger(state) for merger, state in zip(self.deepstack, kept, strict=True)]
 
 
-def sine_positions(side: int, width: int) -> torch.Tensor:
+def square_positions(side: int, width: int) -> torch.Tensor:
     """Positions of the places of a square, row by row: float32 ``(side², width)``.
 
-    Sines and cosines of the column, then of the row, times frequencies from 1 down to near 1/10000.
+    The column's half, then the row's.
     """
-    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
-    line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    line = sine_positions(side, width // 2, torch.float64)
     columns, rows = line.repeat(side, 1), line.repeat_interleave(side, dim=0)
     return torch.cat([columns, rows], dim=1).float()

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from engine.errors import ConfigError, InvalidRequest
-from engine.families.granite_docling.encoder import sine_positions
+from engine.families.granite_docling.encoder import square_positions
 from tests.engine.families.granite_docling import (
     HAS_GRANITE_DOCLING,
     SIDE,
@@ -94,7 +94,7 @@ def test_positions_are_those_of_transformers():
     module = transformers.models.granite_docling.modeling_granite_docling
     for side, width in ((2, 8), (5, 64)):
         expected = module.GraniteDoclingPositionEmbedding.build(width, side)
-        torch.testing.assert_close(sine_positions(side, width), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(square_positions(side, width), expected, rtol=0, atol=1e-6)
 
 
 def test_requests_may_ask_for_less(path):
