@@ -203,15 +203,17 @@ def _rotary_dim(config: Json, parameters: Json, kind: str, rope_type: RopeType, 
 
 
 def _section(parameters: Json, kind: str, angles: int) -> tuple[int, ...]:
-    counts, section = "three", parameters.get("mrope_section", _SECTIONS[kind])
+    axes: tuple[int, ...] = (3,)
+    counts = "three"
+    section = parameters.get("mrope_section", _SECTIONS[kind])
     if kind in _HUNYUAN:
+        axes, counts = (3, 4), "three or four"
         # Files of the first releases have another name, and perhaps whole numbers with a point.
-        counts, section = "three or four", parameters.get("mrope_section", parameters.get("xdrope_section"))
+        section = parameters.get("mrope_section", parameters.get("xdrope_section"))
         if isinstance(section, list) and all(isinstance(size, float) and size % 1 == 0 for size in section):
             section = [int(size) for size in section]
     whole = isinstance(section, list | tuple) and all(isinstance(size, int) for size in section)
-    known = (3, 4) if kind in _HUNYUAN else (3,)
-    if not whole or len(section) not in known or min(section) < 0 or sum(section) != angles:
+    if not whole or len(section) not in axes or min(section) < 0 or sum(section) != angles:
         raise CheckpointError(
             f"config.json: mrope_section should be {counts} numbers with sum {angles}, not {section!r}",
             param=_PARAM,
