@@ -9,7 +9,7 @@ from engine.vision.transformer_config import VisionConfig
 
 
 @dataclass(frozen=True, slots=True)
-class SquaresConfig:
+class SquareRowsConfig:
     """Images of any size, cut into squares of patches, each of which becomes one row.
 
     Attributes:
@@ -26,7 +26,7 @@ class SquaresConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class PooledVisionConfig(SquaresConfig):
+class PooledVisionConfig(SquareRowsConfig):
     """A tower whose features are averaged over squares.
 
     Attributes:

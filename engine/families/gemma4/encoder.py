@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 import torch
 from torch import nn
 
-from engine.families.gemma4.config import PooledVisionConfig, SquaresConfig
+from engine.families.gemma4.config import PooledVisionConfig, SquareRowsConfig
 from engine.graphs import Capture
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.linear import Linear
@@ -96,7 +96,7 @@ class PooledVisionEncoder(nn.Module):
         return [plain_slot(prefix + name, each) for name, each in own.items() if each is not None]
 
 
-def check_frames(entry: PreparedMedia, config: SquaresConfig, longest: int) -> None:
+def check_frames(entry: PreparedMedia, config: SquareRowsConfig, longest: int) -> None:
     """Check that an item's pixels are the uint8 patches of frames in whole squares.
 
     Args:

@@ -12,7 +12,7 @@ import numpy as np
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import ModelConfig, SizedImages, sized_item
-from engine.families.gemma4.config import SquaresConfig
+from engine.families.gemma4.config import SquareRowsConfig
 from engine.families.parsing.processor import (
     count_option,
     lowered,
@@ -92,7 +92,7 @@ class Gemma4Processor(SizedImages):
         """
         vision, images = config.vision, checkpoint.preprocessor_config
         videos = checkpoint.video_preprocessor_config
-        assert isinstance(vision, SquaresConfig) and config.image_token_id is not None
+        assert isinstance(vision, SquareRowsConfig) and config.image_token_id is not None
         for file, raw in (("preprocessor_config.json", images), ("video_preprocessor_config.json", videos)):
             require_steps(raw, "do_resize")
             wanted = {"patch_size": (16, vision.patch_size), "pooling_kernel_size": (3, vision.side)}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.families.gemma4.config import SquaresConfig
+from engine.families.gemma4.config import SquareRowsConfig
 
 
 @dataclass(frozen=True, slots=True)
-class ProjectedVisionConfig(SquaresConfig):
+class ProjectedVisionConfig(SquareRowsConfig):
     """Squares of patches that are projected without a tower.
 
     Attributes:
