@@ -144,8 +144,8 @@ class Decoder(nn.Module):
         self.embed_tokens = VocabEmbedding(
             config.vocab_size, config.hidden_size, build, apart=config.further_embeddings
         )
-        self.row_token: torch.Tensor
-        token = torch.tensor([config.row_token or 0], device=build.device)
+        self.row_token: torch.Tensor | None
+        token = None if config.row_token is None else torch.tensor([config.row_token], device=build.device)
         self.register_buffer("row_token", token, persistent=False)
         inputs = config.layer_inputs
         self.layer_inputs = None if inputs is None else LayerInputs(config, inputs, build.at("layer_inputs"))
@@ -196,7 +196,7 @@ class Decoder(nn.Module):
 
     def scaled_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Map embedding rows ``(R, hidden_size)`` of media to what stands among the tokens' embeddings."""
-        if self.config.row_token is not None:
+        if self.row_token is not None:
             rows = rows + self.embed_tokens(self.row_token)
         whole = self._multiplier == 1 or not self.config.multiplies_rows
         return rows if whole else rows * self._multiplier
