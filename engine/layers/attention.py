@@ -150,7 +150,7 @@ class Attention(nn.Module):
             assert k is not None, "queries alone are normed before they rotate"
             rotary(q, k, positions, table)
             q, k = head_norms(q, k, norms)
-            # What writes keys and values to the cache turns them once more, by nothing.
+            # The kernel that writes keys and values to the cache rotates as well: by angles of 0 here.
             norms, table = None, self.rotary.still
             positions = positions if positions.dim() == 1 else positions[0]
         # The kernel that rotates does the norms as well, where nothing comes between.

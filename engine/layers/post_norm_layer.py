@@ -16,7 +16,7 @@ from engine.layers.rotary import Rotary
 
 
 class PostNormLayer(nn.Module):
-    """Attention, then a gated MLP, each of the residual as it is; their norms are added to it."""
+    """Applies attention, then a gated MLP, to the residual itself, and adds the norm of each result to it."""
 
     def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary, build: BuildContext) -> None:
         super().__init__()

@@ -136,7 +136,7 @@ class Rotary(nn.Module):
 
     @property
     def still(self) -> RotaryTable:
-        """Tables of as many rows, along one axis, that leave heads as they are."""
+        """Tables of angles of 0, with as many rows as ``table``, for positions along one axis."""
         cos, sin = (row.expand(len(self.table.cos), -1) for row in self._still)
         return RotaryTable(cos, sin, adjacent=self.rope.adjacent)
 

@@ -13,8 +13,8 @@ class VisionConfig:
 
     Attributes:
         num_layers: number of blocks that are built and run: those up to the last one whose output is used.
-        num_kv_heads: heads of keys and values, each of which serves as many consecutive heads of queries;
-            None: as many as ``num_heads``.
+        num_kv_heads: heads of keys and values, each of which serves ``num_heads / num_kv_heads`` consecutive
+            heads of queries; None: as many as ``num_heads``.
         patch_dim: numbers per flattened patch, channels before pixels.
         patch_bias: whether the patch projection has a bias.
         bias: whether the blocks' projections have biases; an ungated MLP always has.

@@ -63,7 +63,7 @@ class Molmo2Processor(SizedImages, ImagesOnly):
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the crops of an image of ``(width, height)`` pixels.
 
-        Those that need the image to grow least; those that let it shrink least where all need that. Sizes are
+        They are those that enlarge the image least or, if all would shrink it, shrink it least. Sizes are
         compared in float32, without the margins.
         """
         vision = self.vision
