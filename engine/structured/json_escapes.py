@@ -23,9 +23,10 @@ _SHORT_ESCAPES = 'nrbtf\\"'
 _OPTIONS = {"json_allowed_escapes", "json_allow_general_unicode_escapes"}
 
 #: A string, a comment or a regex of a Lark grammar, none of which can hold a schema, or what precedes one.
+#: Those without an end, which llguidance refuses, are read as far as they go: no character is read twice.
 _LARK = re.compile(
     r"""
-    "(?:\\.|[^"\\\n])*" | //[^\n]* | /(?>\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\\n])+/ | (?P<json>%json\s*(?={))
+    "(?:\\.|[^"\\\n])*+"? | (?://|\#)[^\n]* | /(?:\\.|[^/\\])++/? | (?P<json>%json\s*+(?={))
     """,
     re.VERBOSE,
 )
@@ -66,9 +67,9 @@ def with_escapes(lark: str) -> str:
             continue
         try:
             schema, behind = json.JSONDecoder().raw_decode(lark, found.end())
-        except ValueError:
+        except (ValueError, RecursionError):
             # The grammar's own compilation says what is wrong.
-            continue
+            break
         own = schema.get("x-guidance", {})
         if isinstance(own, dict) and not _OPTIONS & own.keys():
             schema["x-guidance"] = {**own, **escape_options(schema)}

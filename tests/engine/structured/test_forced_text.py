@@ -11,7 +11,7 @@ from engine.errors import InvalidRequest
 from engine.parsers.call_forms import PYTHON_CALL, XML_CALL
 from engine.parsers.formats import TOOL_FORMATS
 from engine.parsers.grammar import SpecialTokens, ToolSchema, tool_grammar
-from engine.sampling_params import StructuredSpec
+from engine.sampling_params import MAX_STRUCTURED_TEXT, StructuredSpec
 from engine.structured.grammar import GrammarCompiler
 from engine.structured.json_escapes import with_escapes, within_escape
 from engine.text.tokenizer import Tokenizer
@@ -336,7 +336,8 @@ def begins(model, matcher, text: str) -> bool:
 
 def test_schemas_of_a_lark_grammar_are_told_from_other_text():
     schema = '{"type": "string"}'
-    plain = f'start: "%json {schema[:1]}" /[/"]%json {schema[:1]}/ TEXT // %json {schema}\nTEXT: "/" '
+    plain = f'start: "%json {schema[:1]}" /[\\/"]%json {schema[:1]}/ TEXT // %json {schema}\nTEXT: "/" '
+    plain += f'# "%json {schema}\n | '
     assert with_escapes(plain) == plain
     allowed = '{"type": "string", "x-guidance": {"json_allow_general_unicode_escapes": true}}'
     assert with_escapes(f"{plain}%json {schema} | %json\n{schema} /x/") == (
@@ -350,9 +351,16 @@ def test_schemas_of_a_lark_grammar_are_told_from_other_text():
 
 
 @pytest.mark.timeout(20)
-def test_classes_of_a_regex_without_an_end_are_read_in_one_way():
-    """The time would double with each class."""
-    lark = "start: /" + "[a]" * 1000
+@pytest.mark.parametrize("unit", ['"\\', "\\/", '\\"', "[a]", "[", "%json ", "%json {", '%json {"a":['])
+@pytest.mark.parametrize("opening", ["start: /", 'start: "', "start: "])
+def test_what_has_no_end_in_a_lark_grammar_is_read_once(opening, unit):
+    """The time would grow with the square of the length to minutes, or double with each class."""
+    lark = opening + unit * (MAX_STRUCTURED_TEXT // len(unit))
+    assert with_escapes(lark) == lark
+
+
+def test_a_schema_that_is_nested_too_deeply_is_left_to_the_compiler():
+    lark = 'start: %json {"a": ' + "[" * 100_000
     assert with_escapes(lark) == lark
 
 
