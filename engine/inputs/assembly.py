@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_right
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -33,14 +35,19 @@ class PromptAssembly:
         self.spans: list[MediaSpan] = []
         self._items = items
         self._expand = expand
+        before: Counter[str] = Counter()
+        # How many items of its kind stand before each one.
+        self._numbers: list[int] = []
+        for item in items:
+            self._numbers.append(before[item.kind])
+            before[item.kind] += 1
 
     def add_ids(self, ids: Iterable[int]) -> None:
         self.ids += ids
 
     def add_item(self, index: int) -> None:
         """Append the expanded placeholder of ``items[index]``."""
-        item = self._items[index]
-        runs = self._expand(item, sum(other.kind == item.kind for other in self._items[:index]))
+        item, runs = self._items[index], self.runs(index)
         offset = len(self.ids)
         for run in runs:
             self.ids += [run.token_id] * run.count
@@ -49,6 +56,10 @@ class PromptAssembly:
             mask = np.repeat([run.is_embed for run in runs], [run.count for run in runs])
             embed_index = np.flatnonzero(mask).astype(np.int32)
         self.spans.append(MediaSpan(item, offset, len(self.ids) - offset, embed_index))
+
+    def runs(self, index: int) -> tuple[PlaceholderRun, ...]:
+        """The expanded placeholder of ``items[index]``."""
+        return self._expand(self._items[index], self._numbers[index])
 
 
 def match_items(
@@ -105,17 +116,19 @@ def assemble_ids(
     Raises:
         InvalidRequest: some item has no place in the ids.
     """
-    expanded = []
-    for index in range(len(items)):
-        alone = PromptAssembly(items, expand)
-        alone.add_item(index)
-        expanded.append(alone.ids)
+    assembly = PromptAssembly(items, expand)
+    expanded = [
+        [token for run in assembly.runs(index) for token in [run.token_id] * run.count]
+        for index in range(len(items))
+    ]
     places: list[Place] = []
     for kind in sorted({item.kind for item in items}, key="video".__ne__):
-        taken = list(places)
+        taken = sorted(places)
 
         def free(start: int, length: int, taken: Sequence[Place] = taken) -> bool:
-            return all(start + length <= first or first + size <= start for first, size, _ in taken)
+            # Those taken stand apart, so only the last one that begins before the end can overlap.
+            before = bisect_right(taken, start + length - 1, key=lambda place: place[0])
+            return not before or sum(taken[before - 1][:2]) <= start
 
         def own(start: int, length: int, kind: str = kind, free: Fits = free) -> bool:
             return free(start, length) and (kind != "video" or is_video(start))
@@ -132,7 +145,7 @@ def assemble_ids(
             raise _mismatch(kind, len(found) + len(pads), len(indices), placeholders, param)
         places += ((start, length, index) for (start, length), index in zip(found, indices, strict=True))
     places.sort()
-    assembly, end = PromptAssembly(items, expand), 0
+    end = 0
     for start, length, index in places:
         if start < end:
             raise _mismatch(items[index].kind, 0, 1, placeholders, param)
@@ -183,18 +196,25 @@ def _find_numbered(ids: Sequence[int], spelled: Sequence[list[int]]) -> list[tup
     """
     places: dict[int, tuple[int, int]] = {}
     position = 0
+    # Most items of a request are spelled alike. Of those the first one left is meant.
+    alike: dict[tuple[int, ...], deque[int]] = {}
+    for index, wanted in enumerate(spelled):
+        alike.setdefault(tuple(wanted), deque()).append(index)
     first = {wanted[0] for wanted in spelled}
     while position < len(ids) and len(places) < len(spelled):
         fitting = []
         if ids[position] in first:
-            for index, wanted in enumerate(spelled):
-                end = position + len(wanted)
-                if index not in places and list(ids[position:end]) == wanted:
-                    fitting.append((list(ids[end : end + 1]) == wanted[-1:], index))
+            for tokens, left in alike.items():
+                end = position + len(tokens)
+                if end <= len(ids) and ids[end - 1] == tokens[-1] and tuple(ids[position:end]) == tokens:
+                    fitting.append((list(ids[end : end + 1]) == [tokens[-1]], left[0], tokens))
         if fitting:
-            index = min(fitting)[1]
-            places[index] = position, len(spelled[index])
-            position += len(spelled[index])
+            _, index, tokens = min(fitting)
+            places[index] = position, len(tokens)
+            position += len(tokens)
+            alike[tokens].popleft()
+            if not alike[tokens]:
+                del alike[tokens]
         else:
             position += 1
     return [places[index] for index in range(len(spelled))] if len(places) == len(spelled) else None
@@ -211,14 +231,30 @@ def _end(places: Sequence[tuple[int, int]]) -> int:
 
 def _find(ids: Sequence[int], wanted: list[int], start: int, fits: Fits) -> int | None:
     """Index at or after ``start`` from which on ``ids`` reads ``wanted``, and where that ``fits``."""
-    while True:
-        try:
-            start = ids.index(wanted[0], start)
-        except ValueError:
-            return None
-        if list(ids[start : start + len(wanted)]) == wanted and fits(start, len(wanted)):
-            return start
-        start += 1
+    return next((found for found in _occurrences(ids, wanted, start) if fits(found, len(wanted))), None)
+
+
+def _occurrences(ids: Sequence[int], wanted: list[int], start: int) -> Iterator[int]:
+    """The indices at or after ``start`` from which on ``ids`` reads ``wanted``.
+
+    Placeholders repeat one token, so that to compare at each index would take square time. This is the
+    algorithm of Knuth, Morris and Pratt.
+    """
+    # How many tokens at the beginning of ``wanted`` are also the last ones before each index, but not all.
+    borders = [0] * (len(wanted) + 1)
+    for index in range(1, len(wanted)):
+        matched = borders[index]
+        while matched and wanted[index] != wanted[matched]:
+            matched = borders[matched]
+        borders[index + 1] = matched + (wanted[index] == wanted[matched])
+    matched = 0
+    for index in range(start, len(ids)):
+        while matched and ids[index] != wanted[matched]:
+            matched = borders[matched]
+        matched += ids[index] == wanted[matched]
+        if matched == len(wanted):
+            yield index + 1 - matched
+            matched = borders[matched]
 
 
 def _mismatch(kind: str, found: int, given: int, placeholders: Placeholders, param: str) -> InvalidRequest:

@@ -176,3 +176,26 @@ def test_a_video_without_the_text_before_it_is_found_too():
         ("video", 1, 6),
         ("image", 8, 3),
     ]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_placeholder_is_found_where_it_first_stands(seed):
+    draw = random.Random(seed)
+    pattern = [START, *(draw.choice((START, PAD)) for _ in range(draw.randint(1, 6))), PAD]
+    runs = tuple(PlaceholderRun(token, 1, token == PAD) for token in pattern)
+    ids = [draw.choice((START, START, PAD)) for _ in range(60)] + [1, *pattern]
+    first = next(place for place in range(len(ids)) if ids[place : place + len(pattern)] == pattern)
+    built = builder(lambda item, index: runs).from_token_ids(ids, [item(2, "a")])
+    assert places(built) == [("a", first, len(pattern))]
+
+
+@pytest.mark.timeout(20)
+def test_many_placeholder_tokens_take_linear_time():
+    """Square time would be minutes."""
+    ids = [*([PAD] * 10_000 + [7]) * 40, *[PAD] * 10_001]
+    assert places(builder().from_token_ids(ids, [item(10_001, "a")])) == [("a", 400_040, 10_001)]
+    many = [item(1, f"{index}", kind) for kind in ("image", "video") for index in range(30_000)]
+    assert len(builder().from_token_ids([PAD, VIDEO] * 30_000, many).spans) == 60_000
+    build = builder(image="<|image_{index}|>", split_at_media=True).from_token_ids
+    alike = [item(64, f"{index}") for index in range(3_000)]
+    assert len(build([*[PAD] * 64, 7] * 3_000, alike).spans) == 3_000
