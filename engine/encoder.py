@@ -32,6 +32,7 @@ from engine.startup import StartTimes
 from engine.transfers import download, record_event
 from engine.turns import Turns
 from engine.vision.graphs import CROWD_TOKENS
+from engine.vision.sam import SamTower
 from engine.vision.transformer import VisionTransformer
 from engine.watchdog import Mortal, Watchdog
 
@@ -166,7 +167,8 @@ class EncoderEngine(Mortal):
         capture = make_capture(device, enforce_eager=config.enforce_eager)
         if capture is not None:
             for tower in _towers(encoder):
-                tower.expects_crowds = turns is not None
+                if isinstance(tower, VisionTransformer):
+                    tower.expects_crowds = turns is not None
             with times.phase("graphs"):
                 encoder.capture_graphs(capture)
         logger.info("the encoder started in %s", times)
@@ -449,9 +451,9 @@ class EncoderEngine(Mortal):
                 self._cache.put(key, made, made.rows.nbytes)
 
 
-def _towers(encoder: MediaEncoder) -> list[VisionTransformer]:
+def _towers(encoder: MediaEncoder) -> list[VisionTransformer | SamTower]:
     modules = encoder.modules() if isinstance(encoder, nn.Module) else ()
-    return [module for module in modules if isinstance(module, VisionTransformer)]
+    return [module for module in modules if isinstance(module, VisionTransformer | SamTower)]
 
 
 def _fits(cost: int, more: int, limit: int) -> bool:

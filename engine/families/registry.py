@@ -22,6 +22,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "Glm4vMoeForConditionalGeneration",
         "GlmOcrForConditionalGeneration",
     ),
+    "got_ocr2": ("GotOcr2ForConditionalGeneration",),
     "hunyuan_vl": ("HunYuanVLForConditionalGeneration",),
     "granite_docling": ("GraniteDoclingForConditionalGeneration",),
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),

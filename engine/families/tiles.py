@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -24,7 +24,6 @@ from engine.media.keys import content_hash
 from engine.media.padding import cut_in_tiles
 from engine.media.resize import resize
 from engine.prompt import MediaItem, PlaceholderRun, PreparedMedia, runs_with_rows
-from engine.vision.crops_config import CropVisionConfig
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,6 +31,18 @@ if TYPE_CHECKING:
 _DEFAULT_SIDE = 384
 """Of Transformers' image and video processors, for files that state no size."""
 _MAX_TILES = 40
+
+
+class SquareCrops(Protocol):
+    """The vision part of a model whose tower takes square crops of one size."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of a crop in pixels."""
+
+    @property
+    def rows_per_crop(self) -> int:
+        """Embedding rows of a crop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +94,8 @@ class TiledImages(SizedImages):
         Raises:
             ConfigError: naming the option that is out of bounds.
         """
-        vision = config.vision
-        assert isinstance(vision, CropVisionConfig) and config.image_token_id is not None
+        vision: SquareCrops = config.vision
+        assert config.image_token_id is not None
         return cls(
             side=vision.image_size,
             rows=vision.rows_per_crop,

@@ -89,6 +89,7 @@ FAMILIES = {
     "Idefics3": [{}, {"do_image_splitting": False}, {"size": {"longest_edge": 40}}],
     "SmolVLM": [{}, {"do_image_splitting": False}],
     "InternVL": [{}, {"max_patches": 1}, {"crop_to_patches": True}],
+    "GOT-OCR 2": [{}, {"crop_to_patches": True}, {"crop_to_patches": True, "max_patches": 2}],
     "GLM-4.1V": [{}, {"fps": 1.0}],
     "Ovis2": [{}, {"max_patches": 2}],
     "LFM2-VL": [{}, {"max_image_tokens": 16}],

@@ -27,6 +27,9 @@ from tests.engine.families.glm import FRAME as GLM_FRAME
 from tests.engine.families.glm import IMAGE as GLM_IMAGE
 from tests.engine.families.glm import VIDEO as GLM_VIDEO
 from tests.engine.families.glm import GlmReference, make_glm
+from tests.engine.families.got_ocr2 import FRAME as GOT_FRAME
+from tests.engine.families.got_ocr2 import IMAGE as GOT_IMAGE
+from tests.engine.families.got_ocr2 import GotReference, make_got_ocr2
 from tests.engine.families.granite_docling import FRAME as DOCLING_FRAME
 from tests.engine.families.granite_docling import GraniteDoclingReference, make_granite_docling_tiles
 from tests.engine.families.hunyuan_vl import FRAME as HUNYUAN_FRAME
@@ -402,6 +405,13 @@ CASES = [
         single=((60, 44), (20, 44)),
         several=(((44, 20), (24, 20)), ((60, 90), (20, 20), (9, 12))),
         options={"kv_cache_bytes": 32 << 20},
+    ),
+    FamilyCase(
+        "GOT-OCR 2",
+        make_got_ocr2,
+        GotReference,
+        frame=GOT_FRAME,
+        placeholder=lambda index, count: GOT_IMAGE,
     ),
     FamilyCase(
         "HunyuanOCR",

@@ -58,6 +58,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "glm_ocr": (40100,),
     "paddleocr_vl": (40100,),
     "hunyuan_vl": (1,),
+    "got_ocr2": (1,),
     "molmo2": (1,),
     "colqwen2": (40100,),
     "colpali": (60023,),

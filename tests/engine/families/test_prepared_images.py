@@ -32,6 +32,8 @@ from tests.engine.families.colpali import make_colpali
 from tests.engine.families.gemma3 import PATCH as GEMMA3_PATCH
 from tests.engine.families.gemma3 import Gemma3Reference, make_gemma3
 from tests.engine.families.glm import GlmReference, make_glm
+from tests.engine.families.got_ocr2 import PATCH as GOT_PATCH
+from tests.engine.families.got_ocr2 import GotReference, make_got_ocr2
 from tests.engine.families.hunyuan_vl import image_processor as image_processor_of_hunyuan
 from tests.engine.families.hunyuan_vl import make_hunyuan_vl
 from tests.engine.families.idefics import PATCH as IDEFICS_PATCH
@@ -80,6 +82,11 @@ def _gemma3_processor(path: Path) -> Any:
 @cache
 def _glm_processor(path: Path) -> Any:
     return GlmReference(path, "Glm4v").images
+
+
+@cache
+def _got_processor(path: Path) -> Any:
+    return GotReference(path).processor
 
 
 _internvl_processor = cache(InternVLReference.processor_of)
@@ -162,6 +169,12 @@ def qwen(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) 
 def glm(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
     made = _glm_processor(path)(list(images), return_tensors="pt")
     return torch.as_tensor(made["pixel_values"]), [tuple(grid) for grid in made["image_grid_thw"].tolist()]
+
+
+def got_ocr2(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    processor = _got_processor(path)
+    made = processor(list(images), text="<imgpad>", return_tensors="pt", **options)
+    return unfolded(torch.as_tensor(made["pixel_values"]), GOT_PATCH), []
 
 
 def paddleocr_vl(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
@@ -296,6 +309,11 @@ ROWS = {
     "SmolVLM": _idefics("SmolVLM"),
     "SmolVLM, whole": _idefics("SmolVLM", do_image_splitting=False),
     "SmolVLM, larger": _idefics("SmolVLM", size={"longest_edge": 100}),
+    "GOT-OCR 2": Row(make_got_ocr2, SQUARE, got_ocr2),
+    "GOT-OCR 2, hub": Row(partial(make_got_ocr2, hub=True), SQUARE, got_ocr2),
+    "GOT-OCR 2, in tiles": Row(
+        make_got_ocr2, TILED, got_ocr2, options={"crop_to_patches": True, "max_patches": 6}
+    ),
     "HunyuanOCR": Row(partial(make_hunyuan_vl, hub=False), NATIVE, hunyuan_vl),
     "HunyuanOCR, hub": Row(partial(make_hunyuan_vl, hub=True), NATIVE, hunyuan_vl),
     "PaddleOCR-VL": Row(partial(make_paddleocr_vl, hub=False), NATIVE, paddleocr_vl),

@@ -8,6 +8,7 @@ from tests.engine.families.drawn.composed import MiniCPMVFamily, Phi3VFamily
 from tests.engine.families.drawn.gemma3 import Gemma3Family
 from tests.engine.families.drawn.gemma4 import Gemma4Family
 from tests.engine.families.drawn.glm import GlmFamily
+from tests.engine.families.drawn.got_ocr2 import GotFamily
 from tests.engine.families.drawn.granite_docling import GraniteDoclingFamily
 from tests.engine.families.drawn.hunyuan_vl import HunyuanFamily
 from tests.engine.families.drawn.idefics import IdeficsFamily
@@ -45,6 +46,7 @@ _ALL: tuple[Family, ...] = (
     *(GlmFamily(kind) for kind in ("Glm4v", "Glm46V", "Glm4vMoe", "GlmOcr")),
     PaddleOCRFamily(),
     HunyuanFamily(),
+    GotFamily(),
     MolmoFamily(),
     *(PaliGemmaFamily(kind) for kind in ("gemma", "gemma2")),
     ColQwen2Family(),
