@@ -52,6 +52,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "CohereForCausalLM",
         "Cohere2ForCausalLM",
         "Ernie4_5ForCausalLM",
+        "Ernie4_5_MoeForCausalLM",
         "Exaone4ForCausalLM",
         "GemmaForCausalLM",
         "Gemma2ForCausalLM",

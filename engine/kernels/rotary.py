@@ -25,8 +25,8 @@ class RotaryTable:
             a head are rotated.
         section: M-RoPE: how many angles take their position from each axis; they sum to ``R / 2``. There are
             three axes, t, h and w, or four (Hunyuan). None: positions have one axis.
-        interleaved: angle ``i`` takes axis ``i % 3`` up to the sections' lengths and axis t beyond
-            (Qwen3-VL), instead of consecutive pieces (Qwen2-VL).
+        interleaved: how many axes take turns up to their sections' lengths, before angles that take axis t: 3
+            of t, h and w (Qwen3-VL), 2 of h and w (Ernie 4.5 VL); 0 for consecutive pieces (Qwen2-VL).
         adjacent: neighbouring dimensions of a head rotate against each other (GPT-J convention, GLM), instead
             of its two halves (NeoX convention).
     """
@@ -34,7 +34,7 @@ class RotaryTable:
     cos: torch.Tensor
     sin: torch.Tensor
     section: tuple[int, ...] | None = None
-    interleaved: bool = False
+    interleaved: int = 0
     adjacent: bool = False
 
     def __post_init__(self) -> None:
@@ -95,13 +95,13 @@ def rotary_reference(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, 
 
 
 @cache
-def angle_axes(section: tuple[int, ...], interleaved: bool) -> torch.Tensor:
+def angle_axes(section: tuple[int, ...], interleaved: int) -> torch.Tensor:
     """Return the axis that each angle takes its position from, int64 ``(R / 2,)``; not to be changed."""
     if not interleaved:
         return torch.repeat_interleave(torch.arange(len(section)), torch.tensor(section))
     axes = torch.zeros(sum(section), dtype=torch.int64)
     for axis in (1, 2):
-        axes[axis : 3 * section[axis] : 3] = axis
+        axes[interleaved - 3 + axis : interleaved * section[axis] : interleaved] = axis
     return axes
 
 
@@ -126,8 +126,8 @@ def load_angles(
     axis = tl.zeros_like(angle).to(tl.int64)
     if SECTION is not None:
         if INTERLEAVED:
-            height = (angle % 3 == 1) & (angle < 3 * SECTION[1])
-            width = (angle % 3 == 2) & (angle < 3 * SECTION[2])
+            height = (angle % INTERLEAVED == INTERLEAVED - 2) & (angle < INTERLEAVED * SECTION[1])
+            width = (angle % INTERLEAVED == INTERLEAVED - 1) & (angle < INTERLEAVED * SECTION[2])
         else:
             height = (angle >= SECTION[0]) & (angle < SECTION[0] + SECTION[1])
             width = angle >= SECTION[0] + SECTION[1]

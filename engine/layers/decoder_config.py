@@ -35,7 +35,7 @@ class RopeConfig:
             one-dimensional.
         query_growth: ``(b, n)``: queries at position ``p`` are multiplied by ``1 + b log(1 + floor(p / n))``
             (Ministral-3); None leaves them as they are.
-        mrope_interleaved: axes alternate (Qwen3-VL) instead of lying in three pieces (Qwen2-VL).
+        mrope_interleaved: how many axes alternate (Qwen3-VL, Ernie 4.5 VL); 0: they lie in pieces (Qwen2-VL).
         adjacent: neighbouring dimensions rotate against each other (GLM) instead of halves of a head.
         first_position: position of a sequence's first token: PaliGemma counts from 1. Only ``dynamic`` and
             ``longrope`` show it, whose frequencies depend on the length by positions.
@@ -57,7 +57,7 @@ class RopeConfig:
     turning: int = 0
     mrope_section: tuple[int, ...] | None = None
     query_growth: tuple[float, int] | None = None
-    mrope_interleaved: bool = False
+    mrope_interleaved: int = 0
     adjacent: bool = False
     first_position: int = 0
 
@@ -285,7 +285,8 @@ class DecoderConfig:
         """The intermediate sizes of all MLPs, those of experts included, in ascending order."""
         if self.experts is None:
             return tuple(sorted({self.mlp_size(layer) for layer in range(self.num_layers)}))
-        sizes = {self.experts.intermediate_size, self.experts.shared_size or self.experts.intermediate_size}
+        of_experts = self.experts.intermediate_size
+        sizes = {of_experts, self.experts.shared_size or of_experts, self.experts.vision_size or of_experts}
         if len(self.experts.layers) < self.num_layers or self.experts.beside_mlp:
             sizes |= {self.mlp_size(layer) for layer in range(self.num_layers)}
         return tuple(sorted(sizes))

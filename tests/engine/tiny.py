@@ -134,7 +134,10 @@ def spread(model: torch.nn.Module, *, seed: int = 0, embedding_std: float = 1.0)
             bias.copy_(torch.randn(bias.shape, generator=generator) * 0.3)
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("A_log"):
+            if name.endswith(CORRECTION_BIAS):
+                # Ernie's, of scores that are shares of 1.
+                parameter.copy_(noise * 0.1)
+            elif name.endswith("A_log"):
                 # A gated delta net remembers some tens of tokens, instead of none.
                 parameter.copy_(noise * 0.5 - 3)
             elif id(parameter) in tables:
@@ -297,6 +300,7 @@ TEXT_ARCHITECTURES = (
     "cohere",
     "cohere2",
     "ernie4_5",
+    "ernie4_5_moe",
     "exaone4",
     "gemma",
     "gemma2",
@@ -372,6 +376,14 @@ QWEN3_5_TEXT = {
 #: Fields of models with experts. Some layers of the Qwens have none, and experts have another number of
 #: inputs than of outputs, which tells a matrix from its transpose.
 _EXPERTS: dict[str, dict[str, Any]] = {
+    "ernie4_5_moe": {
+        "moe_num_experts": 6,
+        "moe_k": 3,
+        "moe_num_shared_experts": 2,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+    },
     "glm4_moe": {
         "n_routed_experts": 8,
         "num_experts_per_tok": 3,
@@ -518,7 +530,7 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
         common["original_max_position_embeddings"] = 64
     common |= _EXPERTS.get(kind, {})
     names = {"llama3": "Llama", "phi3_longrope": "Phi3", "granitemoe": "GraniteMoe"}
-    names["glm4_moe"] = "Glm4Moe"
+    names |= {"glm4_moe": "Glm4Moe", "ernie4_5_moe": "Ernie4_5_Moe"}
     names |= {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
     names |= {"ernie4_5": "Ernie4_5", "seed_oss": "SeedOss", "smollm3": "SmolLM3"}
     names["hunyuan_v1_dense"] = "HunYuanDenseV1"

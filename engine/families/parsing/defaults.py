@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from engine.families.parsing.cohere import COHERE2_DEFAULTS, COHERE_DEFAULTS
-from engine.families.parsing.experts import LOCAL_EXPERTS, QWEN_EXPERTS, ROUTED_EXPERTS, SPARSE_LAYERS
+from engine.families.parsing.experts import (
+    ERNIE_EXPERTS,
+    LOCAL_EXPERTS,
+    QWEN_EXPERTS,
+    ROUTED_EXPERTS,
+    SPARSE_LAYERS,
+)
 from engine.families.parsing.gemma4 import GEMMA4_DEFAULTS, UNIFIED_DEFAULTS
 from engine.families.parsing.lfm2 import LFM2_DEFAULTS
 
@@ -13,6 +19,8 @@ DecoderKind = Literal[
     "cohere",
     "cohere2",
     "ernie4_5",
+    "ernie4_5_moe",
+    "ernie4_5_vl_moe_text",
     "exaone4",
     "gemma",
     "gemma2",
@@ -75,6 +83,17 @@ _ERNIE: dict[str, Any] = {
     "rope_theta": 5e5,
     "head_dim": 128,
     "use_bias": False,
+}
+_ERNIE_MOE: dict[str, Any] = {
+    **_ERNIE,
+    **ERNIE_EXPERTS,
+    "hidden_size": 2560,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "tie_word_embeddings": True,
 }
 _QWEN: dict[str, Any] = {
     **_COMMON,
@@ -152,6 +171,18 @@ DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
     "cohere": COHERE_DEFAULTS,
     "cohere2": COHERE2_DEFAULTS,
     "ernie4_5": {**_ERNIE, "tie_word_embeddings": True},
+    "ernie4_5_moe": {
+        **_ERNIE_MOE,
+        "moe_intermediate_size": 1536,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": -1,
+        "moe_layer_interval": 1,
+    },
+    "ernie4_5_vl_moe_text": {
+        **_ERNIE_MOE,
+        "moe_intermediate_size": [1536, 512],
+        "mlp_layer_types": None,
+    },
     "exaone4": {
         **_COMMON,
         "vocab_size": 102400,

@@ -32,6 +32,17 @@ ROUTED_EXPERTS: dict[str, Any] = {
 }
 """Defaults of the fields of GLM's models, which have DeepSeek-V3's router."""
 
+ERNIE_EXPERTS: dict[str, Any] = {
+    "moe_num_experts": 64,
+    "moe_k": 6,
+    "moe_num_shared_experts": 2,
+    "moe_norm_min": 1e-12,
+}
+"""Defaults of the fields of Ernie's models."""
+
+#: Weights of experts are divided by their sum, or by this if it is more. Above, it may be more than a sum.
+_GREATEST_LEAST_SUM = 1e-6
+
 
 def parse_experts(config: Json, layers: int) -> ExpertsConfig | None:
     """Read the experts of a decoder; None if its kind has none.
@@ -43,6 +54,8 @@ def parse_experts(config: Json, layers: int) -> ExpertsConfig | None:
     Raises:
         CheckpointError: naming the field that can't be used.
     """
+    if "moe_num_experts" in config:
+        return _biased_experts(config, layers)
     if "n_routed_experts" in config:
         return _routed_experts(config, layers)
     if "enable_moe_block" in config:
@@ -97,6 +110,57 @@ def _routed_experts(config: Json, layers: int) -> ExpertsConfig | None:
         top_groups=kept,
     )
     return ExpertsConfig(router, size, sparse, shared_size=size * integer(config, "n_shared_experts"))
+
+
+def _biased_experts(config: Json, layers: int) -> ExpertsConfig | None:
+    """Read Ernie's experts, which are chosen by biased softmax scores; of a VLM, tokens of images and videos
+    have others, of which there are as many."""
+    router = replace(
+        _router(config, "moe_num_experts", renormalise=True, of_token="moe_k"), correction_bias=True
+    )
+    if number(config, "moe_norm_min") > _GREATEST_LEAST_SUM:
+        raise CheckpointError(
+            f"config.json: moe_norm_min {config['moe_norm_min']} should be at most {_GREATEST_LEAST_SUM:g}",
+            param="moe_norm_min",
+        )
+    if config["use_bias"]:
+        raise CheckpointError("config.json: use_bias is not supported beside experts", param="use_bias")
+    field, vision = "moe_intermediate_size", "mlp_layer_types" in config
+    sizes = config[field] if vision else [config[field]]
+    if not isinstance(sizes, list) or len(sizes) != 1 + vision:
+        raise CheckpointError(
+            f"config.json: {field} should be two sizes, for text and for media, not {sizes!r}", param=field
+        )
+    size, *others = (integer({field: size}, field) for size in sizes)
+    sparse = _typed_layers(config, layers) if vision else _layers_between(config, layers)
+    if not sparse:
+        return None
+    shared = integer(config, "moe_num_shared_experts", least=0)
+    return ExpertsConfig(
+        router, size, sparse, shared_size=size * shared or None, vision_size=others[0] if others else None
+    )
+
+
+def _typed_layers(config: Json, layers: int) -> tuple[int, ...]:
+    """The layers that ``mlp_layer_types`` calls sparse; all but the first where it is missing."""
+    types = config["mlp_layer_types"]
+    if types is None:
+        return tuple(range(1, layers))
+    known = isinstance(types, list) and all(kind in ("dense", "sparse") for kind in types)
+    if not known or len(types) < layers:
+        raise CheckpointError(
+            f"config.json: mlp_layer_types should be 'dense' or 'sparse' for {layers} layers, not {types!r}",
+            param="mlp_layer_types",
+        )
+    return tuple(layer for layer in range(layers) if types[layer] == "sparse")
+
+
+def _layers_between(config: Json, layers: int) -> tuple[int, ...]:
+    """The layers from ``moe_layer_start_index`` to ``moe_layer_end_index``, each last one of an interval."""
+    first, step = integer(config, "moe_layer_start_index", least=0), integer(config, "moe_layer_interval")
+    last = integer(config, "moe_layer_end_index", least=-1)
+    last = layers - 1 if last == -1 else min(last, layers - 1)
+    return tuple(layer for layer in range(first, last + 1) if (layer + 1) % step == 0)
 
 
 def _experts_beside_mlps(config: Json, layers: int) -> ExpertsConfig:

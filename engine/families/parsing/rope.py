@@ -30,12 +30,14 @@ _ALIASES: dict[str, dict[Any, str]] = {
 }
 _TYPES: dict[str, tuple[RopeType, ...]] = {
     **dict.fromkeys(GEMMA4_KINDS, ("default", "linear", "proportional")),
+    "ernie4_5_vl_moe_text": ("default",),
     "phi3": ("default", "longrope"),
 }
 _ALL_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 #: Kinds whose neighbouring dimensions rotate against each other.
 _GLM = ("glm", "glm4", "glm4v_text", "glm_ocr_text")
-_ADJACENT = ("cohere", "cohere2", "ernie4_5", *_GLM)
+_ERNIE = ("ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe_text")
+_ADJACENT = ("cohere", "cohere2", *_ERNIE, *_GLM)
 #: The share of a head that rotates, by the kinds that rotate a part where the file states none.
 _SHARES = {
     **dict.fromkeys(_QWEN3_5, 0.25),
@@ -47,6 +49,7 @@ _PARTIAL = ("phi3", *_GLM, *_SHARES)
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 #: Angles per axis of M-RoPE where the file has none; None where it has to state them.
 _SECTIONS: dict[str, tuple[int, ...] | None] = {
+    "ernie4_5_vl_moe_text": (22, 22, 20),
     "paddleocr_vl": (16, 24, 24),
     "qwen2_vl": (16, 24, 24),
     "glm4v_moe_text": (8, 12, 12),
@@ -56,6 +59,11 @@ _SECTIONS: dict[str, tuple[int, ...] | None] = {
     "qwen3_vl": (24, 20, 20),
     "qwen3_vl_moe": (24, 20, 20),
     "hunyuan_vl_text": None,
+}
+#: Axes that take turns.
+_INTERLEAVED = {
+    **dict.fromkeys((*_QWEN3_5, "qwen3_vl", "qwen3_vl_moe"), 3),
+    "ernie4_5_vl_moe_text": 2,
 }
 
 
@@ -134,7 +142,7 @@ def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
         type=rope_type,
         rotary_dim=rotary_dim,
         mrope_section=_section(parameters, kind, angles) if kind in _SECTIONS else None,
-        mrope_interleaved=kind in (*_QWEN3_5, "qwen3_vl", "qwen3_vl_moe"),
+        mrope_interleaved=_INTERLEAVED.get(kind, 0),
         adjacent=kind in _ADJACENT,
         query_growth=_query_growth(config, parameters, positions) if kind == "ministral3" else None,
         **_READERS[rope_type](config, parameters, positions, angles),
@@ -218,7 +226,15 @@ def _section(parameters: Json, kind: str, angles: int) -> tuple[int, ...]:
             f"config.json: mrope_section should be {counts} numbers with sum {angles}, not {section!r}",
             param=_PARAM,
         )
-    return tuple(section)
+    if kind != "ernie4_5_vl_moe_text":
+        return tuple(section)
+    height, width, time = section
+    if height != width or not time:
+        raise CheckpointError(
+            f"config.json: mrope_section {section} should have two equal numbers and one above 0",
+            param=_PARAM,
+        )
+    return time, height, width
 
 
 def _original(config: Json, parameters: Json, positions: int) -> int:

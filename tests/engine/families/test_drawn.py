@@ -33,6 +33,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "cohere": (1,),
     "cohere2": (1,),
     "ernie4_5": (1,),
+    "ernie4_5_moe": (1,),
     "exaone4": (1,),
     "exaone4_5": (1,),
     "seed_oss": (1,),

@@ -103,12 +103,13 @@ def test_rms_norm_with_an_offset_of_zero_rounds_as_transformers_does(dtype):
 
 
 ROTARY = {
-    "one axis": (None, False),
-    "three pieces": ((2, 3, 3), False),
-    "four pieces": ((1, 2, 2, 3), False),
-    "interleaved": ((4, 2, 2), True),
-    "neighbours": (None, False, True),
-    "neighbours, three pieces": ((2, 3, 3), False, True),
+    "one axis": (None, 0),
+    "three pieces": ((2, 3, 3), 0),
+    "four pieces": ((1, 2, 2, 3), 0),
+    "three interleaved": ((4, 2, 2), 3),
+    "neighbours": (None, 0, True),
+    "neighbours, three pieces": ((2, 3, 3), 0, True),
+    "neighbours, two interleaved": ((2, 3, 3), 2, True),
 }
 
 
@@ -250,8 +251,10 @@ def test_rotary_of_neighbours_equals_transformers(dtype):
 
 def test_axes_of_interleaved_angles():
     # Sections 4, 2, 2: axes h and w get every third angle, two each; t gets the rest.
-    assert angle_axes((4, 2, 2), True).tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
-    assert angle_axes((2, 3, 3), False).tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert angle_axes((4, 2, 2), 3).tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
+    # h and w take turns, t has the last angles.
+    assert angle_axes((2, 3, 3), 2).tolist() == [1, 2, 1, 2, 1, 2, 0, 0]
+    assert angle_axes((2, 3, 3), 0).tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))

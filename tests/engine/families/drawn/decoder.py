@@ -41,6 +41,7 @@ _DEFAULT_KV = {
     "glm_ocr": 8,
     "paddleocr_vl": 2,
     "ernie4_5": 2,
+    "ernie4_5_moe": 4,
     "exaone4": 32,
     "seed_oss": 8,
     "smollm3": 4,
@@ -63,7 +64,7 @@ _DEFAULT_HEAD_DIM = {
     "molmo2": 128,
 }
 _HAS_HEAD_DIM = (
-    *("hunyuan_v1_dense", "hunyuan_vl"),
+    *("ernie4_5_moe", "hunyuan_v1_dense", "hunyuan_vl"),
     *("llama", "mistral", "mixtral", "qwen3_moe", "qwen3_vl_moe", "glm_ocr"),
     *("glm4_moe", "glm4v_moe"),
     *_DEFAULT_HEAD_DIM,
@@ -71,7 +72,7 @@ _HAS_HEAD_DIM = (
 #: Kinds that take no null for the number of KV heads.
 _COUNTED_KV = (
     *("mistral", "mixtral", "qwen3_moe", "qwen2_moe", "gemma"),
-    *("glm4", "glm4_moe", "glm4v_moe"),
+    *("ernie4_5_moe", "glm4", "glm4_moe", "glm4v_moe"),
     *("exaone4", "ministral3", "glm_ocr", "lfm2", "molmo2", *DELTA_NETS, "qwen3_vl_moe"),
 )
 _BIASED = (

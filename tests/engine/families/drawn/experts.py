@@ -8,13 +8,17 @@ from tests.engine.families.drawn.choices import Draw
 
 #: Kinds whose router chooses among groups.
 GROUPED = ("glm4_moe", "glm4v_moe")
-EXPERTS = ("granitemoe", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", *GROUPED)
+ERNIE = ("ernie4_5_moe",)
+EXPERTS = ("granitemoe", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", *ERNIE, *GROUPED)
 
 
 def draw_experts(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
     """Add to a decoder's ``fields`` those of its experts; ``kind`` is one of ``EXPERTS``."""
     if kind in GROUPED:
         _draw_grouped(draw, fields)
+        return
+    if kind in ERNIE:
+        _draw_biased(draw, kind, fields)
         return
     experts = draw.choice("experts", (1, 2, 5, 8, 16))
     fields["num_experts_per_tok"] = draw.choice(
@@ -41,6 +45,23 @@ def draw_experts(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
         fields["decoder_sparse_step"] = draw.choice("sparse step", (1, 2))
     if draw.varies("dense layers stated", 0.4):
         fields["mlp_only_layers"] = draw.choice("dense layers", ([], [0], [layers - 1]))
+
+
+def _draw_biased(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
+    """Add the experts of Ernie 4.5."""
+    experts, layers = draw.choice("experts", (2, 5, 8, 16)), fields["num_hidden_layers"]
+    sizes = (16, 24, 52)
+    fields |= {
+        "moe_num_experts": experts,
+        "moe_k": draw.choice("experts of a token", [n for n in (1, 2, 3, 8) if n <= experts]),
+        "moe_intermediate_size": draw.choice("expert intermediate", sizes),
+    }
+    if draw.varies("shared experts stated", 0.5):
+        fields["moe_num_shared_experts"] = draw.choice("shared experts", (0, 1, 3))
+    if draw.varies("sparse layers stated", 0.6):
+        fields["moe_layer_start_index"] = draw.choice("first sparse layer", (0, 1, layers - 1))
+        fields["moe_layer_interval"] = draw.choice("sparse step", (1, 1, 2))
+        fields["moe_layer_end_index"] = draw.choice("last sparse layer", (-1, layers - 1, layers, 1))
 
 
 def _draw_grouped(draw: Draw, fields: dict[str, Any]) -> None:
