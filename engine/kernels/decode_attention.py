@@ -27,6 +27,7 @@ from engine.kernels.paged import (
     Softmax,
     accumulate,
     attend,
+    beside_fp8,
     capped,
     empty_softmax,
     load_keys,
@@ -284,6 +285,8 @@ def _decode_kernel(
         row_sum += 1.0
         acc += new_v.to(tl.float32)[None, :]
 
+    if FP8_CACHE:
+        q = beside_fp8(q)
     position = tl.zeros([ROWS], tl.int32) + newest
     state = Softmax(acc, row_max, row_sum)
     if PREFETCH:

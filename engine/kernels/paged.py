@@ -211,6 +211,19 @@ def load_keys(
 
 
 @triton.jit
+def beside_fp8(q):
+    """Return queries in a dtype to which keys and values in fp8 are converted at little cost.
+
+    One fast instruction converts two of them to float16; to bfloat16 each takes a slow one more. Queries in bfloat16
+    become float16: exactly, but for magnitudes below 2⁻¹⁴, which lose bits, and those beyond float16's largest number,
+    which become that.
+    """
+    if q.dtype == tl.bfloat16:
+        q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+    return q
+
+
+@triton.jit
 def capped(scores, scale, CAP: tl.constexpr):
     """Return ``CAP * tanh(scores * scale / CAP)``, for scores and a cap in units of log2(e)."""
     # tanh(x) is 1 - 2 / (exp(2x) + 1), and twice log2(e) is 2.885.

@@ -17,6 +17,7 @@ from engine.kernels.paged import (
     LOG2E,
     HeadKeys,
     attend,
+    beside_fp8,
     empty_softmax,
     find_tile,
     query_tiles,
@@ -109,7 +110,7 @@ def paged_attention_triton(q, cache, meta, *, scale, window=None, cap=None, out=
         sequences=sequences, scale=scale * cache.key_scale * LOG2E, value_scale=cache.value_scale, window=window or 0,
         q_token=q.stride(0), q_head=q.stride(1), table_row=meta.block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size, BLOCK_STRIDE=cache.block_stride,
-        ROWS=tile.rows, KEYS=tile.keys, TOKENS=tokens_per_tile, WINDOW=window is not None,
+        FP8_CACHE=cache.is_fp8, ROWS=tile.rows, KEYS=tile.keys, TOKENS=tokens_per_tile, WINDOW=window is not None,
         CAP=(cap or 0.0) * LOG2E,
         num_warps=tile.warps, num_stages=tile.stages, **pdl_options(q),
     )  # fmt: skip
@@ -122,8 +123,8 @@ def _attention_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, query_start_ptr, seq_lens_ptr, key_ends_ptr, out_ptr,
     sequences, scale, value_scale, window, q_token, q_head, table_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_STRIDE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    PDL: tl.constexpr,
+    FP8_CACHE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per query tile and KV head. TOKENS: query tokens per tile. CAP: of the scores, in units of
     log2(e); 0 without one.
@@ -148,6 +149,8 @@ def _attention_kernel(
     q_offset = (begin + token).to(tl.int64) * q_token + head * q_head
     mask = valid[:, None] & (column[None, :] < DIM)
     q = tl.load(q_ptr + q_offset[:, None] + column[None, :], mask=mask, other=0.0)
+    if FP8_CACHE:
+        q = beside_fp8(q)
     position = length - count + token
 
     # Keys [start, end) are visible to some row; keys [start, whole) come in tiles that all rows see in full.
