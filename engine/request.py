@@ -41,7 +41,9 @@ class Request:
             indices.
         position_delta: rotary position minus index of every token after the prompt.
         both_ways: sorted disjoint ranges ``[start, end)`` of the prompt in which every token attends to all
-            tokens of the range, also to later ones. Each is computed in one step.
+            tokens of the range, also to later ones, but for ``one_way``. Each is computed in one step.
+        one_way: sorted disjoint ranges within those, before the last token of each, whose tokens attend to
+            earlier ones only and are seen by later ones only. In a given model the tokens say which.
         pooling: how to make an embedding; None for generation.
         grammar: the matcher that masks this sequence's tokens, if it is constrained.
         appends_forced: tokens that the grammar alone decides are appended without being sampled; see
@@ -79,6 +81,7 @@ class Request:
     positions: np.ndarray | None = None
     position_delta: int = 0
     both_ways: Sequence[tuple[int, int]] = ()
+    one_way: Sequence[tuple[int, int]] = ()
     pooling: PoolingParams | None = None
     grammar: Any = None
     appends_forced: bool = False

@@ -6,7 +6,6 @@ import dataclasses
 import random
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,8 @@ from engine.structured.matcher import Grammar
 from engine.text.tokenizer import Tokenizer
 
 Embedding = EmbeddedMedia | Any  # or a device tensor (num_tokens, width), where the encoder is in-process
+
+_Ranges = list[tuple[int, int]]
 
 #: Share of a goal for the first token that may have passed when the prompt gets its slot.
 _WAITING_SHARE = 0.8
@@ -264,6 +265,7 @@ class RequestFactory:
         if not isinstance(priority, int):
             raise InvalidRequest(f"priority must be an integer, got {priority!r}.", param="priority")
         _check_spans(inputs.spans, len(inputs.token_ids))
+        both_ways, one_way = self._both_ways(inputs)
         request = Request(
             id=request_id,
             token_ids=list(inputs.token_ids),
@@ -278,17 +280,18 @@ class RequestFactory:
             cache_salt=inputs.cache_salt,
             pooling=pooling,
             rope_variant=self._model.decoder.rope.variant(len(inputs.token_ids)),
-            both_ways=self._both_ways(inputs),
+            both_ways=both_ways,
+            one_way=one_way,
         )
         self._place(request)
         return request
 
-    def _both_ways(self, inputs: EngineInput) -> list[tuple[int, int]]:
-        """The ranges of :attr:`Request.both_ways`; those of one token change nothing and are left out.
+    def _both_ways(self, inputs: EngineInput) -> tuple[_Ranges, _Ranges]:
+        """The ranges of :attr:`Request.both_ways`, of which those of one token change nothing and are left
+        out, and those of :attr:`Request.one_way`.
 
         Raises:
-            InvalidRequest: a whole prompt should attend both ways, and is longer than a sliding window; or
-                all items should, and have text between them.
+            InvalidRequest: a whole prompt should attend both ways, and is longer than a sliding window.
         """
         kind, length = self._model.decoder.both_ways, len(inputs.token_ids)
         if kind == "prompt":
@@ -299,25 +302,11 @@ class RequestFactory:
                     f"longer than its window of {window}, is not supported.",
                     param="prompt",
                 )
-            return [(0, length)]
-        if kind == "items":
-            return self._joined_spans(inputs)
+            return [(0, length)], []
+        if kind == "tokens":
+            return _around(inputs.token_ids, self._model.decoder.seeing_tokens)
         runs = [run for span in inputs.spans for run in span.runs()] if kind == "images" else []
-        return [(start, end) for start, end in runs if end - start > 1]
-
-    @staticmethod
-    def _joined_spans(inputs: EngineInput) -> list[tuple[int, int]]:
-        """The one range of all media of a prompt, as a list of one; empty if there are none."""
-        spans = inputs.spans
-        if not spans:
-            return []
-        if any(one.offset + one.length != other.offset for one, other in pairwise(spans)):
-            raise InvalidRequest(
-                "All images of a prompt see each other in this model, but not the text between them, which "
-                "is not supported: put the images next to each other, or send one.",
-                param="prompt",
-            )
-        return [(spans[0].offset, spans[-1].offset + spans[-1].length)]
+        return [(start, end) for start, end in runs if end - start > 1], []
 
     def _place(self, request: Request) -> None:
         """Set the rotary positions of ``request``, and end its answer where the positions end.
@@ -382,6 +371,17 @@ def _check_salt(salt: Any) -> None:
         salt.encode()
     except (AttributeError, UnicodeEncodeError):
         raise InvalidRequest("cache_salt must be a string of valid Unicode.", param="cache_salt") from None
+
+
+def _around(token_ids: Sequence[int], seeing: Sequence[int]) -> tuple[_Ranges, _Ranges]:
+    """The range from the first to the last of the tokens ``seeing``, if there are several, and the runs of
+    other tokens within it."""
+    places = np.flatnonzero(np.isin(np.array(token_ids), seeing))
+    if len(places) < 2:
+        return [], []
+    behind = np.flatnonzero(np.diff(places) > 1)
+    gaps = zip((places[behind] + 1).tolist(), places[behind + 1].tolist(), strict=True)
+    return [(int(places[0]), int(places[-1]) + 1)], list(gaps)
 
 
 def _check_spans(spans: Sequence[MediaSpan], num_tokens: int) -> None:

@@ -135,6 +135,7 @@ def _copy(request: Request, num_computed: int) -> Request:
         positions=request.positions,
         position_delta=request.position_delta,
         both_ways=request.both_ways,
+        one_way=request.one_way,
         pooling=request.pooling,
         blocks=request.blocks,
         rope_variant=request.rope_variant,

@@ -80,7 +80,9 @@ class AttentionMetadata:
         max_seq_len: upper bound of ``seq_lens``; a host integer.
         key_ends: ``(T,)`` int32, where the keys that a new token sees end: its index in the sequence plus
             one, or more, up to the sequence's length, where tokens attend both ways. It doesn't decrease
-            within a sequence. None: every token sees the keys up to its own.
+            within a sequence, unless there are ``gaps``. None: every token sees the keys up to its own.
+        gaps: among tokens that attend both ways there may be some that don't. A token sees a later key only
+            if that one's token is new as well and has the same end.
         split_counters: ``(S or more, kv_heads or more)`` int32 zeros, which count finished programs where decode
             attention splits keys (flash-decoding); zeros again after each launch. Launches that share them
             must not overlap. None allocates and clears them at each launch.
@@ -97,6 +99,7 @@ class AttentionMetadata:
     max_query_len: int
     max_seq_len: int
     key_ends: torch.Tensor | None = None
+    gaps: bool = False
     split_counters: torch.Tensor | None = None
     state_rows: torch.Tensor | None = None
     many_sequences: bool = False
@@ -233,7 +236,7 @@ def capped(scores, scale, CAP: tl.constexpr):
 @triton.jit
 def accumulate(
     state, q, k, v, first_key, last_key, position, length, scale, window,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, last_keys=None,
 ):  # fmt: skip
     """Add a loaded tile of keys and values to the online softmax.
 
@@ -246,6 +249,8 @@ def accumulate(
         scale: of the scores, times log2(e); positive.
         MASKED: whether some row does not see the whole tile.
         CAP: see :func:`capped`.
+        last_keys: ``(KEYS,)``, position of the last key that the token of each key sees; keys behind a query are
+            masked if it isn't the query's. None: all keys up to ``last_key`` count.
     """
     key = first_key + tl.arange(0, k.shape[1])
     in_range = key < length
@@ -257,6 +262,8 @@ def accumulate(
         scale = 1.0
     if MASKED:
         visible = (key[None, :] <= last_key[:, None]) & in_range[None, :]
+        if last_keys is not None:
+            visible &= (key[None, :] <= position[:, None]) | (last_keys[None, :] == last_key[:, None])
         if WINDOW:
             visible = visible & (key[None, :] > position[:, None] - window)
         scores = tl.where(visible, scores, float("-inf"))
@@ -278,10 +285,10 @@ def accumulate(
 def attend(
     state, q, keys, first_key, last_key, position, length, scale, window,
     DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, last_keys=None,
 ):  # fmt: skip
     """Load a tile of keys and values and add it to the online softmax; see :func:`accumulate`."""
     k, v = load_keys(keys, first_key, length, DIM, BLOCK_SIZE, KEYS, MASKED)
     return accumulate(
-        state, q, k, v, first_key, last_key, position, length, scale, window, MASKED, WINDOW, CAP
+        state, q, k, v, first_key, last_key, position, length, scale, window, MASKED, WINDOW, CAP, last_keys
     )  # fmt: skip

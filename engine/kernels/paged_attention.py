@@ -71,7 +71,13 @@ def _hidden(meta, begin: int, end: int, first_key: int, length: int, window: int
     device = meta.block_tables.device
     position = torch.arange(length - (end - begin), length, device=device)[:, None]
     key = torch.arange(first_key, length, device=device)[None]
-    hidden = key > position if meta.key_ends is None else key >= meta.key_ends[begin:end, None]
+    hidden = key > position
+    if meta.key_ends is not None:
+        hidden = key >= meta.key_ends[begin:end, None]
+        if meta.gaps:
+            ends = torch.zeros(length, dtype=meta.key_ends.dtype, device=device)
+            ends[length - (end - begin) :] = meta.key_ends[begin:end]
+            hidden |= (key > position) & (ends[first_key:] != meta.key_ends[begin:end, None])
     return hidden if window is None else hidden | (key <= position - window)
 
 
@@ -111,7 +117,7 @@ def paged_attention_triton(q, cache, meta, *, scale, window=None, cap=None, out=
         q_token=q.stride(0), q_head=q.stride(1), table_row=meta.block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size, BLOCK_STRIDE=cache.block_stride,
         FP8_CACHE=cache.is_fp8, ROWS=tile.rows, KEYS=tile.keys, TOKENS=tokens_per_tile, WINDOW=window is not None,
-        CAP=(cap or 0.0) * LOG2E,
+        GAPS=meta.gaps, CAP=(cap or 0.0) * LOG2E,
         num_warps=tile.warps, num_stages=tile.stages, **pdl_options(q),
     )  # fmt: skip
     return out
@@ -124,12 +130,13 @@ def _attention_kernel(
     sequences, scale, value_scale, window, q_token, q_head, table_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_STRIDE: tl.constexpr,
     FP8_CACHE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr, PDL: tl.constexpr,
+    GAPS: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per query tile and KV head. TOKENS: query tokens per tile. CAP: of the scores, in units of
     log2(e); 0 without one.
 
-    ``key_ends_ptr`` is None where every token sees the keys up to its own.
+    ``key_ends_ptr`` is None where every token sees the keys up to its own. GAPS: see
+    :attr:`engine.kernels.paged.AttentionMetadata.gaps`.
     """
     wait_for_previous(PDL)
     tile = tl.program_id(0)
@@ -160,8 +167,11 @@ def _attention_kernel(
     last_key = position
     if key_ends_ptr is not None:
         last_key = tl.load(key_ends_ptr + begin + token, mask=valid, other=1) - 1
-        least = tl.load(key_ends_ptr + begin + first_token)
-        end = tl.load(key_ends_ptr + begin + last_token)
+        if GAPS:
+            end = tl.max(last_key) + 1
+        else:
+            least = tl.load(key_ends_ptr + begin + first_token)
+            end = tl.load(key_ends_ptr + begin + last_token)
     start = 0
     if WINDOW:
         start = tl.maximum(length - count + first_token - window + 1, 0) // KEYS * KEYS
@@ -184,9 +194,14 @@ def _attention_kernel(
             DIM, BLOCK_SIZE, KEYS, MASKED=False, WINDOW=WINDOW, CAP=CAP,
         )  # fmt: skip
     for first_key in range(whole, end, KEYS):
+        last_keys = None
+        if GAPS:
+            # Those of tokens before the new ones don't matter: all rows see these keys.
+            new = first_key + tl.arange(0, KEYS) - (length - count)
+            last_keys = tl.load(key_ends_ptr + begin + new, mask=(new >= 0) & (new < count), other=0) - 1
         state = attend(
             state, q, keys, first_key, last_key, position, length, scale, window,
-            DIM, BLOCK_SIZE, KEYS, MASKED=True, WINDOW=WINDOW, CAP=CAP,
+            DIM, BLOCK_SIZE, KEYS, MASKED=True, WINDOW=WINDOW, CAP=CAP, last_keys=last_keys,
         )  # fmt: skip
 
     result = state.acc / state.row_sum[:, None] * value_scale

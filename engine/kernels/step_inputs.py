@@ -144,7 +144,13 @@ class StepInputs:
         )
 
     def metadata(
-        self, *, max_query_len: int, max_seq_len: int, both_ways: bool, many_sequences: bool = False
+        self,
+        *,
+        max_query_len: int,
+        max_seq_len: int,
+        both_ways: bool,
+        gaps: bool,
+        many_sequences: bool = False,
     ) -> AttentionMetadata:
         """The same tensors as attention takes them; arguments as there."""
         return AttentionMetadata(
@@ -155,6 +161,7 @@ class StepInputs:
             max_query_len=max_query_len,
             max_seq_len=max_seq_len,
             key_ends=self.key_ends if both_ways else None,
+            gaps=gaps,
             state_rows=self.state_rows,
             many_sequences=many_sequences,
         )

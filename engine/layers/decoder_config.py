@@ -210,9 +210,9 @@ class DecoderConfig:
             before all of them that is in ``local_layers``, or is not, as itself.
         borrowing_size: intermediate size of their MLPs; None if it is that of all.
         both_ways: the tokens that attend to each other in both directions: those of each unbroken run of
-            embedding rows (``images``), those that stand for media, tokens among rows included, which may
-            have no text between them (``items``), or all of a prompt (``prompt``); None: every token attends
-            to earlier ones only.
+            embedding rows (``images``), all ``seeing_tokens`` of a prompt (``tokens``), or all of a prompt
+            (``prompt``); None: every token attends to earlier ones only.
+        seeing_tokens: see ``both_ways``.
         local_both_ways: they do so in ``local_layers`` alone.
         further_embeddings: trailing rows of the table of embeddings that the checkpoint holds in a tensor of
             their own.
@@ -267,7 +267,8 @@ class DecoderConfig:
     value_norm: bool = False
     num_borrowing: int = 0
     borrowing_size: int | None = None
-    both_ways: Literal["images", "items", "prompt"] | None = None
+    both_ways: Literal["images", "tokens", "prompt"] | None = None
+    seeing_tokens: tuple[int, ...] = ()
     local_both_ways: bool = False
     further_embeddings: int = 0
     unpredicted: int = 0

@@ -81,6 +81,7 @@ class ForwardGraphs:
         max_seq_len: longest sequence.
         all_rows: return the hidden states of all rows, else of at most one row per sequence.
         both_ways: batches have :attr:`~engine.kernels.paged.AttentionMetadata.key_ends`.
+        gaps: they have :attr:`~engine.kernels.paged.AttentionMetadata.gaps`.
 
     Attributes:
         hidden: ``(sequences, width)``, the hidden states of the sampling rows of the last pass.
@@ -101,6 +102,7 @@ class ForwardGraphs:
         max_seq_len: int,
         all_rows: bool,
         both_ways: bool,
+        gaps: bool,
     ) -> None:
         self._gather, self._forward, self._capture = gather, forward, capture
         self._sizes, self._max_seq_len = sizes, max_seq_len
@@ -111,7 +113,7 @@ class ForwardGraphs:
         self._deepstack = torch.zeros((deepstack, most, width), dtype=dtype, device=device)
         self._num_added = 0
         self._counts = sorted({min(FEW_SEQUENCES, sequences), sequences})
-        self.all_rows, self._both_ways = all_rows, both_ways
+        self.all_rows, self._both_ways, self._gaps = all_rows, both_ways, gaps
         self.hidden = torch.zeros((sequences, width), dtype=dtype, device=device)
         self._replays: dict[tuple[int, int], Replay] = {}
 
@@ -170,6 +172,7 @@ class ForwardGraphs:
             max_query_len=size,
             max_seq_len=self._max_seq_len,
             both_ways=self._both_ways,
+            gaps=self._gaps,
             many_sequences=count > FEW_SEQUENCES,
         )
         media = self._media[:size]

@@ -103,6 +103,7 @@ class ModelRunner:
         rope = model.config.rope
         self._mrope, self._axes = rope.mrope_section is not None, rope.num_axes
         self._both_ways = model.config.both_ways is not None
+        self._gaps = model.config.both_ways == "tokens"
         model.rotary.reserve_prompt_rows(max_num_tokens)
         self._state = DeviceState(
             num_slots, caches.num_groups, -(-max_model_len // block_size), block_size, self.device
@@ -139,6 +140,7 @@ class ModelRunner:
                 max_seq_len=max_model_len,
                 all_rows=pooling,
                 both_ways=self._both_ways,
+                gaps=self._gaps,
             )
             self._decodes = DecodeGraphs(
                 self._decode_logits,
@@ -513,6 +515,7 @@ class ModelRunner:
             max_query_len=max(chunk.count for chunk in batch.prefills),
             max_seq_len=self._max_model_len if len(batch.decode_slots) else max(ends),
             both_ways=self._both_ways,
+            gaps=self._gaps,
         )
         embeds, deepstack = self.model.embed(inputs.ids), None
         if media is not None:

@@ -204,9 +204,13 @@ def _positions(chunk: PrefillChunk, rotary: Rotary) -> np.ndarray:
 
 def _key_ends(chunk: PrefillChunk) -> np.ndarray:
     """int64 ``(count,)``: where the keys end that each token of a chunk sees."""
-    ends = np.arange(chunk.start + 1, chunk.start + chunk.count + 1)
+    own = np.arange(chunk.start + 1, chunk.start + chunk.count + 1)
+    ends = own.copy()
     for start, stop in chunk.request.both_ways:
         ends[max(start - chunk.start, 0) : max(stop - chunk.start, 0)] = stop
+    for start, stop in chunk.request.one_way:
+        inside = slice(max(start - chunk.start, 0), max(stop - chunk.start, 0))
+        ends[inside] = own[inside]
     return ends
 
 

@@ -130,7 +130,7 @@ class Scheduler:
         if longest > self.budget:
             raise InvalidRequest(
                 f"{longest} tokens of the prompt attend to each other and must be computed in one step, but "
-                f"max_num_batched_tokens is {self.budget}. Raise it, or send a smaller image.",
+                f"max_num_batched_tokens is {self.budget}. Raise it, or send fewer or smaller images.",
                 param="prompt",
             )
 

@@ -1,5 +1,5 @@
 """Molmo 2: features of two tower layers, windows of patches pooled by attention, images that see each
-other."""
+other, but not the text between them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ _PROJECTOR = r"model\.(?:vision_backbone|multi_modal_projector)\.image_projector
 _FURTHER = "model.transformer.wte.new_embedding"
 #: Fields of the decoder, and the names that public files have for them.
 _ALIASES = {"attention_bias": "qkv_bias", "rms_norm_eps": "layer_norm_eps"}
+#: Tokens of images and frames, beside the one that rows replace.
+_SEEING = (
+    *("<im_start>", "<im_end>", "<im_col>", "<low_res_im_start>"),
+    *("<frame_start>", "<frame_end>", "<im_low>"),
+)
 #: Fields of processor_config.json, with their values where the file states none.
 _COLUMNS = {
     "image_use_col_tokens": True,
@@ -60,12 +65,16 @@ def _text(raw: Json) -> tuple[Json, DecoderKind]:
 
 def _finished(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """The rows of the embedding table that are a tensor of their own, the placeholder's embedding, which is
-    added to the rows of images, and the tokens around these."""
+    added to the rows of images, and the tokens around these, all of which see each other."""
+    assert config.image_token_id is not None
+    added = checkpoint.added_tokens
+    seeing = {config.image_token_id, *(added[token] for token in _SEEING if token in added)}
     decoder = replace(
         config.decoder,
         further_embeddings=_further(checkpoint, config.decoder.unpredicted),
         row_token=config.image_token_id,
-        both_ways="items",
+        both_ways="tokens",
+        seeing_tokens=tuple(sorted(seeing)),
     )
     stated = checkpoint.json("tokenizer_config.json")
     first = next((stated[field] for field in ("bos_token", "eos_token") if stated.get(field)), "")

@@ -45,6 +45,8 @@ def request_() -> Request:
         spans,
         embeddings,
         seed=9,
+        both_ways=[(6, 16)],
+        one_way=[(10, 12)],
         rope_variant=1,
         num_preemptions=2,
         blocks=[[5, 3], [0, 4]],

@@ -426,11 +426,11 @@ CASES = [
         Molmo2Reference,
         frame=MOLMO_FRAME,
         placeholder=lambda index, count: MOLMO_IMAGE,
-        # In crops beside each other, and below each other; next to each other only.
+        # In crops beside each other, and below each other.
         single=((210, 84), (70, 175)),
-        several=(((140, 105), (32, 42)),),
-        # All images of a prompt see each other: one step computes them.
-        few_tokens=70,
+        several=(((140, 105), (32, 42)), ((20, 20), (70, 175), (84, 56))),
+        # All images of a prompt see each other: one step computes them, and the text between them.
+        few_tokens=120,
     ),
     FamilyCase("Idefics3", make_idefics3, partial(IdeficsReference, kind="Idefics3"), **_IDEFICS),
     FamilyCase(

@@ -188,9 +188,10 @@ def attention(dtype: torch.dtype, dim: int) -> None:
     angles = torch.zeros(64, dim // 2)
     for stored, window, cap in product((dtype, FP8), (None, 512), (None, 50.0)):
         cache, limits = kv_cache(kv_heads, dim, stored), {"scale": 0.1, "window": window, "cap": cap}
-        for tokens, both_ways in product(([7, 1], [100], [2000]), (False, True)):
+        for tokens, sight in product(([7, 1], [100], [2000]), ("causal", "both ways", "gaps")):
             meta = metadata(tokens, 4000, 4000)
-            meta.key_ends = torch.zeros(sum(tokens), dtype=torch.int32) if both_ways else None
+            meta.key_ends = None if sight == "causal" else torch.zeros(sum(tokens), dtype=torch.int32)
+            meta.gaps = sight == "gaps"
             dispatch.paged_attention(tensor(sum(tokens), heads, dim, dtype=dtype), cache, meta, **limits)
         weight = tensor(dim, dtype=dtype)
         for sequences, normed, adjacent, axes in product((1, 100), (False, True), (False, True), (1, 3)):

@@ -90,12 +90,15 @@ def paged(heads: int, kv_heads: int, dim: int, tokens: list[int]) -> None:
     paged_attention_triton(tensor(sum(tokens), heads, dim), kv_cache(kv_heads, dim), meta, scale=0.1)
 
 
-def both_ways(heads: int, kv_heads: int, dim: int, tokens: list[int], window: int | None) -> None:
+def both_ways(
+    heads: int, kv_heads: int, dim: int, tokens: list[int], window: int | None, gaps: bool = False
+) -> None:
     """Mixed attention of a model whose images attend both ways."""
     from engine.kernels.paged_attention import paged_attention_triton
 
     meta = metadata(tokens, 1000, 1000)
     meta.key_ends = torch.full((sum(tokens),), 1000, dtype=I32)
+    meta.gaps = gaps
     q = tensor(sum(tokens), heads, dim)
     paged_attention_triton(q, kv_cache(kv_heads, dim), meta, scale=0.1, window=window)
 
@@ -595,6 +598,8 @@ MORE_CASES: list[Callable[[], None]] = [
     lambda: decode(32, 32, 128, 64),
     lambda: paged(32, 32, 128, [300, 1, 7]),
     lambda: both_ways(8, 4, 256, [300, 1, 7], None),
+    # Molmo 2, whose images see each other, but not the text between them.
+    lambda: both_ways(32, 8, 128, [300, 1, 7], None, gaps=True),
     partial(wide_heads, 256),
     lambda: prefill(14, 2, 64),
     lambda: vision(16, 80, 1600, images=4),

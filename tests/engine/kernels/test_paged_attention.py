@@ -79,41 +79,57 @@ def test_reference_caps_scores_as_transformers():
         row += count
 
 
-def both_ways(paged, queries, spans):
-    """Let tokens ``[start, end)`` of a sequence, for each of its ``spans``, see all keys before ``end``."""
+def both_ways(paged, queries, spans, gaps=None):
+    """Let tokens ``[start, end)`` of a sequence, for each of its ``spans``, see all keys before ``end``, but
+    for those in ``gaps``, which neither do so nor are seen so."""
     ends = []
-    for length, count, ranges in zip(paged.meta.seq_lens.tolist(), queries, spans, strict=True):
+    for length, count, ranges, holes in zip(
+        paged.meta.seq_lens.tolist(), queries, spans, gaps or [()] * len(spans), strict=True
+    ):
         every = torch.arange(1, length + 1)
         for start, end in ranges:
             every[start:end] = end
+        for start, end in holes:
+            every[start:end] = torch.arange(start + 1, end + 1)
         ends.append(every[length - count :])
     padding = torch.zeros(3)
     paged.meta.key_ends = torch.cat([*ends, padding]).int().to(paged.meta.seq_lens.device)
+    paged.meta.gaps = gaps is not None
 
 
 #: Spans at a chunk's start, over several tiles, next to each other, at the end, and none.
 SPANS = ([(0, 70), (71, 73)], [(40, 110), (110, 150)], [], [(33, 37)])
+#: Within tiles and over several, of one token, and next to a span's start and end.
+GAPS = ([(1, 9), (20, 60)], [(41, 42), (60, 61), (100, 109), (111, 149)], [], [(34, 36)])
 SPANNED = {"lengths": [90, 150, 9, 37], "queries": [90, 110, 1, 37], "heads": 4, "kv_heads": 2, "dim": 16}
 
 
+@pytest.mark.parametrize("gaps", [None, GAPS], ids=["whole", "gaps"])
 @pytest.mark.parametrize("window", [None, 1, 11, 60])
-def test_spans_that_attend_both_ways(device, dtype, window):
+def test_spans_that_attend_both_ways(device, dtype, window, gaps):
     q, paged = problem(device, dtype, **SPANNED, block_size=8, padding=3)
-    both_ways(paged, SPANNED["queries"], SPANS)
+    both_ways(paged, SPANNED["queries"], SPANS, gaps)
     run(q, paged, window=window)
 
 
+@pytest.mark.parametrize("gaps", [None, GAPS], ids=["whole", "gaps"])
 @pytest.mark.parametrize("window", [None, 11])
-def test_reference_with_spans_equals_sdpa(window):
+def test_reference_with_spans_equals_sdpa(window, gaps):
     q, paged = problem("cpu", torch.float32, **SPANNED, block_size=8, padding=3)
-    both_ways(paged, SPANNED["queries"], SPANS)
+    both_ways(paged, SPANNED["queries"], SPANS, gaps)
     result = paged_attention_reference(q, paged.cache, paged.meta, scale=16**-0.5, window=window)
     row = 0
-    for (k, v), count, spans in zip(paged.contiguous, SPANNED["queries"], SPANS, strict=True):
+    for (k, v), count, spans, holes in zip(
+        paged.contiguous, SPANNED["queries"], SPANS, gaps or [()] * 4, strict=True
+    ):
+        sees = torch.ones(len(k), dtype=torch.bool)
+        for start, end in holes:
+            sees[start:end] = False
         key, query = torch.arange(len(k)), torch.arange(len(k) - count, len(k))[:, None]
         mask = key <= query
         for start, end in spans:
-            mask |= (query >= start) & (query < end) & (key >= start) & (key < end)
+            inside = (query >= start) & (query < end) & (key >= start) & (key < end)
+            mask |= inside & sees[query] & sees[key]
         if window is not None:
             mask &= key > query - window
         parts = (x.transpose(0, 1)[None] for x in (q[row : row + count], k, v))

@@ -93,14 +93,12 @@ class MolmoFamily:
                 placeholder=lambda index, count: IMAGE,
                 area=(2 * patch * side) ** 2,
                 several=2,
-                apart=False,
             ),
             _TOKENS,
             {"mm_processor_kwargs": kwargs},
             media=frozenset(pictures),
             lengths=lengths_of("molmo2", text),
-            # Of two images, with a token behind each of the rows.
-            together=4 * (1 + crops) * (side + sum(margins)) ** 2,
+            together=_TOKENS,
         )
 
 

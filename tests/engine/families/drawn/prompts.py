@@ -49,7 +49,6 @@ class Style:
         longest: greatest ratio of an image's sides.
         frames: most frames of a video.
         several: most images of one prompt.
-        apart: text may stand between images.
         words: most words of a text.
     """
 
@@ -61,7 +60,6 @@ class Style:
     longest: float = 8.0
     frames: int = 0
     several: int = 3
-    apart: bool = True
     words: int = 40
 
 
@@ -80,8 +78,6 @@ def as_seen(prompt: CasePrompt) -> CasePrompt:
 def _has(style: Style, kind: str) -> bool:
     if "video" in kind:
         return style.video is not None and style.frames > 0
-    if kind == "images apart" and not style.apart:
-        return False
     return "image" not in kind or style.placeholder is not None
 
 
@@ -94,7 +90,7 @@ def _prompt(draw: Draw, style: Style, name: str, kind: str) -> CasePrompt:
         if kind in ("images", "images apart"):
             wanted = rng.randint(2, max(style.several, 2))
         elif kind == "turns":
-            wanted = rng.randint(0, turns if style.apart else 1)
+            wanted = rng.randint(0, turns)
     images = tuple(_image(draw, style, f"{name} image {i}") for i in range(wanted))
     placeholders = (
         [style.placeholder(i, wanted) for i in range(wanted)] if style.placeholder is not None else []
