@@ -58,6 +58,7 @@ from engine.kernels.int4_mma import int4_mma_gluon
 from engine.kernels.int4_mma_ring import int4_mma_ring_gluon
 from engine.kernels.int4_wgmma import int4_wgmma_gluon
 from engine.kernels.launch import is_compiling
+from engine.kernels.layer_norm import add_layer_norm, layer_norm_rounded
 from engine.kernels.norm_gemv import norm_gemv_triton
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.paged_attention import paged_attention_reference, paged_attention_triton
@@ -70,7 +71,7 @@ from engine.kernels.rms_norm import HeadNorms, rms_norm, rms_norm_rounded
 from engine.kernels.rotary import RotaryTable
 from engine.kernels.route import Routing
 from engine.kernels.skinny_gemm import skinny_gemm_triton
-from engine.kernels.split_sums import SplitSums, whole
+from engine.kernels.split_sums import SplitSums, Unfinished, whole
 from engine.kernels.vision_attention import vision_attention_reference, vision_attention_triton
 from engine.kernels.wide_gemm import wide_gemm_gluon
 
@@ -351,7 +352,9 @@ def sum_linear(
     return gemv_sum_triton(x, weight, scale, peers) if fits else None
 
 
-def takes_rounded(x: torch.Tensor | SplitSums, weight: torch.Tensor, scale: Scale | Int4Scale | None) -> bool:
+def takes_rounded(
+    x: torch.Tensor | Unfinished, weight: torch.Tensor, scale: Scale | Int4Scale | None
+) -> bool:
     """Return whether :func:`linear` multiplies the rows ``x`` as :class:`RoundedRows`.
 
     To round rows takes a launch, which large weights alone make up for if there is one row.
@@ -359,7 +362,7 @@ def takes_rounded(x: torch.Tensor | SplitSums, weight: torch.Tensor, scale: Scal
     return _may_round(x, weight, scale) and (x.shape[0] > 1 or weight.numel() > MAX_UNROUNDED)
 
 
-def _may_round(x: torch.Tensor | SplitSums, weight: torch.Tensor, scale: Scale | Int4Scale | None) -> bool:
+def _may_round(x: torch.Tensor | Unfinished, weight: torch.Tensor, scale: Scale | Int4Scale | None) -> bool:
     """Return whether the rows ``x`` may be rounded, and multiplied by this weight then."""
     return isinstance(scale, Scale) and x.shape[0] > 0 and supports_scaled(x, weight, scale)
 
@@ -411,68 +414,120 @@ def _int4_linear(
 
 
 def norm_linear(
-    x: torch.Tensor | SplitSums,
+    x: torch.Tensor | Unfinished,
     residual: torch.Tensor | None,
-    norm: torch.Tensor,
+    norm: torch.Tensor | None,
     eps: float,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
     activation: str | None = None,
     offset: float | None = None,
+    centred: bool = False,
     scale: Scale | Int4Scale | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute a linear layer of the RMS norm of ``x + residual``, and that sum.
+    """Compute a linear layer of the norm of ``x + residual``, and that sum.
 
     One row: only ``x + residual`` is rounded to the dtype in between. Several rows: each operation rounds its
     own result, see :func:`linear`.
 
     Args:
-        x: ``(T, K)``, last dimension contiguous; with ``residual`` also what is not added up yet.
+        x: ``(T, K)``, last dimension contiguous; or what is to become that.
         residual: shape of ``x``, contiguous; None adds nothing.
-        norm: ``(K,)``, scale of the norm.
+        norm: ``(K,)``, scale of the norm; None for no norm.
         eps: added to the mean square.
         weight, bias, activation, scale: see :func:`linear`.
         offset: see :func:`~engine.kernels.rms_norm.rms_norm`.
+        centred: the norm is a layer norm without shift, not an RMS norm.
 
     Returns:
         ``(T, N)``, or ``(T, N / 2)`` with an activation, and ``(T, K)``; both in the dtype of ``x``.
     """
-    if _may_round(x, weight, scale):
-        rows, total = rms_norm_rounded(x, norm, eps, residual, offset=offset)
-        return linear(rows, weight, bias, activation=activation, scale=scale), total
-    readable = scale is None or (isinstance(scale, Scale) and reads_fp8(x.device))
-    if x.shape[0] == 1 and isinstance(x, torch.Tensor) and use_triton(x) and readable:
+    options = {"offset": offset, "centred": centred}
+    if fuses_norm(x, weight, scale):
         return norm_gemv_triton(
-            x, residual, norm, eps, weight, bias, activation=activation, offset=offset, scale=scale
+            x, residual, norm, eps, weight, bias, activation=activation, scale=scale, **options
         )
-    if residual is None:
-        total = whole(x)
-        normed = rms_norm(total, norm, eps, offset=offset)
-    else:
-        normed, total = rms_norm(x, norm, eps, residual, offset=offset)
+    run = _norm_rounded if _may_round(x, weight, scale) else _norm
+    normed, total = run(x, residual, norm, eps, **options)
     return linear(normed, weight, bias, activation=activation, scale=scale), total
 
 
-def norm_gated_rounded(
-    x: torch.Tensor | SplitSums,
+def fuses_norm(x: torch.Tensor | Unfinished, weight: torch.Tensor, scale: Scale | Int4Scale | None) -> bool:
+    """Return whether :func:`norm_linear` computes the norm where it is read, for each linear layer again."""
+    if x.shape[0] != 1 or isinstance(x, SplitSums) or _may_round(x, weight, scale):
+        return False
+    return use_triton(weight) and (scale is None or (isinstance(scale, Scale) and reads_fp8(x.device)))
+
+
+def _norm(
+    x: torch.Tensor | Unfinished,
     residual: torch.Tensor | None,
-    norm: torch.Tensor,
+    norm: torch.Tensor | None,
+    eps: float,
+    *,
+    offset: float | None,
+    centred: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the norm of :func:`norm_linear`, and the sum."""
+    if residual is not None:
+        if centred:
+            assert norm is not None
+            return add_layer_norm(x, residual, norm, None, eps)
+        return rms_norm(x, norm, eps, residual, offset=offset)
+    total = whole(x)
+    if norm is None:
+        return total, total
+    if centred:
+        return F.layer_norm(total, norm.shape, norm, None, eps), total
+    return rms_norm(total, norm, eps, offset=offset), total
+
+
+def _norm_rounded(
+    x: torch.Tensor | Unfinished,
+    residual: torch.Tensor | None,
+    norm: torch.Tensor | None,
+    eps: float,
+    *,
+    offset: float | None,
+    centred: bool,
+) -> tuple[RoundedRows, torch.Tensor]:
+    """Compute :func:`_norm` with its rows rounded to fp8."""
+    if centred:
+        assert norm is not None
+        return layer_norm_rounded(x, residual, norm, None, eps)
+    return rms_norm_rounded(x, norm, eps, residual, offset=offset)
+
+
+def norm_gated_rounded(
+    x: torch.Tensor | Unfinished,
+    residual: torch.Tensor | None,
+    norm: torch.Tensor | None,
     eps: float,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
     activation: str,
     offset: float | None = None,
+    centred: bool = False,
     scale: Scale | Int4Scale | None = None,
 ) -> tuple[RoundedRows, torch.Tensor]:
     """Compute :func:`norm_linear` with a gate, and round its rows to fp8 for the next layer."""
     if _may_round(x, weight, scale):
         assert isinstance(scale, Scale)
-        rows, total = rms_norm_rounded(x, norm, eps, residual, offset=offset)
+        rows, total = _norm_rounded(x, residual, norm, eps, offset=offset, centred=centred)
         return gated_rounded(rows, weight, bias, activation, scale), total
     out, total = norm_linear(
-        x, residual, norm, eps, weight, bias, activation=activation, offset=offset, scale=scale
+        x,
+        residual,
+        norm,
+        eps,
+        weight,
+        bias,
+        activation=activation,
+        offset=offset,
+        centred=centred,
+        scale=scale,
     )
     return quantise_rows(out), total
 

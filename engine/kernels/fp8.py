@@ -20,7 +20,7 @@ from engine.kernels.activation import activate
 from engine.kernels.device import MEMORY_BOUND_ROWS, compute_capability, is_hopper, use_triton
 from engine.kernels.launch import launch
 from engine.kernels.pdl import launch_dependents_of_one_row, pdl_options, wait_for_previous
-from engine.kernels.split_sums import SplitSums
+from engine.kernels.split_sums import Unfinished
 
 FP8 = torch.float8_e4m3fn
 #: The largest number of the format.
@@ -303,7 +303,7 @@ def reads_fp8(device: torch.device) -> bool:
     return device.type != "cuda" or compute_capability(device) >= (8, 9)
 
 
-def supports_scaled(x: torch.Tensor | SplitSums, weight: torch.Tensor, scale: Scale) -> bool:
+def supports_scaled(x: torch.Tensor | Unfinished, weight: torch.Tensor, scale: Scale) -> bool:
     """Return whether :func:`scaled_gemm` can compute this, and may round the rows of ``x``."""
     outputs, inputs = weight.shape
     fits = scale.values.shape[1] == 1 and outputs % 16 == inputs % 16 == 0 and weight.is_contiguous()

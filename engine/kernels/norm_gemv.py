@@ -1,4 +1,4 @@
-"""GEMV with the RMS norm before it and the gate after it, in one launch.
+"""GEMV with the sum and the norm before it and the gate after it, in one launch.
 
 It is memory-bound, see :mod:`engine.kernels.gemv`. Each program normalises the row itself, keeps it in
 registers and multiplies its share of the weight rows by it. There are as many programs as the GPU runs at a
@@ -19,8 +19,9 @@ from engine.kernels.activation import activate
 from engine.kernels.device import num_sms
 from engine.kernels.launch import launch
 from engine.kernels.pdl import launch_dependents, pdl_options, wait_for_previous
-from engine.kernels.rms_norm import rms_norm_reference
+from engine.kernels.rms_norm import Normed, rms_norm_reference, scaled_by_norm
 from engine.kernels.scales import scale_arguments, times_scales
+from engine.kernels.split_sums import Pair, rounded_sum, whole
 
 
 def norm_linear_reference(x, residual, norm, eps, weight, bias=None, *, activation=None, offset=None):
@@ -79,27 +80,35 @@ def _split_row(inputs: int) -> tuple[int, int]:
 
 
 def norm_gemv_triton(
-    x, residual, norm, eps, weight, bias=None, *, activation=None, offset=None, scale=None
+    x, residual, norm, eps, weight, bias=None, *, activation=None, offset=None, centred=False, scale=None
 ):  # fmt: skip
     """See :func:`engine.kernels.dispatch.norm_linear`; for one row."""
+    before = x if isinstance(x, Normed) and residual is not None else None
+    first = whole(x.first) if isinstance(x, Pair) and residual is not None else None
+    x = whole(before.x if before is not None else x.second if first is not None else x)
     inputs, gated = x.shape[1], activation is not None
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     assert x.shape[0] == 1 and weight.shape[1] == inputs > 0
     assert x.stride(-1) == weight.stride(-1) == 1 and (scale is not None or x.dtype == weight.dtype)
     assert residual is None or residual.is_contiguous()
+    assert first is None or first.is_contiguous()
     out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
+    added = before or Normed(x, x, 0.0)
     total = x if residual is None else torch.empty_like(residual)
     tile = choose_tile(inputs, outputs, gated=gated)
     share = triton.cdiv(outputs, tile.programs * num_sms(x.device))
-    first, rest = _split_row(inputs)
+    length, rest = _split_row(inputs)
     launch(
         _norm_gemv_kernel, (triton.cdiv(outputs, share),),
-        x_ptr=x, residual_ptr=x if residual is None else residual, norm_ptr=norm, weight_ptr=weight,
+        x_ptr=x, first_ptr=x if first is None else first, residual_ptr=x if residual is None else residual,
+        before_ptr=added.weight, before_eps=added.eps, before_offset=added.offset or 0.0,
+        norm_ptr=x if norm is None else norm, weight_ptr=weight,
         bias_ptr=x if bias is None else bias, out_ptr=out, total_ptr=total,
         outputs=outputs, inputs=inputs, share=share, weight_stride=weight.stride(0), eps=eps,
         offset=offset or 0.0, **scale_arguments(x, scale),
-        TILE_OUTPUTS=tile.outputs, INPUTS=first, REST=rest,
-        ADD=residual is not None, BIAS=bias is not None, ACTIVATION=activation or "",
+        TILE_OUTPUTS=tile.outputs, INPUTS=length, REST=rest,
+        BEFORE=before is not None, BEFORE_OFFSET=added.offset is not None, FIRST=first is not None,
+        ADD=residual is not None, NORM=norm is not None, CENTRED=centred, BIAS=bias is not None, ACTIVATION=activation or "",
         num_warps=tile.warps, maxnreg=tile.registers, **pdl_options(x),
     )  # fmt: skip
     return out, total
@@ -146,27 +155,57 @@ def _dot_both(
 
 
 @triton.jit
-def _load_input(x_ptr, residual_ptr, total_ptr, norm, lane, inputs, ADD: tl.constexpr):
-    """Load a part of the row, add and store the sum; return it times the norm's weight, and its squares' sum."""
-    x = tl.load(x_ptr + lane, mask=lane < inputs, other=0.0)
-    if ADD:
-        added = tl.load(residual_ptr + lane, mask=lane < inputs, other=0.0)
-        x = (x.to(tl.float32) + added.to(tl.float32)).to(x.dtype)
-        if tl.program_id(0) == 0:
-            tl.store(total_ptr + lane, x, mask=lane < inputs)
+def _sum_of_squares(x):
+    """Add up the squares of a part of the row: ``(1, 1)`` in float32."""
     wide = x.to(tl.float32)
-    return wide * norm, tl.sum(wide * wide, axis=1)
+    return tl.sum(wide * wide, axis=1, keep_dims=True)
+
+
+@triton.jit
+def _normed_before(x, before_ptr, offset, inverse, lane, inputs, OFFSET: tl.constexpr):
+    """Return a part of the row's norm that is added to the residual; ``inverse`` is 1 / RMS of the row."""
+    weight = tl.load(before_ptr + lane, mask=lane < inputs, other=0.0)
+    return scaled_by_norm(x, inverse, weight, offset, OFFSET)
+
+
+@triton.jit
+def _added(x, first_ptr, residual_ptr, total_ptr, lane, inputs, FIRST: tl.constexpr):
+    """Add a part of the row to the residual, behind that of ``first_ptr`` if there is one; store and return the sum."""
+    total = tl.load(residual_ptr + lane, mask=lane < inputs, other=0.0)
+    if FIRST:
+        total = rounded_sum(tl.load(first_ptr + lane, mask=lane < inputs, other=0.0), total)
+    total = rounded_sum(x, total)
+    if tl.program_id(0) == 0:
+        tl.store(total_ptr + lane, total, mask=lane < inputs)
+    return total
+
+
+@triton.jit
+def _norm_weight(norm_ptr, offset, lane, inputs, NORM: tl.constexpr):
+    """Load a part of the norm's weight, in float32."""
+    if NORM:
+        weight = tl.load(norm_ptr + lane, mask=lane < inputs, other=0.0).to(tl.float32) + offset
+    else:
+        weight = tl.full(lane.shape, 1.0, tl.float32)
+    return weight
 
 
 # ``share`` differs between layers; specialising on it would compile the kernel again at start-up.
 @triton.jit(do_not_specialize=["share"])
 def _norm_gemv_kernel(
-    x_ptr, residual_ptr, norm_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr,
-    outputs, inputs, share, weight_stride, eps, offset, scale_ptr, groups,
-    GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, REST: tl.constexpr, ADD: tl.constexpr,
-    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, first_ptr, residual_ptr, before_ptr, norm_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr,
+    outputs, inputs, share, weight_stride, before_eps, before_offset, eps, offset, scale_ptr, groups,
+    GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, REST: tl.constexpr,
+    BEFORE: tl.constexpr, BEFORE_OFFSET: tl.constexpr, FIRST: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
+    CENTRED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per ``share`` of outputs; ``GROUP`` as in :func:`~engine.kernels.scales.scale_arguments`."""
+    """One program per ``share`` of outputs; ``GROUP`` as in :func:`~engine.kernels.scales.scale_arguments`.
+
+    Args:
+        BEFORE: whether the RMS norm of ``x`` is added to the residual, not ``x``.
+        FIRST: whether the row of ``first_ptr`` is added to the residual before ``x``.
+        NORM, CENTRED: whether there is a norm of the sum, and whether it is a layer norm.
+    """
     first = tl.program_id(0) * share
     end = tl.minimum(first + share, outputs)
     row = first + tl.arange(0, TILE_OUTPUTS)
@@ -178,19 +217,49 @@ def _norm_gemv_kernel(
     next_up, next_up_rest = next_weight, next_weight_rest
     if ACTIVATION != "":
         next_up, next_up_rest = _load_both(up_ptr, row, end, weight_stride, lane, rest, inputs, REST)
-    norm = tl.load(norm_ptr + lane, mask=lane < inputs, other=0.0).to(tl.float32) + offset
+    norm = _norm_weight(norm_ptr, offset, lane, inputs, NORM)
+    norm_rest = norm
     if REST > 0:
-        norm_rest = tl.load(norm_ptr + rest, mask=rest < inputs, other=0.0).to(tl.float32) + offset
+        norm_rest = _norm_weight(norm_ptr, offset, rest, inputs, NORM)
     # The next kernel, decode attention, may prefetch its keys meanwhile.
     launch_dependents(PDL)
     wait_for_previous(PDL)
-    x, squares = _load_input(x_ptr, residual_ptr, total_ptr, norm, lane, inputs, ADD)
-    x_rest = x
+    row_part = tl.load(x_ptr + lane, mask=lane < inputs, other=0.0)
+    row_rest = row_part
     if REST > 0:
-        x_rest, more = _load_input(x_ptr, residual_ptr, total_ptr, norm_rest, rest, inputs, ADD)
-        squares += more
-    # 1 / RMS is a factor of each output, and multiplies the sum instead of the row.
-    scale = 1.0 / tl.sqrt(squares / inputs + eps)
+        row_rest = tl.load(x_ptr + rest, mask=rest < inputs, other=0.0)
+    if BEFORE:
+        squares = _sum_of_squares(row_part)
+        if REST > 0:
+            squares += _sum_of_squares(row_rest)
+        inverse = 1.0 / tl.sqrt(squares / inputs + before_eps)
+        row_part = _normed_before(row_part, before_ptr, before_offset, inverse, lane, inputs, BEFORE_OFFSET)
+        if REST > 0:
+            row_rest = _normed_before(
+                row_rest, before_ptr, before_offset, inverse, rest, inputs, BEFORE_OFFSET
+            )
+    if ADD:
+        row_part = _added(row_part, first_ptr, residual_ptr, total_ptr, lane, inputs, FIRST)
+        if REST > 0:
+            row_rest = _added(row_rest, first_ptr, residual_ptr, total_ptr, rest, inputs, FIRST)
+    x, x_rest = row_part.to(tl.float32), row_rest.to(tl.float32)
+    if CENTRED:
+        mean = tl.sum(x, axis=1, keep_dims=True)
+        if REST > 0:
+            mean += tl.sum(x_rest, axis=1, keep_dims=True)
+        mean /= inputs
+        x = tl.where(lane < inputs, x - mean, 0.0)
+        if REST > 0:
+            x_rest = tl.where(rest < inputs, x_rest - mean, 0.0)
+    scale = 1.0
+    if NORM:
+        squares = tl.sum(x * x, axis=1)
+        x *= norm
+        if REST > 0:
+            squares += tl.sum(x_rest * x_rest, axis=1)
+            x_rest *= norm_rest
+        # 1 / RMS is a factor of each output, and multiplies the sum instead of the row.
+        scale = 1.0 / tl.sqrt(squares / inputs + eps)
     for _ in range(first, end, TILE_OUTPUTS):
         weight, weight_rest = next_weight, next_weight_rest
         up, up_rest = next_up, next_up_rest

@@ -13,7 +13,14 @@ from engine.kernels.device import use_triton
 from engine.kernels.fp8 import RoundedRows, quantise_rows_reference, reads_fp8, rounding_warps, store_rounded
 from engine.kernels.launch import launch
 from engine.kernels.pdl import launch_dependents_of_one_row, pdl_options, wait_for_previous
-from engine.kernels.split_sums import SplitSums, whole
+from engine.kernels.split_sums import (
+    SplitSums,
+    Unfinished,
+    load_result,
+    rounded_sum,
+    tensor_and_parts,
+    whole,
+)
 
 
 @overload
@@ -24,8 +31,8 @@ def rms_norm(
 
 @overload
 def rms_norm(
-    x: torch.Tensor | SplitSums,
-    weight: torch.Tensor,
+    x: torch.Tensor | Unfinished,
+    weight: torch.Tensor | None,
     eps: float,
     residual: torch.Tensor,
     *,
@@ -41,16 +48,15 @@ def rms_norm(x, weight, eps, residual=None, *, offset=None):
     cast.
 
     Args:
-        x: ``(..., H)``; may be strided, last dimension contiguous. With ``residual`` it may be
-            :class:`~engine.kernels.split_sums.SplitSums`.
-        weight: ``(H,)``.
+        x: ``(..., H)``; may be strided, last dimension contiguous. With ``residual`` it may be unfinished.
+        weight: ``(H,)``; with ``residual`` None for no norm of the sum.
         residual: shape of ``x``; added to it first, in the input's dtype.
         offset: 1 for families whose checkpoints store ``weight - 1``; None to cast before scaling.
 
     Returns:
         The norm, contiguous; with ``residual`` the norm and ``x + residual``.
     """
-    if use_triton(weight):
+    if use_triton(x if residual is None else residual):
         return rms_norm_triton(x, weight, eps, residual, offset=offset)
     return rms_norm_reference(x, weight, eps, residual, offset=offset)
 
@@ -58,6 +64,8 @@ def rms_norm(x, weight, eps, residual=None, *, offset=None):
 def rms_norm_reference(x, weight, eps, residual=None, *, offset=None):
     if residual is not None:
         x = whole(x) + residual
+        if weight is None:
+            return x, x
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if offset is None:
@@ -67,32 +75,74 @@ def rms_norm_reference(x, weight, eps, residual=None, *, offset=None):
     return out if residual is None else (out, x)
 
 
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """The RMS norm of a layer's result, to be computed where the norm is added to a residual.
+
+    Attributes:
+        x: ``(T, H)``, the layer's result.
+        weight: ``(H,)``.
+        eps, offset: see :func:`rms_norm`.
+    """
+
+    x: torch.Tensor | SplitSums
+    weight: torch.Tensor
+    eps: float
+    offset: float | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def total(self) -> torch.Tensor:
+        """Compute the norm."""
+        return rms_norm(whole(self.x), self.weight, self.eps, offset=self.offset)
+
+
 def rms_norm_rounded(
-    x: torch.Tensor | SplitSums,
-    weight: torch.Tensor,
+    x: torch.Tensor | Unfinished,
+    weight: torch.Tensor | None,
     eps: float,
     residual: torch.Tensor | None,
     *,
     offset: float | None = None,
 ) -> tuple[RoundedRows, torch.Tensor]:
     """Compute :func:`rms_norm` of ``(T, H)`` and round its rows to fp8; also returns ``x + residual``."""
-    if use_triton(weight) and reads_fp8(weight.device):
-        return rms_norm_triton(x, weight, eps, residual, offset=offset, rounded=True)
+    given = residual if residual is not None else whole(x)
+    if use_triton(given) and reads_fp8(given.device):
+        return rms_norm_triton(
+            x if residual is not None else given, weight, eps, residual, offset=offset, rounded=True
+        )
     return rms_norm_rounded_reference(x, weight, eps, residual, offset=offset)
 
 
 def rms_norm_rounded_reference(x, weight, eps, residual, *, offset=None):
-    total = x if residual is None else whole(x) + residual
-    return quantise_rows_reference(rms_norm_reference(total, weight, eps, offset=offset)), total
+    total = whole(x) if residual is None else whole(x) + residual
+    normed = total if weight is None else rms_norm_reference(total, weight, eps, offset=offset)
+    return quantise_rows_reference(normed), total
 
 
 def rms_norm_triton(x, weight, eps, residual=None, *, offset=None, rounded=False):
     """See :func:`rms_norm` and :func:`rms_norm_rounded`."""
-    source, parts = x, 0
-    if isinstance(x, SplitSums):
-        assert residual is not None and x.parts.is_contiguous()
+    before = x if isinstance(x, Normed) else None
+    if before is not None:
+        x = before.x
+    elif not isinstance(x, SplitSums):
+        x = whole(x)
+    source, parts = tensor_and_parts(x)
+    assert residual is not None or (parts == 0 and before is None and (weight is not None or rounded))
+    if parts:
+        assert source.is_contiguous()
         # A tensor of the same shape, dtype and device.
-        source, parts, x = x.parts, len(x.parts), residual
+        x = residual
     size = x.shape[-1]
     assert x.stride(-1) == 1 and (x.dim() == 2 or not rounded)
     if rounded:
@@ -103,7 +153,9 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=None, rounded=False
         result = out = row_scale = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         total = out
     if residual is not None:
-        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        # Without a norm of the sum the sum is the result.
+        if weight is not None or rounded:
+            total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         residual = residual.contiguous()
     # Rows of a (T, heads, D) view have two strides; rows of a matrix have one.
     inner = x.shape[-2] if x.dim() == 3 else 1
@@ -116,9 +168,12 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=None, rounded=False
         if parts:
             # Each thread has few loads of each part, so that those of all parts are in flight together.
             warps = max(4, min(32, block // 128))
+        norm = before or Normed(x, x, 0.0)
         launch(
             _rms_norm_kernel, (rows,),
-            x_ptr=source, residual_ptr=x if residual is None else residual, weight_ptr=weight,
+            x_ptr=source, residual_ptr=x if residual is None else residual, weight_ptr=x if weight is None else weight,
+            before_ptr=norm.weight, before_eps=norm.eps, before_offset=norm.offset or 0.0,
+            NORM=weight is not None, BEFORE=before is not None, BEFORE_OFFSET=norm.offset is not None,
             out_ptr=out, row_scale_ptr=row_scale, total_ptr=total,
             outer_stride=x.stride(0), inner_stride=x.stride(-2) if x.dim() == 3 else 0, inner=inner,
             eps=eps, offset=offset or 0.0, rows=rows, OFFSET=offset is not None, PARTS=parts, SIZE=size, BLOCK=block,
@@ -130,43 +185,45 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=None, rounded=False
 # ``rows`` differs between batches; specialising on it would compile the kernel again at start-up.
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, row_scale_ptr, total_ptr, outer_stride, inner_stride, inner, eps,
-    offset, rows, OFFSET: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, before_ptr, out_ptr, row_scale_ptr, total_ptr, outer_stride, inner_stride,
+    inner, eps, offset, before_eps, before_offset, rows, NORM: tl.constexpr, BEFORE: tl.constexpr,
+    BEFORE_OFFSET: tl.constexpr, OFFSET: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     ADD: tl.constexpr, ROUND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per row; row ``i`` is at ``i // inner * outer_stride + i % inner * inner_stride``.
 
     Args:
         x_ptr: with PARTS ``(PARTS, rows, SIZE)`` float32: its sum over the parts, rounded, is ``x``.
+        BEFORE: whether the norm of ``x`` is added to the residual, not ``x``.
+        NORM: whether there is a norm of the sum.
     """
     column = tl.arange(0, BLOCK)
     mask = column < SIZE
-    weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
+    if NORM:
+        weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
+    if BEFORE:
+        before_weight = tl.load(before_ptr + column, mask=mask, other=0.0)
     launch_dependents_of_one_row(PDL)
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     if ADD:
         added = tl.load(residual_ptr + row * SIZE + column, mask=mask, other=0.0)
     if PARTS > 0:
-        # All are loaded before the first is used.
-        parts = ()
-        for part in tl.static_range(PARTS):
-            parts = parts + (tl.load(x_ptr + (part * rows + row) * SIZE + column, mask=mask, other=0.0),)
-        sums = parts[0]
-        for part in tl.static_range(1, PARTS):
-            sums += parts[part]
-        x = sums.to(added.dtype)
+        x = load_result(x_ptr, row, rows, column, mask, added.dtype, PARTS, SIZE)
     else:
         source = x_ptr + row // inner * outer_stride + row % inner * inner_stride
         x = tl.load(source + column, mask=mask, other=0.0)
-    dtype = x.dtype
+    if BEFORE:
+        x = normalised(x, before_weight, before_eps, before_offset, BEFORE_OFFSET, SIZE)
     if ADD:
-        x = (x.to(tl.float32) + added.to(tl.float32)).to(dtype)
+        x = rounded_sum(x, added)
         tl.store(total_ptr + row * SIZE + column, x, mask=mask)
-    normed = normalised(x, weight, eps, offset, OFFSET, SIZE)
+    normed = x
+    if NORM:
+        normed = normalised(x, weight, eps, offset, OFFSET, SIZE)
     if ROUND:
         store_rounded(normed.to(tl.float32), row, column, SIZE, mask, out_ptr, row_scale_ptr)
-    else:
+    elif NORM:
         tl.store(out_ptr + row * SIZE + column, normed, mask=mask)
 
 

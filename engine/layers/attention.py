@@ -16,7 +16,7 @@ from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.rms_norm import HeadNorms, head_norms
 from engine.kernels.rotary import RotaryTable, rotary
 from engine.kernels.sigmoid_gate import sigmoid_gate
-from engine.kernels.split_sums import SplitSums
+from engine.kernels.split_sums import SplitSums, Unfinished
 from engine.layers.build import BuildContext, WeightSlot
 from engine.layers.decoder_config import DecoderConfig
 from engine.layers.linear import RowLinear, qkv_linear
@@ -100,8 +100,8 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        norm: RMSNorm,
-        x: torch.Tensor | SplitSums,
+        norm: RMSNorm | None,
+        x: torch.Tensor | Unfinished,
         residual: torch.Tensor | None,
         positions: torch.Tensor,
         cache: KVCache,
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         """Compute ``attention(norm(x + residual))`` and write the keys and values of all ``T`` tokens.
 
         Args:
-            norm: the norm before this block.
+            norm: the norm before this block; None for none.
             x: ``(T, hidden)``, output of the previous block.
             residual: ``(T, hidden)``, or None before the first block.
             positions, cache, meta: see :meth:`engine.layers.decoder.Decoder.forward`.

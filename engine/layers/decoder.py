@@ -11,7 +11,7 @@ from torch import nn
 
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.recurrent_state import StateCache
-from engine.kernels.split_sums import SplitSums, whole
+from engine.kernels.split_sums import SplitSums, Unfinished, whole
 from engine.layers.attention import Attention
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.decoder_config import DecoderConfig, DeltaNetConfig, ShortConvConfig
@@ -57,21 +57,23 @@ class DecoderLayer(nn.Module):
         inputs = config.layer_inputs
         self.layer_input = None if inputs is None else LayerInput(config, inputs, build.at("layer_input"))
         self.layer_scale = build.parameter(1) if config.layer_scales else None
-        if isinstance(self.mlp, GatedMLP) and not config.sandwich and self.multiplier == 1:
-            self.mlp.down_proj.before_norm = True
+        if isinstance(self.mlp, GatedMLP) and self.multiplier == 1:
+            # What has norms or a factor of its own behind the MLP would add up the shares by itself.
+            summed = self.layer_input is None and self.layer_scale is None
+            self.mlp.down_proj.before_norm = summed and not isinstance(self.mlp, ParallelExperts)
             if self.self_attn is not None:
                 self.self_attn.o_proj.before_norm = True
 
     def forward(
         self,
-        x: torch.Tensor | SplitSums,
+        x: torch.Tensor | Unfinished,
         residual: torch.Tensor | None,
         positions: torch.Tensor,
         cache: KVCache | StateCache,
         meta: AttentionMetadata,
         rows: torch.Tensor | None,
         given: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | SplitSums, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | Unfinished, torch.Tensor | None]:
         """Run the layer for the tokens of a batch; arguments as of :meth:`Decoder.forward`.
 
         Args:
@@ -84,11 +86,11 @@ class DecoderLayer(nn.Module):
         """
         mixer = self.self_attn or self.linear_attn or self.short_conv
         assert mixer is not None
-        x, residual = mixer(self.input_layernorm, x, residual, positions, cache, meta, rows)
-        x, residual = self.mlp.after_norm(
-            self.post_attention_layernorm, self._added(x, self.attention_out_norm), residual
+        mixed, residual = mixer(self.input_layernorm, x, residual, positions, cache, meta, rows)
+        inner, residual = self.mlp.after_norm(
+            self.post_attention_layernorm, self._added(mixed, self.attention_out_norm), residual
         )
-        x = self._added(x, self.mlp_out_norm)
+        x = self._added(inner, self.mlp_out_norm)
         if self.layer_input is None and self.layer_scale is None:
             return x, residual
         total = whole(x) + residual
@@ -99,11 +101,10 @@ class DecoderLayer(nn.Module):
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [] if self.layer_scale is None else [plain_slot(prefix + "layer_scale", self.layer_scale)]
 
-    def _added(self, x: torch.Tensor | SplitSums, norm: RMSNorm | None) -> torch.Tensor | SplitSums:
+    def _added(self, x: torch.Tensor | SplitSums, norm: RMSNorm | None) -> torch.Tensor | Unfinished:
         """Make of a result ``x`` of attention or MLP what is added to the residual."""
-        if norm is not None:
-            x = norm(whole(x))
-        return x if self.multiplier == 1 else whole(x) * self.multiplier
+        added = x if norm is None else norm.of(x)
+        return added if self.multiplier == 1 else whole(added) * self.multiplier
 
 
 def _make_mlp(config: DecoderConfig, layer: int, build: BuildContext) -> GatedMLP | ExpertsMLP:
@@ -230,7 +231,7 @@ class Decoder(nn.Module):
         Returns:
             Hidden states after the final norm, ``(T, hidden_size)``, or ``(R, hidden_size)`` for ``rows``.
         """
-        x: torch.Tensor | SplitSums = embeds
+        x: torch.Tensor | Unfinished = embeds
         residual = None
         last, metas = len(self.layers) - 1, meta.by_group()
         causal = metas

@@ -14,7 +14,7 @@ from engine.kernels.dispatch import delta_rule, norm_linear
 from engine.kernels.gated_norm import gated_norm
 from engine.kernels.paged import AttentionMetadata
 from engine.kernels.recurrent_state import StateCache
-from engine.kernels.split_sums import SplitSums
+from engine.kernels.split_sums import Unfinished
 from engine.layers.build import BuildContext, WeightSlot
 from engine.layers.causal_conv import conv_slot
 from engine.layers.decoder_config import DecoderConfig, DeltaNetConfig
@@ -71,7 +71,7 @@ class GatedDeltaNet(nn.Module):
     def forward(
         self,
         norm: RMSNorm,
-        x: torch.Tensor | SplitSums,
+        x: torch.Tensor | Unfinished,
         residual: torch.Tensor | None,
         positions: torch.Tensor,
         cache: StateCache,
@@ -90,7 +90,7 @@ class GatedDeltaNet(nn.Module):
         return self.out_proj(gated_norm(out, gate, self.norm.weight, self.norm.eps)), residual
 
     def _project(
-        self, norm: RMSNorm, x: torch.Tensor | SplitSums, residual: torch.Tensor | None
+        self, norm: RMSNorm, x: torch.Tensor | Unfinished, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         """Project ``norm(x + residual)``: queries, keys and values together, the norm's gate, the strengths,
         the decays; and ``x + residual``."""

@@ -12,7 +12,7 @@ from engine.kernels.norm_router import norm_router
 from engine.kernels.route import Routing
 from engine.kernels.router_config import RouterConfig
 from engine.kernels.router_logits import router_logits
-from engine.kernels.split_sums import SplitSums, whole
+from engine.kernels.split_sums import Unfinished, whole
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.expert_weights import ExpertPart, ExpertWeights
 from engine.layers.experts_config import ExpertsConfig
@@ -127,7 +127,7 @@ class ExpertsMLP(nn.Module):
         return out if self.tp.size == 1 else self.tp.all_reduce(out)
 
     def after_norm(
-        self, norm: RMSNorm, x: torch.Tensor | SplitSums, residual: torch.Tensor | None
+        self, norm: RMSNorm, x: torch.Tensor | Unfinished, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the mixture of ``norm(x + residual)``; returns it and that sum, both ``(T, hidden)``."""
         normed, total, routing = self.gate.after_norm(norm, whole(x), residual)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from engine.errors import ConfigError
 from engine.kernels.dispatch import (
     activated_linear,
     activated_rounded,
+    fuses_norm,
     gated_rounded,
     linear,
     norm_gated_rounded,
@@ -24,10 +26,10 @@ from engine.kernels.dispatch import (
 from engine.kernels.fp8 import RoundedRows, Scale
 from engine.kernels.int4 import Int4Scale
 from engine.kernels.skinny_gemm import split_counters
-from engine.kernels.split_sums import SplitSums
+from engine.kernels.split_sums import SplitSums, Unfinished
 from engine.layers.build import BuildContext, Target, WeightSlot, plain_slot, whole
 from engine.layers.matrix_formats import Fp8Format, PackedFormat
-from engine.layers.norm import RMSNorm
+from engine.layers.norm import LayerNorm, RMSNorm
 from engine.layers.packed import PackedMatrix, packed_matrix
 from engine.layers.quantised import check_share, make_matrix, matrix_target, scale_slot
 
@@ -179,8 +181,8 @@ class FusedColumnLinear(_Projection):
 
     def after_norm(
         self,
-        norm: RMSNorm,
-        x: torch.Tensor | SplitSums,
+        norm: RMSNorm | LayerNorm | None,
+        x: torch.Tensor | Unfinished,
         residual: torch.Tensor | None,
         *,
         activation: str | None = None,
@@ -188,6 +190,7 @@ class FusedColumnLinear(_Projection):
         """Project ``norm(x + residual)``; fused where that is faster.
 
         Args:
+            norm: None for none; a layer norm has no shift.
             x, residual: ``(T, in_features)``; ``residual`` is None before the first block.
             activation: if given, the two parts are a gate and its factor, and the result is
                 ``activation(gate) * factor``; see :func:`~engine.kernels.dispatch.norm_linear`.
@@ -195,17 +198,26 @@ class FusedColumnLinear(_Projection):
         Returns:
             The projections ``(T, out)`` and ``x + residual``.
         """
+        scale, eps, kind = _of_norm(norm)
         return norm_linear(
             x,
             residual,
-            norm.weight,
-            norm.eps,
+            scale,
+            eps,
             self.weight,
             self.bias,
             activation=activation,
-            offset=norm.offset,
             scale=self.scale,
+            **kind,
         )
+
+    def fuses_norm(self, x: torch.Tensor | Unfinished) -> bool:
+        """Return whether :meth:`after_norm` computes the norm itself, so that two layers each compute it."""
+        return fuses_norm(x, self.weight, self.scale)
+
+    def normed(self, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
+        """Project what a norm gives: :meth:`after_norm` without the norm."""
+        return linear(x, self.weight, self.bias, activation=activation, scale=self.scale)
 
     def gated_rounded(self, x: RoundedRows, activation: str) -> RoundedRows:
         """Compute ``activation(gate) * factor`` of the two parts for rows in fp8, and round its rows."""
@@ -213,19 +225,25 @@ class FusedColumnLinear(_Projection):
         return gated_rounded(x, self.weight, self.bias, activation, self.scale)
 
     def rounded_after_norm(
-        self, norm: RMSNorm, x: torch.Tensor | SplitSums, residual: torch.Tensor | None, *, activation: str
+        self,
+        norm: RMSNorm | LayerNorm | None,
+        x: torch.Tensor | Unfinished,
+        residual: torch.Tensor | None,
+        *,
+        activation: str,
     ) -> tuple[RoundedRows, torch.Tensor]:
         """Compute :meth:`after_norm` with rows rounded to fp8."""
+        scale, eps, kind = _of_norm(norm)
         return norm_gated_rounded(
             x,
             residual,
-            norm.weight,
-            norm.eps,
+            scale,
+            eps,
             self.weight,
             self.bias,
             activation=activation,
-            offset=norm.offset,
             scale=self.scale,
+            **kind,
         )
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
@@ -317,6 +335,16 @@ class FusedColumnLinear(_Projection):
             row += part.rows
             offset += part.total
         return [together] if fused else apart
+
+
+def _of_norm(norm: RMSNorm | LayerNorm | None) -> tuple[torch.Tensor | None, float, dict[str, Any]]:
+    """The scale of a norm, its epsilon, and options of :func:`~engine.kernels.dispatch.norm_linear`."""
+    if norm is None:
+        return None, 0.0, {}
+    if isinstance(norm, LayerNorm):
+        assert norm.bias is None
+        return norm.weight, norm.eps, {"centred": True}
+    return norm.weight, norm.eps, {"offset": norm.offset}
 
 
 def gate_up_linear(
@@ -424,7 +452,7 @@ class RowLinear(nn.Module):
         self.counters: torch.Tensor
         self.register_buffer("counters", split_counters(out_features, build.device), persistent=False)
 
-    def takes_rounded(self, x: torch.Tensor | SplitSums) -> bool:
+    def takes_rounded(self, x: torch.Tensor | Unfinished) -> bool:
         """Return whether rows in fp8 are taken instead of rows in the dtype of ``x``, as many of them."""
         return takes_rounded(x, self.weight, self.scale)
 

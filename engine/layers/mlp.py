@@ -7,11 +7,11 @@ from torch import nn
 
 from engine.kernels.act_mul import act_mul
 from engine.kernels.fp8 import RoundedRows
-from engine.kernels.split_sums import SplitSums
+from engine.kernels.split_sums import SplitSums, Unfinished
 from engine.layers.build import BuildContext
 from engine.layers.linear import Linear, RowLinear, gate_up_linear
 from engine.layers.matrix_formats import Fp8Format
-from engine.layers.norm import RMSNorm
+from engine.layers.norm import LayerNorm, RMSNorm
 
 
 class GatedMLP(nn.Module):
@@ -41,10 +41,14 @@ class GatedMLP(nn.Module):
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """Compute this rank's share of :meth:`forward`, which is the sum over ranks; without biases."""
-        return self.down_proj.partial(act_mul(self.gate_up_proj(x), self.activation))
+        return self.down_proj.partial(self.gate_up_proj.normed(x, self.activation))
+
+    def normed(self, x: torch.Tensor) -> torch.Tensor | SplitSums:
+        """Compute :meth:`forward` of what a norm gives, which is :meth:`after_norm` without the norm."""
+        return self.down_proj(self.gate_up_proj.normed(x, self.activation))
 
     def after_norm(
-        self, norm: RMSNorm, x: torch.Tensor | SplitSums, residual: torch.Tensor | None
+        self, norm: RMSNorm | LayerNorm | None, x: torch.Tensor | Unfinished, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor | SplitSums, torch.Tensor]:
         """Compute ``mlp(norm(x + residual))``; returns it and ``x + residual``, both ``(T, hidden)``."""
         rounded = self.down_proj.takes_rounded(x)

@@ -10,8 +10,8 @@ from torch import nn
 
 from engine.kernels.fp8 import RoundedRows
 from engine.kernels.layer_norm import add_layer_norm, layer_norm_rounded
-from engine.kernels.rms_norm import rms_norm, rms_norm_rounded
-from engine.kernels.split_sums import SplitSums, whole
+from engine.kernels.rms_norm import Normed, rms_norm, rms_norm_rounded
+from engine.kernels.split_sums import SplitSums, Unfinished, whole
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 
 
@@ -28,12 +28,17 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps, offset=self.offset)
 
+    def of(self, x: torch.Tensor | SplitSums) -> Normed:
+        """Return the norm of a layer's result ``(T, width)`` for a norm that adds it to the residual."""
+        return Normed(x, self.weight, self.eps, self.offset)
+
     def add(
-        self, x: torch.Tensor | SplitSums, residual: torch.Tensor | None
+        self, x: torch.Tensor | Unfinished, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``norm(x + residual)`` and ``x + residual``; ``residual`` None counts as zero."""
         if residual is None:
-            return self(whole(x)), whole(x)
+            x = whole(x)
+            return self(x), x
         return rms_norm(x, self.weight, self.eps, residual, offset=self.offset)
 
     def add_rounded(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[RoundedRows, torch.Tensor]:
@@ -65,23 +70,17 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = build.parameter(width)
-        self.shift = shift
-        self.bias: torch.Tensor
-        if shift:
-            self.bias = build.parameter(width)
-        else:
-            zeros = torch.zeros(width, dtype=build.dtype, device=build.device)
-            self.register_buffer("bias", zeros, persistent=False)
+        self.bias = build.parameter(width) if shift else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
     def add(
-        self, x: torch.Tensor | SplitSums, residual: torch.Tensor | None
+        self, x: torch.Tensor | Unfinished, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the norm of ``x + residual`` and the sum, both (N, width); see :meth:`RMSNorm.add`."""
-        x = whole(x)
         if residual is None:
+            x = whole(x)
             return self(x), x
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
@@ -91,4 +90,4 @@ class LayerNorm(nn.Module):
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         slots = [plain_slot(prefix + "weight", self.weight)]
-        return [*slots, plain_slot(prefix + "bias", self.bias)] if self.shift else slots
+        return slots if self.bias is None else [*slots, plain_slot(prefix + "bias", self.bias)]

@@ -10,12 +10,12 @@ from torch import nn
 from engine.kernels.route import Routing
 from engine.kernels.router_config import RouterConfig
 from engine.kernels.router_logits import router_logits
-from engine.kernels.split_sums import SplitSums, whole
+from engine.kernels.split_sums import Unfinished, whole
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.experts import Experts
 from engine.layers.experts_config import ExpertsConfig
 from engine.layers.mlp import GatedMLP
-from engine.layers.norm import RMSNorm, UnitNorm
+from engine.layers.norm import LayerNorm, RMSNorm, UnitNorm
 
 
 class ScaledRouter(nn.Module):
@@ -76,7 +76,7 @@ class ParallelExperts(GatedMLP):
         return count - count * config.top_k // config.num_experts
 
     def after_norm(
-        self, norm: RMSNorm, x: torch.Tensor | SplitSums, residual: torch.Tensor | None
+        self, norm: RMSNorm | LayerNorm | None, x: torch.Tensor | Unfinished, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`GatedMLP.after_norm`."""
         inner, total = super().after_norm(norm, x, residual)

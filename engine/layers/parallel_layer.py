@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from engine.kernels.paged import AttentionMetadata, KVCache
-from engine.kernels.split_sums import SplitSums, whole
+from engine.kernels.split_sums import Pair, Unfinished
 from engine.layers.attention import Attention
 from engine.layers.build import BuildContext
 from engine.layers.decoder_config import DecoderConfig
@@ -29,22 +29,29 @@ class ParallelLayer(nn.Module):
             build.at("mlp"),
             bias=config.mlp_bias,
         )
+        self.self_attn.o_proj.before_norm = self.mlp.down_proj.before_norm = True
 
     def forward(
         self,
-        x: torch.Tensor | SplitSums,
+        x: torch.Tensor | Unfinished,
         residual: torch.Tensor | None,
         positions: torch.Tensor,
         cache: KVCache,
         meta: AttentionMetadata,
         rows: torch.Tensor | None,
         given: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | SplitSums, torch.Tensor]:
+    ) -> tuple[Unfinished, torch.Tensor]:
         """See :meth:`engine.layers.decoder.DecoderLayer.forward`; there are no inputs of a layer's own."""
-        normed, total = self.input_layernorm.add(x, residual)
-        qkv = self.self_attn.qkv_proj(normed)
-        if rows is not None:
-            normed, total = normed.index_select(0, rows), total.index_select(0, rows)
+        norm, project = self.input_layernorm, self.self_attn.qkv_proj
+        if project.fuses_norm(x):
+            qkv, total = project.after_norm(norm, x, residual)
+            total = total if rows is None else total.index_select(0, rows)
+            inner, _ = self.mlp.after_norm(norm, total, None)
+        else:
+            normed, total = norm.add(x, residual)
+            qkv = project.normed(normed)
+            if rows is not None:
+                normed, total = normed.index_select(0, rows), total.index_select(0, rows)
+            inner = self.mlp.normed(normed)
         # Attention first, as Transformers rounds the sum.
-        total = total + whole(self.self_attn.attend(qkv, positions, cache, meta, rows))
-        return self.mlp(normed), total
+        return Pair(self.self_attn.attend(qkv, positions, cache, meta, rows), inner), total

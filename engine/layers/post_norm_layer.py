@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from engine.kernels.paged import AttentionMetadata, KVCache
-from engine.kernels.split_sums import SplitSums, whole
+from engine.kernels.split_sums import Unfinished
 from engine.layers.attention import Attention
 from engine.layers.build import BuildContext
 from engine.layers.decoder_config import DecoderConfig
@@ -27,22 +27,19 @@ class PostNormLayer(nn.Module):
             hidden, config.intermediate_size, config.activation, build.at("mlp"), bias=config.mlp_bias
         )
         self.mlp_out_norm = RMSNorm(hidden, eps, build, offset=config.norm_offset)
+        self.self_attn.o_proj.before_norm = self.mlp.down_proj.before_norm = True
 
     def forward(
         self,
-        x: torch.Tensor | SplitSums,
+        x: torch.Tensor | Unfinished,
         residual: torch.Tensor | None,
         positions: torch.Tensor,
         cache: KVCache,
         meta: AttentionMetadata,
         rows: torch.Tensor | None,
         given: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | SplitSums, torch.Tensor]:
+    ) -> tuple[Unfinished, torch.Tensor]:
         """See :meth:`engine.layers.decoder.DecoderLayer.forward`; there are no inputs of a layer's own."""
-        total = whole(x) if residual is None else whole(x) + residual
-        qkv = self.self_attn.qkv_proj(total)
-        if rows is not None:
-            total = total.index_select(0, rows)
-        attended = whole(self.self_attn.attend(qkv, positions, cache, meta, rows))
-        total = total + self.attention_out_norm(attended)
-        return self.mlp_out_norm(whole(self.mlp(total))), total
+        attended, total = self.self_attn(None, x, residual, positions, cache, meta, rows)
+        inner, total = self.mlp.after_norm(None, self.attention_out_norm.of(attended), total)
+        return self.mlp_out_norm.of(inner), total

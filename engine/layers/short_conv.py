@@ -11,7 +11,7 @@ from torch import nn
 from engine.kernels.causal_conv import gated_conv
 from engine.kernels.paged import AttentionMetadata
 from engine.kernels.recurrent_state import StateCache
-from engine.kernels.split_sums import SplitSums
+from engine.kernels.split_sums import Unfinished
 from engine.layers.build import BuildContext, WeightSlot
 from engine.layers.causal_conv import conv_slot
 from engine.layers.decoder_config import DecoderConfig, ShortConvConfig
@@ -42,7 +42,7 @@ class ShortConv(nn.Module):
     def forward(
         self,
         norm: RMSNorm,
-        x: torch.Tensor | SplitSums,
+        x: torch.Tensor | Unfinished,
         residual: torch.Tensor | None,
         positions: torch.Tensor,
         cache: StateCache,

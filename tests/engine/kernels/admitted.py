@@ -36,12 +36,13 @@ from engine.kernels.int4 import Int4Scale
 from engine.kernels.layer_norm import add_layer_norm_triton
 from engine.kernels.peer_reduce import PROGRAMS, PeerBuffers
 from engine.kernels.recurrent_state import StateCache
-from engine.kernels.rms_norm import HeadNorms, head_norms, rms_norm
+from engine.kernels.rms_norm import HeadNorms, Normed, head_norms, rms_norm
 from engine.kernels.rotary import RotaryTable
 from engine.kernels.route import Routing
 from engine.kernels.router_config import RouterConfig
 from engine.kernels.shares import part_counters
 from engine.kernels.skinny_gemm import split_counters
+from engine.kernels.split_sums import Pair
 from engine.weights.formats import INT4_SCALES
 from tests.engine.kernels.hopper import (
     MAX_GRID,
@@ -128,12 +129,25 @@ def linears(dtype: torch.dtype, inputs: int) -> None:
             continue
         dispatch.sum_linear(x, weight, peers, scale=scale)
         sums = dispatch.split_linear(x, weight, bias, scale=scale)
-        rms_norm(sums, tensor(OUTPUTS, dtype=dtype), 1e-6, tensor(rows, OUTPUTS, dtype=dtype))
+        scales, added = tensor(2, OUTPUTS, dtype=dtype), tensor(rows, OUTPUTS, dtype=dtype)
+        rms_norm(sums, scales[0], 1e-6, added)
+        for after in (None, scales[1]):
+            rms_norm(Normed(sums, scales[0], 1e-6), after, 1e-6, added)
+        add_layer_norm_triton(Pair(sums, sums), added, scales[0], None, 1e-6)
         for activation in ACTIVATIONS:
             dispatch.linear(x, weight, bias, activation=activation, counters=counters, scale=scale)
         for residual, offset, activation in product((None, x), (None, 1.0), (None, "silu")):
             options = {"offset": offset, "scale": scale, "activation": activation}
             dispatch.norm_linear(x, residual, norm, 1e-6, weight, bias, **options)
+            layer = weight, bias
+            if residual is not None:
+                given = Normed(x, norm, 1e-6, offset)
+                dispatch.norm_linear(given, residual, norm, 1e-6, *layer, **options)
+                dispatch.norm_linear(given, residual, None, 0.0, *layer, activation=activation, scale=scale)
+            given = x if residual is None else Pair(x, x)
+            options["offset"] = None
+            dispatch.norm_linear(given, residual, norm, 1e-6, *layer, centred=True, **options)
+            options["offset"] = offset
             if activation is not None and dtype == torch.bfloat16:
                 dispatch.norm_gated_rounded(x, residual, norm, 1e-6, weight, bias, **options)
 

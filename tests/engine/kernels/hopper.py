@@ -228,8 +228,9 @@ def decode_step() -> None:
     from engine.kernels.gemv import gemv_triton
     from engine.kernels.gumbel import argmax_triton, gumbel_argmax_triton
     from engine.kernels.norm_gemv import norm_gemv_triton
-    from engine.kernels.rms_norm import rms_norm_triton
+    from engine.kernels.rms_norm import Normed, rms_norm_triton
     from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
+    from engine.kernels.split_sums import Pair
     from engine.kernels.step_inputs import StepInputs, StepLayout, StepState, gather_step_inputs_triton
     from engine.kernels.truncation import truncation_threshold_triton
 
@@ -257,6 +258,15 @@ def decode_step() -> None:
     x, norm = tensor(1, 3584), tensor(3584)
     gemv_triton(x, tensor(3584, 3584))
     norm_gemv_triton(x, x, norm, 1e-6, tensor(37888, 3584), activation="silu")
+    # EXAONE 4.5, Gemma 3, Aya Vision.
+    for inputs, inner, kind in ((5120, 27392, "alone"), (2560, 10240, "both"), (4096, 14336, "pair")):
+        x, norm = tensor(1, inputs), tensor(inputs)
+        given = Pair(x, x) if kind == "pair" else Normed(x, norm, 1e-6, 1.0 if kind == "both" else None)
+        scale = None if kind == "alone" else norm
+        for outputs, activation in ((6144, None), (2 * inner, "silu")):
+            weight = tensor(outputs, inputs)
+            options = {"activation": activation, "centred": kind == "pair"}
+            norm_gemv_triton(given, x, scale, 1e-6, weight, **options)
     counters = split_counters(1536, torch.device("cpu"))
     for rows in (16, 64):
         skinny_gemm_triton(tensor(rows, 1536), tensor(17920, 1536), activation="silu")

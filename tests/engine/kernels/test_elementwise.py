@@ -27,6 +27,7 @@ from engine.kernels.patchify import (
 from engine.kernels.quick_gelu import quick_gelu_reference, quick_gelu_triton
 from engine.kernels.rms_norm import (
     HeadNorms,
+    Normed,
     head_norms_reference,
     head_norms_triton,
     rms_norm_reference,
@@ -35,7 +36,7 @@ from engine.kernels.rms_norm import (
 from engine.kernels.rotary import RotaryTable, angle_axes, rotary_reference, rotary_triton
 from engine.kernels.shard_rows import shard_rows_reference, shard_rows_triton
 from engine.kernels.sigmoid_gate import sigmoid_gate_reference, sigmoid_gate_triton
-from engine.kernels.split_sums import SplitSums
+from engine.kernels.split_sums import Pair, SplitSums
 
 from .compare import assert_close
 
@@ -64,6 +65,24 @@ def test_rms_norm_adds_up_split_sums_and_rounds_their_total(device, dtype, shape
     normed, total = rms_norm_triton(sums, weight, 1e-6, residual)
     assert torch.equal(total, sums.parts.sum(0).to(dtype) + residual)
     assert_close(normed, rms_norm_reference(total, weight, 1e-6))
+
+
+@pytest.mark.parametrize("parts", [0, 3])
+@pytest.mark.parametrize(("offset", "after"), [(None, False), (1.0, True)])
+def test_rms_norm_of_a_result_before_it_is_added(device, dtype, parts, offset, after):
+    """With a norm of the sum and without one; the sum is rounded as if the two were apart."""
+    shape = 5, 96
+    x = torch.randint(-999, 999, (max(1, parts), *shape), device=device).float() / 64
+    given = SplitSums(x, dtype) if parts else x[0].to(dtype)
+    before, weight = torch.randn(2, 96, device=device, dtype=dtype)
+    residual = torch.randn(shape, device=device, dtype=dtype)
+    normed = Normed(given, before, 1e-6, offset)
+    assert normed.shape == shape and normed.dtype == dtype and normed.device.type == device.type
+    out, total = rms_norm_triton(normed, weight if after else None, 1e-6, residual, offset=offset)
+    alone = rms_norm_reference(x.sum(0).to(dtype), before, 1e-6, offset=offset)
+    assert_close(normed.total(), alone)
+    assert_close(total, alone + residual)
+    assert_close(out, rms_norm_reference(total, weight, 1e-6, offset=offset) if after else total)
 
 
 @pytest.mark.parametrize("offset", [None, 1.0])
@@ -209,6 +228,22 @@ def test_add_layer_norm(device, dtype, rows, size):
     expected = add_layer_norm_reference(x, residual, weight, bias, 1e-6)
     for one, other in zip(result, expected, strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.parametrize("parts", [(0, 0), (2, 3)])
+def test_a_layer_norm_adds_a_pair_one_after_the_other(device, dtype, parts):
+    """Of whole numbers, so that every order of a sum's parts has the same total; without a shift."""
+    sums = [torch.randint(-999, 999, (max(1, count), 5, 96), device=device).float() / 64 for count in parts]
+    results = [
+        SplitSums(each, dtype) if count else each[0].to(dtype)
+        for each, count in zip(sums, parts, strict=True)
+    ]
+    residual, weight = torch.randn(5, 96).to(device, dtype), torch.randn(96).to(device, dtype)
+    normed, total = add_layer_norm_triton(Pair(*results), residual, weight, None, 1e-6)
+    first, second = (each.sum(0).to(dtype) for each in sums)
+    assert torch.equal(total, residual + first + second)
+    assert_close(normed, add_layer_norm_reference(Pair(first, second), residual, weight, None, 1e-6)[0])
+    assert torch.equal(Pair(*results).total(), first + second)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,9 @@ from engine.kernels.activation import ACTIVATIONS
 from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
 from engine.kernels.gemv import gemv_triton
 from engine.kernels.norm_gemv import norm_gemv_triton
+from engine.kernels.rms_norm import Normed, rms_norm_reference
 from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
+from engine.kernels.split_sums import Pair
 
 from .compare import TOLERANCE, assert_close
 
@@ -65,6 +67,42 @@ def test_a_gemv_equals_float64(device, dtype, outputs, inputs, with_bias):
     assert_close(gemv_triton(x, weight, bias), float64_linear(x, weight, bias))
 
 
+def norm_in_float64(x, norm, offset=None, *, centred=False):
+    """The norm of a row with an epsilon of 1e-3."""
+    wide = x.double()
+    wide = wide - wide.mean(-1, keepdim=True) if centred else wide
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-3) * (norm.double() + (offset or 0.0))
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "activation"), [(7, 40, None), (6, 2500, "silu")])
+@pytest.mark.parametrize("kind", ["after the layer", "on both sides", "of a pair"])
+def test_a_gemv_after_other_sums_and_norms_equals_float64(device, dtype, kind, outputs, inputs, activation):
+    """Norms of layers' results alone, those and norms of sums, and layer norms after two results."""
+    x, weight, bias = problem(device, dtype, 1, outputs, inputs)
+    residual, other = torch.randn(2, 1, inputs).to(device, dtype) * 3 + 1
+    norm, before = torch.rand(2, inputs).to(device, dtype) + 0.5
+    offset, pair = (1.0 if kind == "on both sides" else None), kind == "of a pair"
+    result, total = norm_gemv_triton(
+        Pair(other, x) if pair else Normed(x, before, 1e-3, offset),
+        residual,
+        None if kind == "after the layer" else norm,
+        1e-3,
+        weight,
+        bias,
+        activation=activation,
+        offset=offset,
+        centred=pair,
+    )
+    if pair:
+        assert torch.equal(total, residual + other + x)
+    else:
+        assert_close(total, residual + rms_norm_reference(x, before, 1e-3, offset=offset))
+    # Of the kernel's own sum: a norm that rounds otherwise moves it.
+    normed = total if kind == "after the layer" else norm_in_float64(total, norm, offset, centred=pair)
+    tolerance = sum_tolerance(normed, weight, bias, activation) if dtype == torch.float32 else 0.0
+    assert_close(result, float64_linear(normed, weight, bias, activation), tolerance=tolerance)
+
+
 @pytest.mark.covering(2)
 @pytest.mark.parametrize(
     ("outputs", "inputs", "activation", "with_residual", "scale"),
@@ -89,10 +127,7 @@ def test_a_gemv_after_a_norm_equals_float64(device, dtype, outputs, inputs, with
     summed = x if residual is None else x + residual
     assert torch.equal(total, summed)
     # The kernel normalises the rounded sum; everything after it is computed in float64 here.
-    wide = summed.double()
-    normed = (
-        wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-3) * (norm.double() + (offset or 0.0))
-    )
+    normed = norm_in_float64(summed, norm, offset)
     tolerance = sum_tolerance(normed, weight, bias, activation) if dtype == torch.float32 else 0.0
     assert_close(result, float64_linear(normed, weight, bias, activation), tolerance=tolerance)
 
