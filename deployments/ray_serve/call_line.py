@@ -8,7 +8,7 @@ import asyncio
 import contextvars
 import itertools
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -96,6 +96,8 @@ class CallLine(asyncio.Protocol):
         future = self._calls[number] = asyncio.get_running_loop().create_future()
         try:
             self._transport.writelines(framed((number, args)))
+            # They may hold an image's pixels.
+            del args
             return checked(await future)
         except asyncio.CancelledError:
             if not self._ended:
@@ -141,12 +143,17 @@ class ReplicaLines:
         Args:
             limits: the most calls of each replica, by its name.
         """
-        if any(name not in self._lines for name in limits):
-            self._open_soon()
-            return None
-        names = random.sample(list(limits), min(2, len(limits)))
-        name = min(names, key=lambda each: self._lines[each].busy, default=None)
-        return self._lines[name] if name is not None and self._lines[name].busy < limits[name] else None
+        lines = self.to(limits)
+        names = random.sample(list(limits), min(2, len(limits))) if lines else []
+        name = min(names, key=lambda each: lines[each].busy, default=None)
+        return lines[name] if name is not None and lines[name].busy < limits[name] else None
+
+    def to(self, names: Iterable[str]) -> Mapping[str, CallLine]:
+        """The lines by the names of their replicas; none if one of ``names`` has no line yet."""
+        if all(name in self._lines for name in names):
+            return self._lines
+        self._open_soon()
+        return {}
 
     def _open_soon(self) -> None:
         now = asyncio.get_running_loop().time()

@@ -28,7 +28,7 @@ from deployments.ray_serve.line import follow
 from deployments.ray_serve.packing import Encoded, PixelsInfo, RowsInfo
 from deployments.ray_serve.refusals import Misrouted, Refusal, abandoned, was_cancelled
 from deployments.ray_serve.remote import Remote
-from deployments.ray_serve.routing import LanguageModelRouter, limits_here, router_here
+from deployments.ray_serve.routing import EncoderRouter, LanguageModelRouter, limits_here, router_here
 from deployments.report import current_report
 from deployments.stages import (
     Generation,
@@ -123,11 +123,27 @@ def _referenced(files: Mapping[int, KeptFiles]) -> list[Any]:
 
 
 class RemoteEncoder(_RemoteStage):
-    """The encoder stage in replicas of its own. Embedding rows are in the object store."""
+    """The encoder stage in replicas of its own. Embedding rows are in the object store, but for those of
+    images that have come by a line, and that replicas on this host encode by a line."""
 
     name = "encoder"
 
+    def __init__(self, handle: DeploymentHandle) -> None:
+        super().__init__(handle)
+        self._lines = ReplicaLines(partial(everywhere, self._handle, "line", MEASURE_S))
+
     async def encode(self, pixels: PixelsRef, salt: str, asked: float) -> RowsRef:
+        array = pixels.pixels
+        if isinstance(array, Brought) and array.nbytes <= MOST_BYTES:
+            router = router_here(self._handle, EncoderRouter)
+            lines = {} if router is None else self._lines.to(limits_here(self._handle))
+            if router is not None and lines:
+                with router.by_line(pixels.item, salt, lines) as replica:
+                    if replica is not None:
+                        call = lines[replica].call(pixels.item, array.take(), salt, asked, current.get())
+                        info, rows = await call
+                        self._ended()
+                        return RowsRef(info, rows)
         method = self._handle.encode
         return await self._work(method.remote(pixels.item, taken(pixels.pixels), salt, asked, current.get()))
 
@@ -239,7 +255,7 @@ class RemoteLanguageModel(_RemoteStage):
         """
         infos, references = _arrays(media)
         large = is_large(request)
-        router = None if large or not self._inbox.lines else router_here(self._handle)
+        router = None if large or not self._inbox.lines else router_here(self._handle, LanguageModelRouter)
         arrays = None if router is None else await self._fetched(references)
         if router is not None and arrays is not None:
             replica = router.by_line(request.inputs, self._inbox.lines)

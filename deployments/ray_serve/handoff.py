@@ -41,6 +41,11 @@ class Brought:
     def __init__(self, array: np.ndarray) -> None:
         self._array: np.ndarray | None = array
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array; 0 if it was taken."""
+        return 0 if self._array is None else self._array.nbytes
+
     def take(self) -> np.ndarray:
         """The array.
 
@@ -74,10 +79,11 @@ class PixelsRef:
 
 @dataclass(frozen=True, slots=True)
 class RowsRef:
-    """An item for the language model: the reference to its embedding rows or pixels, and how to read them."""
+    """An item for the language model: the reference to its embedding rows or pixels, and how to read them.
+    Rows that have come by a line are in this process, for as long as the answer may need them again."""
 
     info: RowsInfo | PixelsInfo
-    array: ray.ObjectRef | Brought
+    array: ray.ObjectRef | Brought | np.ndarray
 
     @property
     def cached(self) -> bool:
@@ -134,7 +140,7 @@ async def everywhere(handle: DeploymentHandle, method: str, seconds: float) -> l
     return [result for result in found if not isinstance(result, BaseException)]
 
 
-def taken(reference: ray.ObjectRef | Brought) -> Any:
+def taken(reference: ray.ObjectRef | Brought | np.ndarray) -> Any:
     """What a call may be given in place of a reference, which Ray or a replica resolves.
 
     Raises:

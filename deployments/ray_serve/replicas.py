@@ -196,11 +196,23 @@ class VisionEncoderReplica:
         self._stage = VisionEncoder(config, engine, make_tracer(tracing, "encoder"))
         self._in_place = InPlace(config, config.IN_PLACE, self._stage.take_over)
         self._store = ObjectStore()
+        self._lines = CallLines(self._encode_near)
         self._stage.when_dead(leave)
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Take over values while the replica runs; Ray Serve calls this."""
         self._in_place.take_over(user_config)
+
+    async def line(self) -> tuple[str, str]:
+        """As that of :class:`PreprocessorReplica`, for calls of :meth:`encode`."""
+        return serve.get_replica_context().replica_id.unique_id, await self._lines.address()
+
+    async def _encode_near(
+        self, item: MediaItem, pixels: np.ndarray, salt: str, asked: float, span: Carrier
+    ) -> tuple[RowsInfo, np.ndarray] | Refusal:
+        """As :meth:`encode`, with the rows themselves."""
+        current.set(span)
+        return await answered(self._rows(PreparedMedia(item, pixels), salt, asked))
 
     async def encode(
         self, item: MediaItem, pixels: np.ndarray, salt: str, asked: float, span: Carrier
@@ -210,9 +222,12 @@ class VisionEncoderReplica:
         return await answered(self._encode(PreparedMedia(item, pixels), salt, asked))
 
     async def _encode(self, pixels: PreparedMedia, salt: str, asked: float) -> RowsRef:
+        info, rows = await self._rows(pixels, salt, asked)
+        return RowsRef(info, await self._store.put(rows))
+
+    async def _rows(self, pixels: PreparedMedia, salt: str, asked: float) -> tuple[RowsInfo, np.ndarray]:
         embedded = await self._stage.encode(pixels, salt, asked)
-        info = RowsInfo.of(embedded)
-        return RowsRef(info, await self._store.put(embedded.rows))
+        return RowsInfo.of(embedded), embedded.rows
 
     async def metrics(self) -> dict[str, Any]:
         """Counters of the encoder."""
@@ -231,6 +246,9 @@ class VisionEncoderReplica:
         self._stage.check_health()
 
     async def __del__(self) -> None:
+        if hasattr(self, "_lines"):
+            # Ray Serve has waited for its own calls alone.
+            await self._lines.answered()
         if hasattr(self, "_stage"):
             self._stage.close()
 

@@ -7,8 +7,9 @@ the replica, and one choice carries one call, while embeddings and the stream th
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Container, Iterable
-from typing import Any
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
@@ -17,7 +18,9 @@ from ray.serve.request_router import RequestRouter
 
 from deployments.routing import ItemPlaces, Load, PromptPlaces, prompt_keys
 from deployments.stages import Generation, Pooling
-from engine.prompt import EngineInput
+from engine.prompt import EngineInput, MediaItem
+
+R = TypeVar("R", bound="_ExactRouter")
 
 
 class _ExactRouter(RequestRouter):
@@ -26,7 +29,14 @@ class _ExactRouter(RequestRouter):
     Serve's own router finds the waiting request by the id of the HTTP request, which all calls of one HTTP
     request share: images of one request would swap their replicas. Its FIFO mixin gives a replica to the
     request that waits longest.
+
+    Attributes:
+        asked: requests of this process that each replica was asked by its line, and has not answered yet.
     """
+
+    def initialize_state(self, by_content: bool = True, **_: Any) -> None:
+        self._by_content = by_content
+        self.asked: Counter[str] = Counter()
 
     def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
         for pending in self._pending_requests_to_fulfill:
@@ -54,7 +64,21 @@ class _ExactRouter(RequestRouter):
 
     def load(self, replica: RunningReplica) -> int:
         """Requests at a replica, as far as this process knows."""
-        return self.replica_queue_len_cache.get(replica.replica_id) or 0
+        known = self.replica_queue_len_cache.get(replica.replica_id) or 0
+        return known + self.asked[replica.replica_id.unique_id]
+
+    def has_room(self, replica: RunningReplica) -> bool:
+        """Return whether a replica has fewer requests than it may have."""
+        return self.load(replica) < replica.max_ongoing_requests
+
+    def with_lines(self, lines: Container[str]) -> dict[str, RunningReplica]:
+        """The replicas by their names; none if one has no line yet, as long as Ray Serve is to choose.
+
+        Args:
+            lines: names of the replicas to which one is open.
+        """
+        replicas = {replica.replica_id.unique_id: replica for replica in self.curr_replicas.values()}
+        return {} if any(name not in lines for name in replicas) else replicas
 
     def by_load(self, replicas: dict[str, RunningReplica]) -> list[str]:
         """The less busy of two random replicas, then the others: what Serve's own router does. Several
@@ -67,11 +91,39 @@ class EncoderRouter(_ExactRouter):
     """Sends an item to the replica that :class:`~deployments.routing.ItemPlaces` chooses for its content."""
 
     def initialize_state(self, by_content: bool = True, **_: Any) -> None:
-        self._by_content = by_content
+        super().initialize_state(by_content)
         self._places = ItemPlaces()
 
+    @contextmanager
+    def by_line(self, item: MediaItem, salt: str, lines: Container[str]) -> Iterator[str | None]:
+        """The replica that is to encode an item within the block, asked by its line. None if Ray Serve is to
+        choose: a replica has no line yet, or all have as many requests as they may have.
+
+        Args:
+            lines: as of :meth:`with_lines`.
+        """
+        replicas = self.with_lines(lines)
+        key = _item_key(item, salt) if self._by_content else None
+        order = self._ranked(replicas, key) if replicas else ()
+        name = next((each for each in order if self.has_room(replicas[each])), None)
+        if name is None:
+            yield None
+            return
+        self.asked[name] += 1
+        if key is not None:
+            self._places.sent(key, name)
+        try:
+            yield name
+        finally:
+            self.asked[name] -= 1
+            if key is not None:
+                self._places.ended(key, name)
+
     def order(self, replicas: dict[str, RunningReplica], request: PendingRequest) -> Iterable[str]:
-        key = self._key(request)
+        return self._ranked(replicas, self._key(request))
+
+    def _ranked(self, replicas: dict[str, RunningReplica], key: bytes | None) -> list[str]:
+        """The names of ``replicas`` for an item with this key, best first; by load if it is None."""
         if key is None:
             return self.by_load(replicas)
         return self._places.choose(key, {name: self.load(replica) for name, replica in replicas.items()})
@@ -89,7 +141,11 @@ class EncoderRouter(_ExactRouter):
         if not self._by_content or request.metadata.call_method != "encode":
             return None
         item, _, salt, *_ = request.args
-        return f"{item.hash}:{salt}".encode()[:64]
+        return _item_key(item, salt)
+
+
+def _item_key(item: MediaItem, salt: str) -> bytes:
+    return f"{item.hash}:{salt}".encode()[:64]
 
 
 class LanguageModelRouter(_ExactRouter):
@@ -97,25 +153,20 @@ class LanguageModelRouter(_ExactRouter):
     :class:`~deployments.routing.PromptPlaces` chooses for its prompt.
 
     Requests for a replica that has gone are sent elsewhere; it answers them with a ``Misrouted`` refusal.
-
-    Attributes:
-        asked: requests of this process that each replica was asked by its line, and has not answered yet.
     """
 
     def initialize_state(self, by_content: bool = True, **_: Any) -> None:
-        self._by_content = by_content
+        super().initialize_state(by_content)
         self._places = PromptPlaces()
-        self.asked: Counter[str] = Counter()
 
     def by_line(self, inputs: EngineInput, lines: Container[str]) -> str | None:
         """The replica that is to be asked for the answer to a prompt by its line. None if Ray Serve is to
         choose: a replica has no line yet, or as many requests as it may have.
 
         Args:
-            lines: names of the replicas to which one is open.
+            lines: as of :meth:`with_lines`.
         """
-        replicas = {replica.replica_id.unique_id: replica for replica in self.curr_replicas.values()}
-        if not replicas or any(name not in lines for name in replicas):
+        if not (replicas := self.with_lines(lines)):
             return None
         name, *others = replicas
         if others:
@@ -123,10 +174,7 @@ class LanguageModelRouter(_ExactRouter):
             name = self._ranked(replicas, keys, len(inputs.token_ids))[0]
             if keys is not None:
                 self._places.sent(keys, name)
-        return name if self.load(replicas[name]) < replicas[name].max_ongoing_requests else None
-
-    def load(self, replica: RunningReplica) -> int:
-        return super().load(replica) + self.asked[replica.replica_id.unique_id]
+        return name if self.has_room(replicas[name]) else None
 
     def order(self, replicas: dict[str, RunningReplica], request: PendingRequest) -> Iterable[str]:
         session = request.metadata.session_id
@@ -164,12 +212,13 @@ class LanguageModelRouter(_ExactRouter):
         return prompt_keys(given.inputs), len(given.inputs.token_ids)
 
 
-def router_here(handle: DeploymentHandle) -> LanguageModelRouter | None:
-    """The router of a handle of a language model on one host, if calls may go past Ray Serve: it runs on this
-    event loop and knows the replicas, and nothing counts the calls."""
+def router_here(handle: DeploymentHandle, kind: type[R]) -> R | None:
+    """The router of a handle, if it is of this kind, and calls may go past Ray Serve: it runs on this event
+    loop and knows the replicas, and nothing counts the calls. A language model over several hosts has another
+    kind."""
     router = _any_router_here(handle)
     # By its name: Ray Serve pickles the class by value, so each process has one of its own.
-    return router if type(router).__name__ == LanguageModelRouter.__name__ else None
+    return router if type(router).__name__ == kind.__name__ else None
 
 
 def limits_here(handle: DeploymentHandle) -> dict[str, int]:

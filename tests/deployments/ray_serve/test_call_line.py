@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,17 +12,19 @@ import pytest
 
 from deployments.ray_serve.call_line import CallLine, CallLines, ReplicaLines
 from deployments.ray_serve.frames import MOST_BYTES, connected
-from deployments.ray_serve.handles import RemotePreprocessor
-from deployments.ray_serve.handoff import PixelsRef
+from deployments.ray_serve.handles import RemoteEncoder, RemotePreprocessor
+from deployments.ray_serve.handoff import Brought, PixelsRef, taken
 from deployments.ray_serve.line import _Reader
+from deployments.ray_serve.packing import RowsInfo
 from deployments.ray_serve.refusals import Refusal, answered
-from deployments.ray_serve.replicas import PreprocessorReplica
+from deployments.ray_serve.replicas import PreprocessorReplica, VisionEncoderReplica
+from deployments.ray_serve.routing import EncoderRouter
 from deployments.stages import RowsLost, StageLost
 from engine.errors import InvalidRequest, SightlineError
 from engine.media.documents.pages import PageOptions
 from engine.media.source import MediaSource, RowsSource
-from engine.prompt import KeptFiles, MediaItem, PlaceholderRun, PreparedMedia
-from tests.deployments.ray_serve.doubles import serve_router
+from engine.prompt import EmbeddedMedia, KeptFiles, MediaItem, PlaceholderRun, PreparedMedia
+from tests.deployments.ray_serve.doubles import Candidate, router_of, serve_router
 from tests.serving import wait_until
 
 
@@ -289,22 +292,20 @@ IMAGE = MediaSource(0, "image", url="data:,0")
 ITEM = MediaItem("image", "h", 1, (1, 1, 1), (1, 1), (PlaceholderRun(0, 1, True),))
 
 
-class Preparing(PreprocessorReplica):
-    """Of a stage that makes ``pixels``, or refuses, and a handle of the deployment.
+class Near:
+    """A replica with lines, and a handle of its deployment.
 
     Attributes:
         calls: calls by Ray Serve.
     """
 
-    def __init__(self, pixels: np.ndarray | SightlineError) -> None:
-        self._pixels, self._stage = pixels, self
-        self._lines = CallLines(self._prepare_near)
+    _lines: CallLines
+
+    def __init__(self, router: Any) -> None:
         self.calls = 0
-        limits = SimpleNamespace(replica_id=SimpleNamespace(unique_id="a"), max_ongoing_requests=8)
-        router = SimpleNamespace(curr_replicas={"a": limits}, _event_loop=asyncio.get_running_loop())
         self._router = serve_router(router)
 
-    def options(self, **_: Any) -> "Preparing":
+    def options(self, **_: Any) -> "Near":
         return self
 
     def broadcast(self, method: str) -> Any:
@@ -318,12 +319,6 @@ class Preparing(PreprocessorReplica):
 
         return SimpleNamespace(_fetch_replica_results_async=results)
 
-    async def prepare(self, sources, files, caller, images, salt) -> Any:
-        assert (caller, images, salt) == ("caller", 1, "salt")
-        if isinstance(self._pixels, SightlineError):
-            raise self._pixels
-        return [PreparedMedia(ITEM, self._pixels, {"fetch": 0.5}, 3, note="note")]
-
     def remote(self, *_: Any) -> Any:
         async def refused() -> Refusal:
             return Refusal(InvalidRequest("by Ray Serve"))
@@ -333,6 +328,22 @@ class Preparing(PreprocessorReplica):
 
     def __del__(self) -> None:
         """Nothing was loaded."""
+
+
+class Preparing(Near, PreprocessorReplica):
+    """Of a stage that makes ``pixels``, or refuses."""
+
+    def __init__(self, pixels: np.ndarray | SightlineError) -> None:
+        loop, replicas = asyncio.get_running_loop(), {"a": Candidate("a")}
+        super().__init__(SimpleNamespace(curr_replicas=replicas, _event_loop=loop))
+        self._pixels, self._stage = pixels, self
+        self._lines = CallLines(self._prepare_near)
+
+    async def prepare(self, sources, files, caller, images, salt) -> Any:
+        assert (caller, images, salt) == ("caller", 1, "salt")
+        if isinstance(self._pixels, SightlineError):
+            raise self._pixels
+        return [PreparedMedia(ITEM, self._pixels, {"fetch": 0.5}, 3, note="note")]
 
 
 def stage_of(replica: Preparing) -> RemotePreprocessor:
@@ -403,3 +414,83 @@ async def test_replicas_whose_calls_are_counted_are_called_by_ray_serve():
     for _ in range(2):
         with pytest.raises(InvalidRequest, match="by Ray Serve"):
             await prepared(stage, IMAGE)
+
+
+class Encoding(Near, VisionEncoderReplica):
+    """Of a stage whose embedding rows are what a test gives.
+
+    Attributes:
+        rows: a future of them, or of an error.
+        given: what each call came with.
+    """
+
+    def __init__(self, router: EncoderRouter) -> None:
+        super().__init__(router)
+        self._stage = self
+        self._lines = CallLines(self._encode_near)
+        self.rows: asyncio.Future = asyncio.get_running_loop().create_future()
+        self.given: list[Any] = []
+
+    async def encode(self, media, salt, asked) -> Any:
+        self.given.append((media, salt, asked))
+        return EmbeddedMedia(media.item.hash, await asyncio.shield(self.rows), "bfloat16", cached=True)
+
+
+async def encoder() -> tuple[Encoding, RemoteEncoder]:
+    """An encoder's replica, and the stage, which has a line to it."""
+    replica = Encoding(await router_of(EncoderRouter, Candidate("a")))
+    stage = RemoteEncoder(replica)  # type: ignore[arg-type]
+    stage._handle = SimpleNamespace(_router=replica._router, encode=replica, broadcast=replica.broadcast)  # type: ignore[assignment]
+    with pytest.raises(InvalidRequest, match="by Ray Serve"):
+        await encoded(stage, np.zeros(1, np.uint8))
+    await wait_until(lambda: stage._lines._lines, 60)
+    return replica, stage
+
+
+def encoded(stage: RemoteEncoder, pixels: np.ndarray) -> Any:
+    return stage.encode(PixelsRef(ITEM, Brought(pixels)), "salt", 5.0)
+
+
+async def test_what_has_come_by_a_line_is_encoded_by_a_line():
+    replica, stage = await encoder()
+    pixels, rows = np.arange(12, dtype=np.uint8).reshape(2, 2, 3), np.arange(6, dtype=np.uint16).reshape(2, 3)
+    kept, task = weakref.ref(pixels), asyncio.ensure_future(encoded(stage, pixels))
+    await wait_until(lambda: replica.given, 60)
+    ((media, *others),) = replica.given
+    assert np.array_equal(media.pixels, pixels) and (media.item, *others) == (ITEM, "salt", 5.0)
+    # They are there in the replica: this process has no further use for them.
+    del pixels
+    await wait_until(lambda: kept() is None, 60)
+    replica.rows.set_result(rows)
+    found = await task
+    # Each process that the answer is asked of gets them, as from the object store.
+    for _ in range(2):
+        assert np.array_equal(taken(found.array), rows)
+    assert found.info == RowsInfo("h", "bfloat16", True) and replica.calls == 1
+    router = replica._router._asyncio_router.request_router
+    assert not any(router.asked.values()) and not router._places._in_flight
+
+
+async def test_an_item_s_refusal_loss_and_end_come_by_the_line():
+    replica, stage = await encoder()
+    replica.rows.set_exception(InvalidRequest("by line"))
+    with pytest.raises(InvalidRequest, match="by line"):
+        await encoded(stage, np.zeros(1, np.uint8))
+    replica.rows = asyncio.get_running_loop().create_future()
+    left, lost = [asyncio.ensure_future(encoded(stage, np.zeros(1, np.uint8))) for _ in range(2)]
+    await wait_until(lambda: len(replica.given) == 3, 60)
+    left.cancel()
+    (line,) = replica._lines._connections
+    await wait_until(lambda: len(line.tasks) == 1, 60)
+    line._transport.abort()
+    with pytest.raises(StageLost):
+        await lost
+    assert replica.calls == 1
+
+
+async def test_what_is_large_or_in_the_object_store_is_encoded_by_ray_serve():
+    replica, stage = await encoder()
+    for pixels in (Brought(np.zeros(MOST_BYTES + 1, np.uint8)), "reference"):
+        with pytest.raises(InvalidRequest, match="by Ray Serve"):
+            await stage.encode(PixelsRef(ITEM, pixels), "salt", 5.0)
+    assert replica.calls == 3 and not replica.given

@@ -1,11 +1,12 @@
 """Serve's side of routing: requests get the replica that was chosen for them, and full ones cost no CPU."""
 
 import asyncio
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
+from ray.serve._private.common import ReplicaID, RequestMetadata
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve.config import AutoscalingConfig
 
@@ -15,32 +16,7 @@ from deployments.routing import ItemPlaces, ranked
 from deployments.stages import Generation
 from engine.prompt import EngineInput
 from engine.sampling_params import SamplingParams
-from tests.deployments.ray_serve.doubles import serve_router
-
-DEPLOYMENT = DeploymentID(name="stage", app_name="test")
-
-
-class Replica:
-    """A replica with a number of requests."""
-
-    max_ongoing_requests = 5
-
-    def __init__(self, name: str, requests: int = 0, **stats) -> None:
-        self.replica_id = ReplicaID(unique_id=name, deployment_id=DEPLOYMENT)
-        self.requests, self.routing_stats = requests, stats
-        self.node_id, self.availability_zone, self.multiplexed_model_ids = "node", None, set()
-
-    async def get_queue_len(self, *, deadline_s: float) -> int:
-        return self.requests
-
-
-async def router_of(cls, *replicas: Replica, **kwargs):
-    router = cls(DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=False)
-    router.initialize_state(**kwargs)
-    router.update_replicas(list(replicas))
-    for replica in replicas:
-        router.replica_queue_len_cache.update(replica.replica_id, replica.requests)
-    return router
+from tests.deployments.ray_serve.doubles import DEPLOYMENT, Candidate, router_of, serve_router
 
 
 def request(method: str, *args, session: str = "") -> PendingRequest:
@@ -60,7 +36,7 @@ def item(name: str) -> PendingRequest:
 
 
 async def test_images_of_one_request_each_get_their_own_replica():
-    router = await router_of(EncoderRouter, *map(Replica, "abc"))
+    router = await router_of(EncoderRouter, *map(Candidate, "abc"))
     names = [f"image {number}" for number in range(40)]
     found = await asyncio.gather(*(chosen(router, item(name)) for name in names))
     assert found == [ranked(f"{name}:salt".encode(), "abc")[0] for name in names]
@@ -68,14 +44,14 @@ async def test_images_of_one_request_each_get_their_own_replica():
 
 
 async def test_by_load_alone_the_less_busy_of_two_replicas_gets_an_item():
-    replicas = Replica("a", 2), Replica("b", 1), Replica("c", 3)
+    replicas = Candidate("a", 2), Candidate("b", 1), Candidate("c", 3)
     router = await router_of(EncoderRouter, *replicas, by_content=False)
     found = [await chosen(router, item("one")) for _ in range(300)]
     assert {*found} == {"a", "b"} and found.count("b") > found.count("a")
 
 
 async def test_an_item_is_in_flight_until_its_result_is_there():
-    replicas = [Replica("a"), Replica("b")]
+    replicas = [Candidate("a"), Candidate("b")]
     router = await router_of(EncoderRouter, *replicas)
     pending, callbacks = item("x"), []
     replica = replicas["ab".index(await chosen(router, pending))]
@@ -90,12 +66,42 @@ async def test_an_item_is_in_flight_until_its_result_is_there():
     assert places.choose(key, busy)[0] != replica.replica_id.unique_id
 
 
+async def test_an_item_is_encoded_by_the_line_of_the_replica_that_ray_serve_would_choose():
+    router = await router_of(EncoderRouter, *map(Candidate, "abc"))
+    for name in map(str, range(20)):
+        wanted = ranked(f"{name}:salt".encode(), "abc")[0]
+        with router.by_line(SimpleNamespace(hash=name), "salt", "abc") as found:
+            assert found == wanted and router.load(router.curr_replicas[ReplicaID(wanted, DEPLOYMENT)]) == 1
+            # Equal items follow it, up to what a replica may have.
+            router.asked[wanted] += 3
+            assert await chosen(router, item(name)) == wanted
+            with ExitStack() as stack:
+                enter = stack.enter_context
+                assert enter(router.by_line(SimpleNamespace(hash=name), "salt", "abc")) == wanted
+                assert enter(router.by_line(SimpleNamespace(hash=name), "salt", "abc")) != wanted
+            # Another one goes elsewhere: this replica has more than its share.
+            with router.by_line(SimpleNamespace(hash=name), "other", "abc") as other:
+                assert other != wanted
+            router.asked[wanted] -= 3
+        assert not any(router.asked.values())
+    for lines in ("", "ab"):
+        with router.by_line(SimpleNamespace(hash="one"), "salt", lines) as found:
+            assert found is None
+    full = await router_of(EncoderRouter, Candidate("a", 5))
+    with full.by_line(SimpleNamespace(hash="one"), "salt", "a") as found:
+        assert found is None
+    by_load = await router_of(EncoderRouter, Candidate("a", 1), Candidate("b"), by_content=False)
+    for name in map(str, range(9)):
+        with by_load.by_line(SimpleNamespace(hash=name), "salt", "ab") as found:
+            assert found == "b"
+
+
 def generation(tokens: list[int]) -> Generation:
     return Generation("one", EngineInput(tokens), SamplingParams())
 
 
 async def test_a_stream_goes_to_its_embeddings_and_a_prompt_to_its_beginning():
-    router = await router_of(LanguageModelRouter, *map(Replica, "abc"))
+    router = await router_of(LanguageModelRouter, *map(Candidate, "abc"))
     asked = generation(list(range(400)))
     for name in "bca":
         pending = request("generate", "id of a request that was handed over", {}, session=name)
@@ -112,14 +118,14 @@ async def test_a_stream_goes_to_its_embeddings_and_a_prompt_to_its_beginning():
 
 
 async def test_what_replicas_report_counts():
-    busy = Replica("a", waiting_tokens=5000), Replica("b", kv_usage=1.0), Replica("c")
+    busy = Candidate("a", waiting_tokens=5000), Candidate("b", kv_usage=1.0), Candidate("c")
     router = await router_of(LanguageModelRouter, *busy)
     for start in range(9):
         assert await chosen(router, request("generate", generation([start] * 400), {})) == "c"
 
 
 async def test_a_prompt_is_asked_for_by_the_line_of_the_replica_that_has_seen_its_beginning():
-    router = await router_of(LanguageModelRouter, *map(Replica, "ab"))
+    router = await router_of(LanguageModelRouter, *map(Candidate, "ab"))
     prompt, longer = EngineInput(list(range(400))), EngineInput(list(range(401)))
     seen = router.by_line(prompt, "ab")
     assert seen is not None
@@ -130,24 +136,25 @@ async def test_a_prompt_is_asked_for_by_the_line_of_the_replica_that_has_seen_it
     assert router.by_line(longer, "ab") is None
     router.asked[seen] = 0
     assert router.by_line(longer, seen) is None
-    by_load = await router_of(LanguageModelRouter, *map(Replica, "ab"), by_content=False)
+    by_load = await router_of(LanguageModelRouter, *map(Candidate, "ab"), by_content=False)
     by_load.asked["a"] = 1
     assert [by_load.by_line(prompt, "ab") for _ in range(4)] == ["b"] * 4
 
 
 async def test_nothing_goes_past_ray_serve_while_an_autoscaling_counts_calls():
     """Whether one does may change while replicas run, by ``deployments`` of Serve's configuration."""
-    router = await router_of(LanguageModelRouter, Replica("a"))
+    router = await router_of(LanguageModelRouter, Candidate("a"))
     handle: Any = SimpleNamespace(_router=serve_router(router))
     serving = handle._router._asyncio_router
-    assert router_here(handle) is router and limits_here(handle) == {"a": 5}
+    assert router_here(handle, LanguageModelRouter) is router and limits_here(handle) == {"a": 5}
+    assert router_here(handle, EncoderRouter) is None
     serving._metrics_manager.autoscaling_config = AutoscalingConfig()
-    assert router_here(handle) is None and limits_here(handle) == {}
+    assert router_here(handle, LanguageModelRouter) is None and limits_here(handle) == {}
     serving._metrics_manager.autoscaling_config = None
-    assert router_here(handle) is router
+    assert router_here(handle, LanguageModelRouter) is router
     # Of a language model over several hosts, the first one alone may be asked.
-    serving.request_router = await router_of(FirstHostRouter, Replica("a"))
-    assert router_here(handle) is None
+    serving.request_router = await router_of(FirstHostRouter, Candidate("a"))
+    assert router_here(handle, LanguageModelRouter) is None
 
 
 @pytest.mark.parametrize(
@@ -159,7 +166,7 @@ async def test_nothing_goes_past_ray_serve_while_an_autoscaling_counts_calls():
     ],
 )
 async def test_a_router_of_full_replicas_waits_without_spinning(cls, pending):
-    full = [Replica(name, 5) for name in "ab"]
+    full = [Candidate(name, 5) for name in "ab"]
     router = await router_of(cls, *full)
     rounds, pauses = 0, []
     choose = router.choose_replicas
@@ -182,5 +189,5 @@ async def test_a_router_of_full_replicas_waits_without_spinning(cls, pending):
 
 
 async def test_a_dead_replica_s_session_goes_elsewhere():
-    router = await router_of(LanguageModelRouter, Replica("a"))
+    router = await router_of(LanguageModelRouter, Candidate("a"))
     assert await chosen(router, request("generate", "id", {}, session="gone")) == "a"
