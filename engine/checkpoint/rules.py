@@ -82,18 +82,22 @@ EXPERT_RULES: tuple[tuple[str, str], ...] = (
 """Rules of a decoder with experts, by the names of Mixtral, Granite and Qwen."""
 
 _MLP = r"(?:.*\.)?(layers\.\d+\.mlp\.)"
-ERNIE_RULES: tuple[tuple[str, str], ...] = (
+DEEPSEEK_RULES: tuple[tuple[str, str], ...] = (
     (_MLP + r"shared_experts\.(.*)", r"\1shared_expert.\2"),
-    (_MLP + r"moe_statics\.(e_score_correction_bias)", r"\1gate.\2"),
     *DECODER_RULES,
+)
+"""Rules of a decoder with experts by DeepSeek's names."""
+
+ERNIE_RULES: tuple[tuple[str, str], ...] = (
+    (_MLP + r"moe_statics\.(e_score_correction_bias)", r"\1gate.\2"),
+    *DEEPSEEK_RULES,
 )
 """Rules of a decoder with experts by Ernie's names."""
 
 GLM_RULES: tuple[tuple[str, str], ...] = (
-    (_MLP + r"shared_experts\.(.*)", r"\1shared_expert.\2"),
     (_LAYER + r"post_self_attn_layernorm\.(.*)", r"\1attention_out_norm.\2"),
     (_LAYER + r"post_mlp_layernorm\.(.*)", r"\1mlp_out_norm.\2"),
-    *DECODER_RULES,
+    *DEEPSEEK_RULES,
 )
 """Rules of a decoder by GLM's names: some have norms after attention and MLP as well, some have experts."""
 

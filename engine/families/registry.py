@@ -12,6 +12,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "aya_vision": ("AyaVisionForConditionalGeneration", "Cohere2VisionForConditionalGeneration"),
     "colpali": ("ColPaliForRetrieval",),
     "colqwen2": ("ColQwen2ForRetrieval",),
+    "deepseek_ocr2": ("DeepseekOcr2ForConditionalGeneration",),
     "exaone4_5": ("Exaone4_5_ForConditionalGeneration",),
     "gemma3": ("Gemma3ForConditionalGeneration",),
     "gemma4": ("Gemma4ForConditionalGeneration",),

@@ -62,18 +62,18 @@ def resize_in_square(image: Image.Image, side: int, colour: tuple[int, ...], res
     """
     longest = max(image.size)
     if image.width == image.height or longest == side:
-        return resize(_centred(image, (longest, longest), colour), (side, side), resample)
+        return resize(centred(image, (longest, longest), colour), (side, side), resample)
     narrow = Image.new("RGB", (side, longest), colour)
     top = (longest - image.height) // 2
     rows = max(1, _STRIP_PIXELS // longest)
     for start in range(0, image.height, rows):
         strip = image.crop((0, start, image.width, min(start + rows, image.height)))
-        padded = _centred(strip, (longest, strip.height), colour)
+        padded = centred(strip, (longest, strip.height), colour)
         narrow.paste(resized(padded, (side, strip.height), resample), (0, top + start))
     return resize(narrow, (side, side), resample)
 
 
-def _centred(image: Image.Image, size: tuple[int, int], colour: tuple[int, ...]) -> Image.Image:
+def centred(image: Image.Image, size: tuple[int, int], colour: tuple[int, ...]) -> Image.Image:
     canvas = Image.new("RGB", size, colour)
     canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
     return canvas

@@ -92,7 +92,13 @@ class VisionAttention(nn.Module):
         if self.heads[1] < self.heads[0]:
             shared = self.heads[0] // self.heads[1]
             k, v = (part.repeat_interleave(shared, dim=1) for part in (k, v))
-        out = vision_attention(
+        return self.proj(self.attended(q, k, v, segments).flatten(1))
+
+    def attended(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: VisionSegments
+    ) -> torch.Tensor:
+        """Compute attention ``(N, heads, head_dim)`` of queries, keys and values of that shape."""
+        return vision_attention(
             q,
             k,
             v,
@@ -101,16 +107,21 @@ class VisionAttention(nn.Module):
             scale=self.head_dim**-0.5,
             counters=self.counters,
         )
-        return self.proj(out.flatten(1))
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm attention and MLP. The residual is passed beside the hidden states, as in the decoder."""
+    """Pre-norm attention and MLP. The residual is passed beside the hidden states, as in the decoder.
 
-    def __init__(self, config: VisionConfig, build: BuildContext) -> None:
+    Args:
+        attention: the class of the attention.
+    """
+
+    def __init__(
+        self, config: VisionConfig, build: BuildContext, attention: type[VisionAttention] = VisionAttention
+    ) -> None:
         super().__init__()
         self.norm1 = make_norm(config, config.hidden_size, build)
-        self.attn = VisionAttention(config, build)
+        self.attn = attention(config, build)
         self.norm2 = make_norm(config, config.hidden_size, build)
         self.mlp: MLP | GatedMLP
         if config.gated_mlp:

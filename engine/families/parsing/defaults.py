@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from engine.families.parsing.cohere import COHERE2_DEFAULTS, COHERE_DEFAULTS
 from engine.families.parsing.experts import (
+    DEEPSEEK_EXPERTS,
     ERNIE_EXPERTS,
     LOCAL_EXPERTS,
     QWEN_EXPERTS,
@@ -18,6 +19,7 @@ from engine.families.parsing.lfm2 import LFM2_DEFAULTS
 DecoderKind = Literal[
     "cohere",
     "cohere2",
+    "deepseek_ocr2_text",
     "ernie4_5",
     "ernie4_5_moe",
     "ernie4_5_vl_moe_text",
@@ -170,6 +172,18 @@ _HUNYUAN: dict[str, Any] = {
 DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
     "cohere": COHERE_DEFAULTS,
     "cohere2": COHERE2_DEFAULTS,
+    "deepseek_ocr2_text": {
+        **_COMMON,
+        **DEEPSEEK_EXPERTS,
+        "vocab_size": 102400,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
     "ernie4_5": {**_ERNIE, "tie_word_embeddings": True},
     "ernie4_5_moe": {
         **_ERNIE_MOE,

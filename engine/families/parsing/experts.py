@@ -40,6 +40,17 @@ ERNIE_EXPERTS: dict[str, Any] = {
 }
 """Defaults of the fields of Ernie's models."""
 
+DEEPSEEK_EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 1407,
+    "num_experts_per_tok": None,
+    "n_shared_experts": 2,
+    "n_routed_experts": 64,
+    "routed_scaling_factor": 1.0,
+    "topk_method": "greedy",
+    "mlp_layer_types": None,
+}
+"""Defaults of the fields of DeepSeek-OCR 2, which has DeepSeek-V2's router."""
+
 #: Weights of experts are divided by their sum, or by this if it is more. Above, it may be more than a sum.
 _GREATEST_LEAST_SUM = 1e-6
 
@@ -56,6 +67,8 @@ def parse_experts(config: Json, layers: int) -> ExpertsConfig | None:
     """
     if "moe_num_experts" in config:
         return _biased_experts(config, layers)
+    if "topk_method" in config:
+        return _scaled_experts(config, layers)
     if "n_routed_experts" in config:
         return _routed_experts(config, layers)
     if "enable_moe_block" in config:
@@ -161,6 +174,24 @@ def _layers_between(config: Json, layers: int) -> tuple[int, ...]:
     last = integer(config, "moe_layer_end_index", least=-1)
     last = layers - 1 if last == -1 else min(last, layers - 1)
     return tuple(layer for layer in range(first, last + 1) if (layer + 1) % step == 0)
+
+
+def _scaled_experts(config: Json, layers: int) -> ExpertsConfig | None:
+    """Read experts whose scores are shares of all, and multiplied by a factor; the layers are listed."""
+    for field, served in (("topk_method", "greedy"), ("mlp_bias", False)):
+        if config[field] != served:
+            raise CheckpointError(
+                f"config.json: {field} {config[field]!r} is not supported for this architecture; "
+                f"{served!r} is",
+                param=field,
+            )
+    sparse = _typed_layers(config, layers)
+    if not sparse:
+        return None
+    router = _router(config, "n_routed_experts", renormalise=False)
+    router = replace(router, scaling=number(config, "routed_scaling_factor"))
+    size = integer(config, "moe_intermediate_size")
+    return ExpertsConfig(router, size, sparse, shared_size=size * integer(config, "n_shared_experts"))
 
 
 def _experts_beside_mlps(config: Json, layers: int) -> ExpertsConfig:

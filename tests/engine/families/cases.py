@@ -14,6 +14,8 @@ from tests.engine.families.aya_vision import AyaVisionReference, make_aya_vision
 from tests.engine.families.case import FamilyCase
 from tests.engine.families.colpali import ColPaliReference, make_colpali
 from tests.engine.families.colqwen2 import ColQwen2Reference, make_colqwen2
+from tests.engine.families.deepseek_ocr2 import FRAME as DEEPSEEK_FRAME
+from tests.engine.families.deepseek_ocr2 import DeepseekReference, make_deepseek_ocr2
 from tests.engine.families.gemma3 import FRAME as GEMMA3_FRAME
 from tests.engine.families.gemma3 import IMAGE as GEMMA3_IMAGE
 from tests.engine.families.gemma3 import Gemma3Reference, make_gemma3
@@ -414,6 +416,19 @@ CASES = [
         placeholder=lambda index, count: GOT_IMAGE,
     ),
     FamilyCase(
+        "DeepSeek-OCR 2",
+        # Squares have thousands of patches, so that layers over whole ones take long.
+        partial(make_deepseek_ocr2, sam={"global_attn_indexes": []}),
+        DeepseekReference,
+        frame=DEEPSEEK_FRAME,
+        placeholder=lambda index, count: "<image>\n",
+        # As a whole, and in two tiles as well.
+        single=((60, 44), (97, 50)),
+        several=(((90, 30), (33, 70)),),
+        options={"max_model_len": 1024},
+        few_tokens=100,
+    ),
+    FamilyCase(
         "HunyuanOCR",
         make_hunyuan_vl,
         HunyuanReference,
@@ -499,6 +514,7 @@ LIKE = {
     "Gemma 4 unified": "Gemma 4 E2B",
     "Command A Vision": "Aya Vision",
     "Granite-Docling": "Qwen3-VL",
+    "DeepSeek-OCR 2": "GOT-OCR 2",
     "InternVL, publishers' names": "InternVL",
     "Qianfan-OCR": "InternVL",
     "gemma4": "Gemma 4 E2B",

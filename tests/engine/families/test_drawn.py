@@ -60,6 +60,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "paddleocr_vl": (40100,),
     "hunyuan_vl": (1,),
     "got_ocr2": (1,),
+    "deepseek_ocr2": (1,),
     "molmo2": (1,),
     "colqwen2": (40100,),
     "colpali": (60023,),

@@ -46,7 +46,7 @@ _DEFAULT_KV = {
     "seed_oss": 8,
     "smollm3": 4,
     "molmo2": 8,
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_vl"), None),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_vl", "deepseek_ocr2"), None),
 }
 #: Numbers of a head where a config.json does not say, by the kinds that don't derive them.
 _DEFAULT_HEAD_DIM = {
@@ -78,7 +78,7 @@ _COUNTED_KV = (
 _BIASED = (
     *("llama", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", *DELTA_NETS),
     *("cohere", "cohere2", "gemma", "granite", "granitemoe", "glm4_moe", "hunyuan_v1_dense", "hunyuan_vl"),
-    "molmo2",
+    *("molmo2", "deepseek_ocr2"),
 )
 #: Scalings whose functions in Transformers take no null for the size of a head.
 _SIZED = ("dynamic", "yarn", "longrope")

@@ -9,7 +9,10 @@ from tests.engine.families.drawn.choices import Draw
 #: Kinds whose router chooses among groups.
 GROUPED = ("glm4_moe", "glm4v_moe")
 ERNIE = ("ernie4_5_moe",)
-EXPERTS = ("granitemoe", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", *ERNIE, *GROUPED)
+EXPERTS = (
+    *("deepseek_ocr2", "granitemoe", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe"),
+    *(*ERNIE, *GROUPED),
+)
 
 
 def draw_experts(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
@@ -19,6 +22,9 @@ def draw_experts(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
         return
     if kind in ERNIE:
         _draw_biased(draw, kind, fields)
+        return
+    if kind == "deepseek_ocr2":
+        _draw_scaled(draw, fields)
         return
     experts = draw.choice("experts", (1, 2, 5, 8, 16))
     fields["num_experts_per_tok"] = draw.choice(
@@ -62,6 +68,24 @@ def _draw_biased(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
         fields["moe_layer_start_index"] = draw.choice("first sparse layer", (0, 1, layers - 1))
         fields["moe_layer_interval"] = draw.choice("sparse step", (1, 1, 2))
         fields["moe_layer_end_index"] = draw.choice("last sparse layer", (-1, layers - 1, layers, 1))
+
+
+def _draw_scaled(draw: Draw, fields: dict[str, Any]) -> None:
+    """Add the experts of DeepSeek-OCR 2, whose layers are listed."""
+    experts = draw.choice("experts", (2, 5, 8, 16))
+    fields |= {
+        "n_routed_experts": experts,
+        "num_experts_per_tok": draw.choice("experts of a token", [n for n in (1, 2, 6) if n <= experts]),
+        "moe_intermediate_size": draw.choice("expert intermediate", (16, 24, 52)),
+        "mlp_layer_types": [
+            draw.choice(f"MLP of layer {layer}", ("sparse", "sparse", "dense"))
+            for layer in range(fields["num_hidden_layers"])
+        ],
+    }
+    if draw.varies("shared experts stated", 0.4):
+        fields["n_shared_experts"] = draw.choice("shared experts", (1, 2, 3))
+    if draw.varies("scaling of experts stated", 0.4):
+        fields["routed_scaling_factor"] = draw.choice("scaling of experts", (1.0, 1.5, 2.5))
 
 
 def _draw_grouped(draw: Draw, fields: dict[str, Any]) -> None:
