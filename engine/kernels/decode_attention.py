@@ -177,7 +177,7 @@ def _decode_kernel(
     seq_lens_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr, splits, scale, window,
     key_scale, value_scale, q_token, q_head, k_token, k_head, v_token, v_head, axis_stride, position_stride, angle_stride, table_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_STRIDE: tl.constexpr,
-    FP8_CACHE: tl.constexpr, BORROWED: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
+    FP8_CACHE: tl.constexpr, BORROWED: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, LAST: tl.constexpr,
     HALF: tl.constexpr, SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, ADJACENT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, CAP: tl.constexpr,
     MERGED: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
@@ -218,9 +218,10 @@ def _decode_kernel(
     slot = tl.load(slot_ptr + sequence)
     if NORM:
         q_norm = tl.load(q_norm_ptr + column, mask=in_head, other=0.0)
-        q_norm_partner = tl.load(q_norm_ptr + partner, mask=in_head, other=0.0)
         k_norm = tl.load(k_norm_ptr + column, mask=in_head, other=0.0)
-        k_norm_partner = tl.load(k_norm_ptr + partner, mask=in_head, other=0.0)
+        if not LAST:
+            q_norm_partner = tl.load(q_norm_ptr + partner, mask=in_head, other=0.0)
+            k_norm_partner = tl.load(k_norm_ptr + partner, mask=in_head, other=0.0)
     # This program's share of the visible keys in the cache; the first ``used`` splits have one.
     start = 0
     if WINDOW:
@@ -257,20 +258,24 @@ def _decode_kernel(
         k = tl.load(k_row + column, mask=in_head, other=0.0)
         k_partner = tl.load(k_row + partner, mask=in_head, other=0.0)
         v = tl.load(v_ptr + sequence * v_token + kv_head * v_head + column, mask=in_head, other=0.0)
-    if NORM:
+    if NORM and not LAST:
         inverse = inverse_rms(q, 1, eps, DIM)
         q = scaled_by_norm(q, inverse, q_norm[None, :], offset, OFFSET)
         q_partner = scaled_by_norm(q_partner, inverse, q_norm_partner[None, :], offset, OFFSET)
     q = _rotate(q, q_partner, cos[None, :], sin[None, :])
+    if NORM and LAST:
+        q = scaled_by_norm(q, inverse_rms(q, 1, eps, DIM), q_norm[None, :], offset, OFFSET)
 
     acc, row_max, row_sum = empty_softmax(ROWS, DIM_PAD)
     if split == 0 and not BORROWED:
         # The new token: its key and value go to the cache, and are the first of the softmax.
-        if NORM:
+        if NORM and not LAST:
             inverse_k = inverse_rms(k, 0, eps, DIM)
             k = scaled_by_norm(k, inverse_k, k_norm, offset, OFFSET)
             k_partner = scaled_by_norm(k_partner, inverse_k, k_norm_partner, offset, OFFSET)
         new_k, new_v = _rotate(k, k_partner, cos, sin), v
+        if NORM and LAST:
+            new_k = scaled_by_norm(new_k, inverse_rms(new_k, 0, eps, DIM), k_norm, offset, OFFSET)
         if FP8_CACHE:
             # Attention sees the rounded ones, as later steps do.
             new_k = round_to_fp8(new_k, key_scale, k_cache_ptr.dtype.element_ty)

@@ -33,7 +33,7 @@ def rotary_kv_write(
 ) -> None:
     """Rotate ``q`` in place; write the rotated ``k``, and ``v``, to each token's KV slot if there are such.
 
-    With ``norms`` it rotates :func:`~engine.kernels.rms_norm.head_norms`.
+    With ``norms`` it rotates :func:`~engine.kernels.rms_norm.head_norms`, or norms what it has rotated.
 
     Args:
         q, k, positions, table: see :func:`~engine.kernels.rotary.rotary`; ``k`` is undefined afterwards.
@@ -48,10 +48,11 @@ def rotary_kv_write(
 def rotary_kv_write_reference(q, k, v, positions, table, cache, slot_mapping, norms=None) -> None:
     borrowed = k is None
     k = q[:, :0] if borrowed else k
-    if norms is not None:
-        normed, k = head_norms_reference(q, k, norms)
-        q.copy_(normed)
+    if norms is not None and not norms.last:
+        k = _norm_reference(q, k, norms)
     rotary_reference(q, k, positions, table)
+    if norms is not None and norms.last:
+        k = _norm_reference(q, k, norms)
     if borrowed:
         return
     written = slot_mapping >= 0
@@ -60,6 +61,13 @@ def rotary_kv_write_reference(q, k, v, positions, table, cache, slot_mapping, no
     block, offset = slot_mapping // cache.block_size, slot_mapping % cache.block_size
     _write(cache.keys, block, offset, k, cache.key_scale)
     _write(cache.values, block, offset, v, cache.value_scale)
+
+
+def _norm_reference(q, k, norms):
+    """Norm queries in place, and return the norms of keys."""
+    normed, k = head_norms_reference(q, k, norms)
+    q.copy_(normed)
+    return k
 
 
 def _write(blocks, block, offset, rows, scale: float) -> None:
@@ -100,7 +108,7 @@ def _rotary_kv_write_kernel(
     k_cache_ptr, v_cache_ptr, slot_ptr, q_token, q_head, k_token, k_head, v_token, v_head, axis_stride, position_stride, angle_stride,
     key_scale, value_scale,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_STRIDE: tl.constexpr,
-    FP8_CACHE: tl.constexpr, BORROWED: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
+    FP8_CACHE: tl.constexpr, BORROWED: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, LAST: tl.constexpr,
     HALF: tl.constexpr, SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, ADJACENT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -115,21 +123,9 @@ def _rotary_kv_write_kernel(
     q_row = q_ptr + token * q_token
     if NORM:
         norm_and_rotate_heads(
-            q_row,
-            q_head,
-            q_row,
-            q_head,
-            cos,
-            sin,
-            q_norm_ptr,
-            eps,
-            offset,
-            Q_HEADS,
-            DIM,
-            HALF,
-            ADJACENT,
-            OFFSET,
-        )
+            q_row, q_head, q_row, q_head, cos, sin, q_norm_ptr, eps, offset,
+            Q_HEADS, DIM, HALF, ADJACENT, OFFSET, LAST,
+        )  # fmt: skip
     else:
         rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF, ADJACENT)
     slot = tl.load(slot_ptr + token)
@@ -147,7 +143,7 @@ def _rotary_kv_write_kernel(
         if NORM:
             norm_and_rotate_heads(
                 k_row, k_head, rotated, rotated_head, cos, sin, k_norm_ptr, eps, offset,
-                KV_HEADS, DIM, HALF, ADJACENT, OFFSET,
+                KV_HEADS, DIM, HALF, ADJACENT, OFFSET, LAST,
             )  # fmt: skip
         else:
             rotate_heads(k_row, k_head, rotated, rotated_head, cos, sin, KV_HEADS, HALF, ADJACENT)

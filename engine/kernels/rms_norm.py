@@ -260,21 +260,25 @@ class HeadNorms:
     Attributes:
         q_weight, k_weight: ``(D,)``.
         eps, offset: see :func:`rms_norm`.
+        last: they come behind the rotation, not before it (Hunyuan).
     """
 
     q_weight: torch.Tensor
     k_weight: torch.Tensor
     eps: float
     offset: float | None = None
+    last: bool = False
 
 
 def norm_arguments(norms: HeadNorms | None, q: torch.Tensor) -> dict[str, Any]:
     """Arguments of a kernel for norms of heads, or for none. ``q`` stands in for what is not accessed."""
     if norms is None:
-        return {"q_norm_ptr": q, "k_norm_ptr": q, "eps": 0.0, "offset": 0.0, "NORM": False, "OFFSET": False}
+        norms = HeadNorms(q, q, 0.0)
+        return {**norm_arguments(norms, q), "NORM": False}
     return {
         "q_norm_ptr": norms.q_weight, "k_norm_ptr": norms.k_weight, "eps": norms.eps,
         "offset": norms.offset or 0.0, "NORM": True, "OFFSET": norms.offset is not None,
+        "LAST": norms.last,
     }  # fmt: skip
 
 

@@ -177,15 +177,22 @@ def rotate_heads(
     source = in_ptr + head * in_head + angle * STEP
     first = tl.load(source, mask=mask, other=0.0)
     second = tl.load(source + OTHER, mask=mask, other=0.0)
-    _store_rotated(first, second, out_ptr + head * out_head + angle * STEP, OTHER, mask, cos, sin)
+    first, second = _rotated(first, second, cos, sin)
+    target = out_ptr + head * out_head + angle * STEP
+    tl.store(target, first, mask=mask)
+    tl.store(target + OTHER, second, mask=mask)
 
 
 @triton.jit
 def norm_and_rotate_heads(
     in_ptr, in_head, out_ptr, out_head, cos, sin, norm_ptr, eps, offset,
     HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr, OFFSET: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
-    """Do what :func:`rotate_heads` does with the norms of heads, and store what of them is not rotated."""
+    """Do what :func:`rotate_heads` does with the norms of heads, and store what of them is not rotated.
+
+    LAST: what is rotated is normed, in place of that.
+    """
     head = tl.arange(0, triton.next_power_of_2(HEADS))[:, None]
     angle = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
     mask = (head < HEADS) & (angle < HALF)
@@ -195,6 +202,8 @@ def norm_and_rotate_heads(
     source = in_ptr + head * in_head
     first = tl.load(source + angle * STEP, mask=mask, other=0.0)
     second = tl.load(source + angle * STEP + OTHER, mask=mask, other=0.0)
+    if LAST:
+        first, second = _rotated(first, second, cos, sin)
     squares = tl.sum(first.to(tl.float32) * first.to(tl.float32), axis=1, keep_dims=True)
     squares += tl.sum(second.to(tl.float32) * second.to(tl.float32), axis=1, keep_dims=True)
     if REST > 0:
@@ -207,16 +216,19 @@ def norm_and_rotate_heads(
     first = scaled_by_norm(first, inverse, weight, offset, OFFSET)
     weight = tl.load(norm_ptr + angle * STEP + OTHER, mask=angle < HALF, other=0.0)
     second = scaled_by_norm(second, inverse, weight, offset, OFFSET)
+    if not LAST:
+        first, second = _rotated(first, second, cos, sin)
     target = out_ptr + head * out_head
-    _store_rotated(first, second, target + angle * STEP, OTHER, mask, cos, sin)
+    tl.store(target + angle * STEP, first, mask=mask)
+    tl.store(target + angle * STEP + OTHER, second, mask=mask)
     if REST > 0:
         weight = tl.load(norm_ptr + column, mask=column < DIM, other=0.0)
         tl.store(target + column, scaled_by_norm(rest, inverse, weight, offset, OFFSET), mask=known)
 
 
 @triton.jit
-def _store_rotated(first, second, target, OTHER: tl.constexpr, mask, cos, sin):
-    """Rotate pairs and store them, the second ones ``OTHER`` elements behind the first ones.
+def _rotated(first, second, cos, sin):
+    """Rotate pairs of the first ones and the second ones.
 
     Sums are rounded where torch rounds them; a GPU may add products that are not rounded yet.
     """
@@ -226,5 +238,4 @@ def _store_rotated(first, second, target, OTHER: tl.constexpr, mask, cos, sin):
     first, second = first.to(tl.float32), second.to(tl.float32)
     low = (first * c).to(dtype).to(tl.float32) - (second * s).to(dtype).to(tl.float32)
     high = (second * c).to(dtype).to(tl.float32) + (first * s).to(dtype).to(tl.float32)
-    tl.store(target, low.to(dtype), mask=mask)
-    tl.store(target + OTHER, high.to(dtype), mask=mask)
+    return low.to(dtype), high.to(dtype)

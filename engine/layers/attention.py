@@ -146,20 +146,15 @@ class Attention(nn.Module):
         scales = self.head_scales if cache.keys.dtype == FP8 else None
         decode = meta.max_query_len == 1
         norms, table = self._norms(), self.rotary.table
-        if norms is not None and self.norms_last:
-            assert k is not None, "queries alone are normed before they rotate"
-            rotary(q, k, positions, table)
-            q, k = head_norms(q, k, norms)
-            # The kernel that writes keys and values to the cache rotates as well: by angles of 0 here.
-            norms, table = None, self.rotary.still
-            positions = positions if positions.dim() == 1 else positions[0]
         # The kernel that rotates does the norms as well, where nothing comes between.
-        if (
-            norms is not None
-            and k is not None
-            and (self.rotary.query_scale is not None or scales is not None)
-        ):
+        scaled = self.rotary.query_scale is not None or scales is not None
+        if norms is not None and k is not None and scaled:
+            if norms.last:
+                rotary(q, k, positions, table)
             q, k = head_norms(q, k, norms)
+            if norms.last:
+                # That kernel rotates as well: by angles of 0 here.
+                table, positions = self.rotary.still, positions if positions.dim() == 1 else positions[0]
             norms = None
         if self.rotary.query_scale is not None:
             # The rotation that follows doesn't mind a factor.
@@ -185,7 +180,8 @@ class Attention(nn.Module):
         if self.q_norm is None:
             return None
         keys = self.k_norm or self.q_norm
-        return HeadNorms(self.q_norm.weight, keys.weight, self.q_norm.eps, self.q_norm.offset)
+        norm = self.q_norm
+        return HeadNorms(norm.weight, keys.weight, norm.eps, norm.offset, last=self.norms_last)
 
     def _decode(
         self,

@@ -208,7 +208,7 @@ def attention(dtype: torch.dtype, dim: int) -> None:
             meta.gaps = sight == "gaps"
             dispatch.paged_attention(tensor(sum(tokens), heads, dim, dtype=dtype), cache, meta, **limits)
         weight = tensor(dim, dtype=dtype)
-        for sequences, normed, adjacent, axes in product((1, 100), (False, True), (False, True), (1, 3)):
+        for sequences, last, adjacent, axes in product((1, 100), (None, False, True), (False, True), (1, 3)):
             table = RotaryTable(
                 angles, angles, (dim // 2 - 8, 4, 4) if axes == 3 else None, adjacent=adjacent
             )
@@ -216,7 +216,7 @@ def attention(dtype: torch.dtype, dim: int) -> None:
             q, k, v = tensor(sequences, heads + 2 * kv_heads, dim, dtype=dtype).split([heads, 2, 2], dim=1)
             positions = torch.zeros(shape, dtype=torch.int64)
             meta = metadata([1] * sequences, 1000, 4096)
-            of_heads = HeadNorms(weight, weight, 1e-6) if normed else None
+            of_heads = None if last is None else HeadNorms(weight, weight, 1e-6, last=last)
             dispatch.decode_attention(q, k, v, positions, table, cache, meta, norms=of_heads, **limits)
 
 

@@ -122,6 +122,7 @@ def decode(
     section: tuple[int, ...] = (16, 24, 24),
     adjacent: bool = False,
     norms: bool = False,
+    last: bool = False,
 ) -> None:
     from engine.kernels.decode_attention import decode_attention_triton
     from engine.kernels.rms_norm import HeadNorms
@@ -130,7 +131,7 @@ def decode(
     positions, angles = torch.zeros(len(section), sequences, dtype=torch.int64), torch.randn(64, dim // 2)
     table = RotaryTable(angles, angles, section, adjacent=adjacent)
     meta = metadata([1] * sequences, 1000, 4096)
-    of_heads = HeadNorms(*tensor(2, dim), 1e-6) if norms else None
+    of_heads = HeadNorms(*tensor(2, dim), 1e-6, last=last) if norms else None
     decode_attention_triton(
         q, k, v, positions, table, kv_cache(kv_heads, dim), meta, scale=0.1, norms=of_heads
     )
@@ -204,7 +205,8 @@ def elementwise() -> None:
     rotary_kv_write_triton(q, k, v, positions, table, kv_cache(2, 128), slots)
     rotary_kv_write_triton(q, k, v, positions, replace(table, adjacent=True), kv_cache(2, 128), slots)
     norms = HeadNorms(x[0, :128], x[0, :128], 1e-6)
-    rotary_kv_write_triton(q, k, v, positions, table, kv_cache(2, 128), slots, norms)
+    for last in (False, True):
+        rotary_kv_write_triton(q, k, v, positions, table, kv_cache(2, 128), slots, replace(norms, last=last))
     q, k = tensor(4, 32, 80).split(16, dim=1)
     rotary_triton(q, k, positions[0], RotaryTable(angles[:, :40], angles[:, :40]))
 
@@ -578,7 +580,7 @@ CASES: list[Callable[[], None]] = [
     lambda: decode(32, 4, 128, 1, norms=True),
     lambda: decode(12, 2, 128, 64),
     # HunyuanOCR's four axes.
-    lambda: decode(16, 8, 128, 1, section=(16, 16, 16, 16)),
+    lambda: decode(16, 8, 128, 1, section=(16, 16, 16, 16), norms=True, last=True),
     lambda: paged(28, 4, 128, [300, 1, 7]),
     lambda: both_ways(8, 4, 256, [300, 1, 7], 1024),
     partial(wide_heads, 1),

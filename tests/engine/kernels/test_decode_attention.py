@@ -48,9 +48,11 @@ class Step:
     def rotated(self):
         """Copy with rotated queries and the new token in the cache, rounded to its dtype."""
         other = self.copy()
-        if other.norms is not None:
-            other.q, other.k = head_norms_reference(other.q, other.k, other.norms)
-        rotary_kv_write_reference(*other.arguments()[:-1], other.meta.slot_mapping)
+        norms = other.norms
+        if norms is not None and not norms.last:
+            other.q, other.k = head_norms_reference(other.q, other.k, norms)
+            norms = None
+        rotary_kv_write_reference(*other.arguments()[:-1], other.meta.slot_mapping, norms)
         return other
 
     @property
@@ -142,12 +144,12 @@ def test_options(device, dtype, change, splits, monkeypatch):
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("offset", [None, 1.0])
+@pytest.mark.parametrize(("offset", "last"), [(None, False), (1.0, False), (None, True)])
 @pytest.mark.parametrize("case", ["many", "head of 96", "half rotated", "neighbours"])
-def test_norms_of_heads(device, dtype, case, offset, splits, monkeypatch):
+def test_norms_of_heads(device, dtype, case, offset, last, splits, monkeypatch):
     force_splits(monkeypatch, splits)
     step = problem(device, dtype, **CASES[case])
-    step.norms = HeadNorms(*torch.randn(2, CASES[case]["dim"]).to(device, dtype), 1e-5, offset)
+    step.norms = HeadNorms(*torch.randn(2, CASES[case]["dim"]).to(device, dtype), 1e-5, offset, last)
     step.q *= 3
     options = {"scale": step.scale, "norms": step.norms}
     expected = decode_attention_reference(*step.copy().arguments(), **options)

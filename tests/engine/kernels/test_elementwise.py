@@ -147,8 +147,13 @@ def test_rotary(device, dtype, kind, dim, half):
     assert not torch.equal(fused[:, 3], before[:, 3])
 
 
-#: Offsets of the norms of heads; empty where there are none.
-HEAD_NORMS = {"no norms": (), "norms": (None,), "norms with an offset": (1.0,)}
+#: Offsets of the norms of heads, and whether these come behind the rotation; empty where there are none.
+HEAD_NORMS = {
+    "no norms": (),
+    "norms": ((None, False),),
+    "with an offset": ((1.0, False),),
+    "last": ((None, True),),
+}
 
 
 @pytest.mark.covering(2)
@@ -166,8 +171,8 @@ def test_rotary_kv_write(device, dtype, kind, tokens, heads, kv_heads, dim, norm
     results = []
     fused = torch.randn(tokens, heads + 2 * kv_heads, dim, device=device, dtype=dtype)
     given = None
-    for offset in HEAD_NORMS[norms]:
-        given = HeadNorms(*torch.randn(2, dim, device=device, dtype=dtype), 1e-6, offset)
+    for offset, last in HEAD_NORMS[norms]:
+        given = HeadNorms(*torch.randn(2, dim, device=device, dtype=dtype), 1e-6, offset, last)
     for run in (rotary_kv_write_triton, rotary_kv_write_reference):
         q, k, v = fused.clone().split([heads, kv_heads, kv_heads], dim=1)
         caches = [torch.full((8, kv_heads, 4, dim), -7.0, device=device, dtype=dtype) for _ in range(2)]
