@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from engine.errors import CheckpointError
 from engine.families.parsing.fields import Json, flag, integer, number, vision_activation
-from engine.families.parsing.processor import parse_normalisation
+from engine.families.parsing.processor import parse_normalisation, require_same_colours
 from engine.families.parsing.tower import feature_states
 from engine.vision.normalisation import HALF_NORMALISATION, Normalisation
 from engine.vision.transformer_config import VisionConfig
@@ -46,7 +46,7 @@ _ALIASES = {
     "image_num_pos": "num_position_embeddings",
     "vit_layers": "vision_feature_layer",
 }
-_FILE = "preprocessor_config.json"
+_FILE, _VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +76,15 @@ class MolmoVisionConfig:
 
     A crop's margins are what it shares with its neighbours. Of each patch that several crops have, the
     features of one count. The grid of an image is ``(rows, columns)`` of crops; before these the image is
-    shown as a whole.
+    shown as a whole. Frames of a video are shown as a whole each; the grid of a video is ``(frames,)``.
 
     Attributes:
         tower: the transformer.
         patch_size: side of a patch in pixels.
         side: of a crop, in patches.
         margins: of a crop at its left or upper and at its right or lower side, in patches.
-        window: height and width, in patches, of what becomes a row.
+        window: height and width, in patches, of what becomes a row of an image.
+        frame_window: the same of a frame.
         adapter: see there.
         out_features: width of a row.
         normalisation: of the pixels' bytes.
@@ -97,6 +98,7 @@ class MolmoVisionConfig:
     adapter: AdapterConfig
     out_features: int
     normalisation: Normalisation
+    frame_window: tuple[int, int] = (3, 3)
 
     @property
     def step(self) -> int:
@@ -108,30 +110,37 @@ class MolmoVisionConfig:
         rows, columns = grid
         return rows * self.step + sum(self.margins), columns * self.step + sum(self.margins)
 
-    def shapes(self, grid: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Rows as lines and columns: those of the whole image, and those of its crops."""
-        high, wide = self.window
-        return (-(-self.side // high), -(-self.side // wide)), (
-            -(-self.canvas(grid)[0] // high),
-            -(-self.canvas(grid)[1] // wide),
-        )
+    def shapes(self, grid: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        """Rows as lines and columns: those of the whole image and those of its crops, or of each frame."""
+        whole = self.side, self.side
+        if len(grid) == 1:
+            return (_shape(whole, self.frame_window),) * grid[0]
+        return _shape(whole, self.window), _shape(self.canvas(grid), self.window)
 
     def rows(self, grid: tuple[int, ...]) -> int:
-        """Embedding rows of an image with ``grid``."""
+        """Embedding rows of an image or video with ``grid``."""
         return sum(height * width for height, width in self.shapes(grid))
 
+    def squares(self, grid: tuple[int, ...]) -> int:
+        """The whole image and all crops, or frames."""
+        return grid[0] if len(grid) == 1 else 1 + grid[0] * grid[1]
+
     def num_patches(self, grid: tuple[int, ...]) -> int:
-        """Patches of the whole image and of all crops."""
-        return (1 + grid[0] * grid[1]) * self.side**2
+        """Patches of all squares."""
+        return self.squares(grid) * self.side**2
 
     def windows(self, grid: tuple[int, ...]) -> np.ndarray:
         """The patches of each row, int64 ``(rows, window)``; -1 stands where a window has none."""
         whole = np.arange(self.side**2).reshape(self.side, self.side)
+        if len(grid) == 1:
+            first = np.arange(grid[0])[:, None, None] * self.side**2
+            windows = _cut(whole, self.frame_window)
+            return np.where(windows < 0, -1, windows + first).reshape(-1, windows.shape[1])
         height, width = self.canvas(grid)
         (down, lines), (along, columns) = self._owners(height, grid[0]), self._owners(width, grid[1])
         crop = 1 + down[:, None] * grid[1] + along
         canvas = crop * self.side**2 + lines[:, None] * self.side + columns
-        return np.concatenate([self._cut(whole), self._cut(canvas)])
+        return np.concatenate([_cut(whole, self.window), _cut(canvas, self.window)])
 
     def _owners(self, length: int, crops: int) -> tuple[np.ndarray, np.ndarray]:
         """For each patch along an axis of the canvas: the crop whose features count, and its place there."""
@@ -139,14 +148,20 @@ class MolmoVisionConfig:
         crop = ((place - self.margins[0]) // self.step).clip(0, crops - 1)
         return crop, place - crop * self.step
 
-    def _cut(self, patches: np.ndarray) -> np.ndarray:
-        """Windows of ``patches (height, width)``, which are first filled up with -1 on all sides, the lower
-        right ones if their number is odd."""
-        missing = [-length % size for length, size in zip(patches.shape, self.window, strict=True)]
-        filled = np.pad(patches, [(each // 2, each - each // 2) for each in missing], constant_values=-1)
-        high, wide = self.window
-        parts = filled.reshape(filled.shape[0] // high, high, filled.shape[1] // wide, wide)
-        return parts.swapaxes(1, 2).reshape(-1, high * wide)
+
+def _shape(patches: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
+    """Lines and columns of the windows that hold ``patches``, height and width."""
+    return -(-patches[0] // window[0]), -(-patches[1] // window[1])
+
+
+def _cut(patches: np.ndarray, window: tuple[int, int]) -> np.ndarray:
+    """Windows of ``patches (height, width)``, which are first filled up with -1 on all sides, the lower right
+    ones if their number is odd."""
+    missing = [-length % size for length, size in zip(patches.shape, window, strict=True)]
+    filled = np.pad(patches, [(each // 2, each - each // 2) for each in missing], constant_values=-1)
+    high, wide = window
+    parts = filled.reshape(filled.shape[0] // high, high, filled.shape[1] // wide, wide)
+    return parts.swapaxes(1, 2).reshape(-1, high * wide)
 
 
 def parse_vision(raw: Json, processor: Json, hidden: int) -> MolmoVisionConfig:
@@ -185,14 +200,7 @@ def parse_vision(raw: Json, processor: Json, hidden: int) -> MolmoVisionConfig:
         num_positions=side**2,
         features=features,
     )
-    size = processor.get("size") or {"height": 378, "width": 378}
-    crop = _square(
-        [size.get("height"), size.get("width")] if isinstance(size, dict) else size, f"{_FILE}: size"
-    )
-    if crop != side * patch or processor.get("patch_size", 14) != patch:
-        raise CheckpointError(
-            f"{_FILE}: size and patch_size should be the tower's {side * patch} and {patch}", param="size"
-        )
+    _require_square(processor, _FILE, side, patch)
     margins = _pair(processor, "overlap_margins", [4, 4], least=0)
     if sum(margins) >= side:
         raise CheckpointError(f"{_FILE}: overlap_margins leave nothing of a crop", param="overlap_margins")
@@ -214,6 +222,28 @@ def parse_vision(raw: Json, processor: Json, hidden: int) -> MolmoVisionConfig:
         out_features=hidden,
         normalisation=parse_normalisation(processor, HALF_NORMALISATION),
     )
+
+
+def with_frames(vision: MolmoVisionConfig, processor: Json) -> MolmoVisionConfig:
+    """``vision`` with the windows of the video processor's JSON.
+
+    Raises:
+        CheckpointError: naming the field that is not supported.
+    """
+    _require_square(processor, _VIDEO_FILE, vision.side, vision.patch_size)
+    require_same_colours(processor, vision.normalisation, HALF_NORMALISATION)
+    return replace(vision, frame_window=_pair(processor, "pooling_size", [3, 3], least=1, file=_VIDEO_FILE))
+
+
+def _require_square(processor: Json, file: str, side: int, patch: int) -> None:
+    size = processor.get("size") or {"height": 378, "width": 378}
+    crop = _square(
+        [size.get("height"), size.get("width")] if isinstance(size, dict) else size, f"{file}: size"
+    )
+    if crop != side * patch or processor.get("patch_size", 14) != patch:
+        raise CheckpointError(
+            f"{file}: size and patch_size should be the tower's {side * patch} and {patch}", param="size"
+        )
 
 
 def _filled(defaults: Json, stated: Json) -> dict[str, Any]:
@@ -238,11 +268,13 @@ def _square(stated: Any, field: str) -> int:
     return int(stated[0])
 
 
-def _pair(processor: Json, field: str, default: list[int], *, least: int) -> tuple[int, int]:
+def _pair(
+    processor: Json, field: str, default: list[int], *, least: int, file: str = _FILE
+) -> tuple[int, int]:
     stated: Any = processor.get(field, default)
     whole = (
         isinstance(stated, list | tuple) and len(stated) == 2 and all(type(each) is int for each in stated)
     )
     if not whole or min(stated) < least:
-        raise CheckpointError(f"{_FILE}: {field} should be two numbers, not {stated!r}", param=field)
+        raise CheckpointError(f"{file}: {field} should be two numbers, not {stated!r}", param=field)
     return stated[0], stated[1]

@@ -1,4 +1,4 @@
-"""Molmo 2's encoder: crops of an image, and windows of patches pooled by attention."""
+"""Molmo 2's encoder: crops of an image, or frames, and windows of patches pooled by attention."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from engine.vision.transformer import VisionTransformer
 
 
 class MolmoVisionEncoder(nn.Module):
-    """Encodes an image's uint8 patches ``(N, patch², 3)`` to rows ``(config.rows(grid), out_features)``.
+    """Encodes the uint8 patches ``(N, patch², 3)`` of an image or video to rows ``(config.rows(grid),
+    out_features)``.
 
-    Patches come crop by crop, the whole image first, and line by line in each.
+    Patches come crop by crop, the whole image first, or frame by frame, and line by line in each.
     """
 
     def __init__(self, config: MolmoVisionConfig, build: BuildContext) -> None:
@@ -61,8 +62,8 @@ class MolmoVisionEncoder(nn.Module):
 
     def _check(self, entry: PreparedMedia) -> None:
         grid, side = entry.item.grid, self.config.side
-        known = len(grid) == 2 and min(grid) > 0
-        pieces = [(side, side)] * (1 + grid[0] * grid[1]) if known else []
+        known = len(grid) == (1 if entry.item.kind == "video" else 2) and min(grid) > 0
+        pieces = [(side, side)] * self.config.squares(grid) if known else []
         rows = self.config.rows(grid) if known else 0
         check_pieces(entry, pieces, (self.config.patch_size**2, 3), rows)
 

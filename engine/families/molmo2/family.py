@@ -3,7 +3,7 @@ other, but not the text between them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from engine.checkpoint.rules import MOLMO2_RULES, WeightRules
 from engine.errors import CheckpointError
 from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
 from engine.families.family import Family
-from engine.families.molmo2.config import parse_vision
+from engine.families.molmo2.config import parse_vision, with_frames
 from engine.families.molmo2.processor import Molmo2Processor
 from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, with_aliases
@@ -41,6 +41,8 @@ _COLUMNS = {
     "image_use_col_tokens": True,
     "use_single_crop_col_tokens": None,
     "use_single_crop_start_token": True,
+    "video_use_col_tokens": False,
+    "use_frame_special_tokens": True,
 }
 
 
@@ -80,11 +82,12 @@ def _finished(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     first = next((stated[field] for field in ("bos_token", "eos_token") if stated.get(field)), "")
     extra: dict[str, Any] = {
         "start": first["content"] if isinstance(first, dict) else first,
-        **named_tokens(checkpoint, {"image_token": "<|image|>"}),
+        **named_tokens(checkpoint, {"image_token": "<|image|>", "video_token": "<|video|>"}),
     }
     written = checkpoint.json("processor_config.json")
     extra |= {field: written.get(field, usual) for field, usual in _COLUMNS.items()}
-    return replace(config, decoder=decoder, extra=extra)
+    vision = with_frames(config.vision, checkpoint.video_preprocessor_config)
+    return replace(config, decoder=decoder, vision=vision, extra=extra)
 
 
 def _further(checkpoint: Checkpoint, usual: int) -> int:
@@ -100,19 +103,28 @@ def _further(checkpoint: Checkpoint, usual: int) -> int:
 
 def _prompt_format(config: ModelConfig) -> PromptFormat:
     assert config.extra is not None
-    return PromptFormat(image=config.extra["image_token"], start=config.extra["start"])
+    extra = config.extra
+    return PromptFormat(image=extra["image_token"], video=extra["video_token"], start=extra["start"])
+
+
+def _around(config: ModelConfig, item: MediaItem) -> tuple[str, str]:
+    """The time of a video's first frame."""
+    return (f"{item.times[0]:.1f} ", "") if item.kind == "video" else ("", "")
 
 
 def _placeholder(
     config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
 ) -> tuple[PlaceholderRun, ...]:
-    """The whole image, then its crops, each between two tokens; a token may end each line of rows.
+    """The whole image, then its crops, or frames with their times, each between two tokens; a token may end
+    each line of rows.
 
     Raises:
         CheckpointError: the tokenizer lacks one of the tokens.
     """
     extra = config.extra
     assert extra is not None and config.image_token_id is not None
+    if item.kind == "video":
+        return _frames(config, item, extra, encode)
     columns = extra["image_use_col_tokens"]
     whole_columns = extra["use_single_crop_col_tokens"]
     start = "<low_res_im_start>" if extra["use_single_crop_start_token"] else "<im_start>"
@@ -126,6 +138,21 @@ def _placeholder(
         line_end = [_text_run("<im_col>", encode)] if ends else []
         runs += [PlaceholderRun(config.image_token_id, length, True), *line_end] * lines
         runs.append(_text_run("<im_end>", encode))
+    return tuple(runs)
+
+
+def _frames(
+    config: ModelConfig, item: MediaItem, extra: Mapping[str, Any], encode: Callable[[str], list[int]]
+) -> tuple[PlaceholderRun, ...]:
+    assert config.image_token_id is not None
+    kind = "frame" if extra["use_frame_special_tokens"] else "im"
+    begin, end = (_text_run(f"<{kind}_{place}>", encode) for place in ("start", "end"))
+    line_end = [_text_run("<im_col>", encode)] if extra["video_use_col_tokens"] else []
+    runs = list[PlaceholderRun]()
+    for number, (lines, length) in enumerate(config.vision.shapes(item.grid)):
+        if number:
+            runs += [PlaceholderRun(token, 1, False) for token in encode(f" {item.times[number]:.1f} ")]
+        runs += [begin, *[PlaceholderRun(config.image_token_id, length, True), *line_end] * lines, end]
     return tuple(runs)
 
 
@@ -167,17 +194,20 @@ def _encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
     return MolmoVisionEncoder(config.vision, build)
 
 
+_PATCH = token_field("image_patch_id", "image_token_id", default=151938)
 FAMILY = Family(
     name="molmo2",
     architectures=("Molmo2ForConditionalGeneration",),
     reader=ConfigReader(
         text=_text,
         vision=parse_vision,
-        image_token=token_field("image_patch_id", "image_token_id", default=151938),
+        image_token=_PATCH,
+        video_token=_PATCH,
         finish=_finished,
     ),
     prompt_format=_prompt_format,
     placeholder=_placeholder,
+    around=_around,
     processor=Molmo2Processor.create,
     options=("max_crops",),
     weights=_weights,

@@ -195,6 +195,21 @@ def minicpm_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> 
     return [tenths[index] for index in np.linspace(0, len(tenths) - 1, most, dtype=int)]
 
 
+def molmo2_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> list[int]:
+    """Indices as Transformers' ``Molmo2VideoProcessor.sample_frames`` gives them.
+
+    Args:
+        rules: ``fps`` is the highest rate of a video whose caller asks for none; None if there is no bound.
+    """
+    if asked.fps is not None:
+        count = int(info.duration * asked.fps)
+    else:
+        count = asked.num_frames or rules.num_frames or info.frames
+        if rules.fps is not None and info.fps > rules.fps:
+            count = min(count, int(info.duration * rules.fps))
+    return _arange(info.frames, max(min(count, info.frames), 1))
+
+
 def _paired(indices: list[int]) -> list[int]:
     """Each index once, and the last one twice if their number is odd."""
     once = list(dict.fromkeys(indices or [0]))

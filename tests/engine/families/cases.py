@@ -50,6 +50,7 @@ from tests.engine.families.minicpm_v4_6 import VIDEO as MINICPM_VIDEO
 from tests.engine.families.minicpm_v4_6 import MiniCPMV46Reference, make_minicpm_v4_6
 from tests.engine.families.molmo2 import FRAME as MOLMO_FRAME
 from tests.engine.families.molmo2 import IMAGE as MOLMO_IMAGE
+from tests.engine.families.molmo2 import VIDEO as MOLMO_VIDEO
 from tests.engine.families.molmo2 import Molmo2Reference, make_molmo2
 from tests.engine.families.onevision import OnevisionReference, make_onevision
 from tests.engine.families.ovis2 import Ovis2Reference, make_ovis2
@@ -441,6 +442,7 @@ CASES = [
         Molmo2Reference,
         frame=MOLMO_FRAME,
         placeholder=lambda index, count: MOLMO_IMAGE,
+        video=MOLMO_VIDEO,
         # In crops beside each other, and below each other.
         single=((210, 84), (70, 175)),
         several=(((140, 105), (32, 42)), ((20, 20), (70, 175), (84, 56))),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,12 @@ from tests.engine.tiny import rewrite_tensors, split_shards, spread, tokenizer
 
 #: In pixels. torch has another way to resize to sides that are 128 together, or fewer.
 PATCH, SIDE = 14, 70
-IMAGE = "<|image|>"
+IMAGE, VIDEO = "<|image|>", "<|video|>"
 HAS_MOLMO2 = hasattr(transformers, "Molmo2Config")
 FRAME = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 PICTURES = (
     *("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>"),
-    *("<frame_start>", "<frame_end>", "<im_low>", IMAGE, "<|video|>"),
+    *("<frame_start>", "<frame_end>", "<im_low>", IMAGE, VIDEO),
 )
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 #: Crops of 5x5 patches of which 1 at the left and upper and 1 at the other side are shared.
@@ -34,6 +35,15 @@ PROCESSOR: dict[str, Any] = {
     "pooling_size": [2, 2],
     "max_crops": 4,
 }
+#: Of frames; windows of 3x3 patches don't fill them. Without the first two Transformers leaves bytes as they
+#: are.
+VIDEOS: dict[str, Any] = {
+    "do_rescale": True,
+    "do_normalize": True,
+    "size": {"height": SIDE, "width": SIDE},
+    "patch_size": PATCH,
+    "pooling_size": [3, 3],
+}
 
 
 def make_molmo2(path: Path, hub: bool) -> Path:
@@ -41,7 +51,7 @@ def make_molmo2(path: Path, hub: bool) -> Path:
 
     Args:
         hub: config.json in the spelling of the first releases, whose tower has more layers than the weights;
-            columns of the whole image without tokens; and several shards.
+            columns of the whole image without tokens, and of frames with them; and several shards.
     """
     if not HAS_MOLMO2:
         pytest.skip("this release of Transformers has no Molmo 2")
@@ -93,9 +103,11 @@ def make_molmo2(path: Path, hub: bool) -> Path:
     model.generation_config.pad_token_id = 0
     model.save_pretrained(path)
     tok.save_pretrained(path)
-    texts = {"use_single_crop_col_tokens": False} if hub else {}
+    texts = {"use_single_crop_col_tokens": False, "video_use_col_tokens": True} if hub else {}
     images = {"image_processor_type": "Molmo2ImageProcessor", **PROCESSOR}
-    (path / "processor_config.json").write_text(json.dumps({"image_processor": images, **texts}))
+    videos = {"video_processor_type": "Molmo2VideoProcessor", **VIDEOS}
+    stated = {"image_processor": images, "video_processor": videos, **texts}
+    (path / "processor_config.json").write_text(json.dumps(stated))
     if hub:
         _as_on_the_hub(path, first)
     return path
@@ -153,20 +165,28 @@ def image_processor_of(path: Path, **options: Any) -> Any:
     return both(**{**json.loads((path / "processor_config.json").read_text())["image_processor"], **options})
 
 
+def video_processor_of(path: Path) -> Any:
+    """Transformers' video processor of a checkpoint."""
+    (videos,) = imported("molmo2.video_processing_molmo2")
+    both = type("Molmo2VideoProcessor", (_Images, videos.Molmo2VideoProcessor), {})
+    return both(**json.loads((path / "processor_config.json").read_text()).get("video_processor", {}))
+
+
 def processor_of(path: Path, **options: Any) -> Any:
     """Transformers' processor of a checkpoint, with ``options`` of its image processor."""
     (texts,) = imported("molmo2.processing_molmo2")
     stated = json.loads((path / "processor_config.json").read_text())
     del stated["image_processor"]
+    stated.pop("video_processor", None)
 
     class Processor(texts.Molmo2Processor):
-        """Without videos."""
+        """Of classes that don't need torchvision."""
 
         def check_argument_for_proper_class(self, name: str, argument: Any) -> None:
             pass
 
     tok = PreTrainedTokenizerFast.from_pretrained(path)
-    return Processor(image_processor_of(path, **options), None, tok, **stated)
+    return Processor(image_processor_of(path, **options), video_processor_of(path), tok, **stated)
 
 
 class Molmo2Reference:
@@ -178,10 +198,44 @@ class Molmo2Reference:
         self.processor = processor_of(path, **options)
 
     def inputs(self, prompt: CasePrompt) -> Inputs:
+        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in prompt.frames] or [0])
         arguments = dict(
-            self.processor(text=[prompt.text], images=list(prompt.pictures) or None, return_tensors="pt")
+            self.processor(
+                text=[prompt.text],
+                images=list(prompt.pictures) or None,
+                videos=[frames] if prompt.frames else None,
+                do_sample_frames=False,
+                return_tensors="pt",
+            )
         )
+        if prompt.pictures and prompt.frames:
+            video_first = prompt.text.index(VIDEO) < prompt.text.index(IMAGE)
+            arguments = _together(arguments, video_first)
         known = self.model.config.text_config.vocab_size
         # Tokens of images have no logits.
         ids = [token if token < known else None for token in arguments["input_ids"][0].tolist()]
         return Inputs(ids, self.model, arguments)
+
+
+def _together(arguments: dict[str, Any], video_first: bool) -> dict[str, Any]:
+    """The arguments of images beside a video with the frames as images, which the model computes alike: it
+    refuses to be given both, and so gives them no order."""
+    frames, lines, columns = arguments.pop("video_grids")[0].tolist()
+    parts = [
+        (arguments["pixel_values"], arguments["image_token_pooling"], arguments["image_grids"]),
+        (
+            arguments.pop("pixel_values_videos"),
+            arguments.pop("video_token_pooling"),
+            torch.tensor([[frames * lines, columns, 0, 0]]),
+        ),
+    ]
+    (first, windows, grids), (second, others, more) = parts[::-1] if video_first else parts
+    others = torch.where(others < 0, others, others + first.shape[0] * first.shape[1])
+    width = max(windows.shape[1], others.shape[1])
+    pooling = [F.pad(each, (0, width - each.shape[1]), value=-1) for each in (windows, others)]
+    del arguments["image_num_crops"]
+    return arguments | {
+        "pixel_values": torch.cat([first, second]),
+        "image_token_pooling": torch.cat(pooling),
+        "image_grids": torch.cat([grids, more]),
+    }

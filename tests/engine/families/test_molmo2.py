@@ -5,14 +5,35 @@ from __future__ import annotations
 import json
 import math
 import random
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
+from transformers.video_utils import VideoMetadata
 
 from engine import LLM, SamplingParams
+from engine.config import EngineConfig
 from engine.media.bilinear import resize_bilinear
-from tests.engine.families.molmo2 import FRAME, HAS_MOLMO2, IMAGE, PROCESSOR, image_processor_of, make_molmo2
+from engine.media.source import MediaSource
+from engine.media.video.sampling import FrameRules, molmo2_indices
+from engine.media.video.video import VideoInfo, VideoOptions
+from engine.model_parts import load_prompt_builder
+from engine.preparation import MediaPreparation
+from tests.engine.families.molmo2 import (
+    FRAME,
+    HAS_MOLMO2,
+    IMAGE,
+    PROCESSOR,
+    VIDEO,
+    VIDEOS,
+    image_processor_of,
+    make_molmo2,
+    processor_of,
+    video_processor_of,
+)
 from tests.engine.families.opened import copy_json, media_processor, parse
+from tests.engine.media.clips import NTSC, clip, decoded
 from tests.engine.tiny import picture
 
 pytestmark = pytest.mark.skipif(not HAS_MOLMO2, reason="this release of Transformers has no Molmo 2")
@@ -75,7 +96,7 @@ def test_crops_are_those_of_transformers_at_public_sizes(public):
 )
 def test_pixels_and_windows_are_those_of_transformers(path, tmp_path, changed):
     copy_json(path, tmp_path)
-    stated = {"image_processor": {**PROCESSOR, **changed}}
+    stated = {"image_processor": {**PROCESSOR, **changed}, "video_processor": VIDEOS}
     (tmp_path / "processor_config.json").write_text(json.dumps(stated))
     ours, theirs = media_processor(tmp_path), image_processor_of(tmp_path)
     for size in SIZES:
@@ -85,6 +106,58 @@ def test_pixels_and_windows_are_those_of_transformers(path, tmp_path, changed):
         assert np.array_equal(shown.round(), media.pixels.reshape(shown.shape)), size
         windows = made["image_token_pooling"].numpy()
         assert np.array_equal(windows, ours.vision.windows(media.item.grid)), size
+
+
+def test_chosen_frames_are_those_of_transformers(path):
+    draw, theirs = random.Random("frames"), video_processor_of(path)
+    for _ in range(200):
+        total, rate = draw.randint(1, draw.choice((40, 4000))), draw.choice((1, 2.0, 7.3, 23.976, 25, 60))
+        asked = draw.choice(
+            (
+                VideoOptions(),
+                VideoOptions(fps=draw.choice((0.3, 1.0, 2.5, 24.0))),
+                VideoOptions(num_frames=draw.randint(1, 300)),
+            )
+        )
+        rules = FrameRules(fps=draw.choice((2, 2.0, 0.7, None)), num_frames=draw.choice((64, 384)))
+        theirs.max_fps = rules.fps
+        metadata = VideoMetadata(total_num_frames=total, fps=rate, duration=total / rate)
+        count = None if asked.fps else asked.num_frames or rules.num_frames
+        # Its float arithmetic may add an index behind the last frame.
+        expected = [each for each in theirs.sample_frames(metadata, count, asked.fps) if each < total]
+        assert molmo2_indices(VideoInfo(total, rate, (64, 48)), rules, asked) == expected
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_files_equal_transformers(path, tmp_path, hub):
+    """Pixels, and the tokens of a prompt with the times."""
+    path = make_molmo2(tmp_path, hub) if hub else path
+    reference, builder = processor_of(path), load_prompt_builder(EngineConfig(model=str(path)))
+    preparation = MediaPreparation(media_processor(path), processes=1)
+    text = FRAME.format(f"what is {VIDEO} about? yes")
+    try:
+        for count, rate, asked in (
+            (31, Fraction(25), VideoOptions()),
+            (12, NTSC, VideoOptions(num_frames=1)),
+            # As numbers of 64 bits, .15 is less than that, and as those of 32 it is more.
+            (30, Fraction(60), VideoOptions(fps=20)),
+        ):
+            data = clip(count, rate, size=(48, 32))
+            source = MediaSource(0, "here", "video", data=data, video=asked)
+            media = preparation.prepare(preparation.for_prompt([source]), source, [data])
+            expected = reference(
+                text=[text],
+                videos=[torch.from_numpy(np.stack(decoded(data)))],
+                video_metadata=[VideoMetadata(total_num_frames=count, fps=float(rate))],
+                num_frames=None if asked.fps else asked.num_frames or 64,
+                fps=asked.fps,
+                return_tensors="pt",
+            )
+            shown = expected["pixel_values_videos"].flatten(0, 1).numpy() * 127.5 + 127.5
+            assert np.array_equal(shown.round(), media.pixels.reshape(shown.shape)), asked
+            assert builder.from_text(text, [media.item]).token_ids == expected["input_ids"][0].tolist(), asked
+    finally:
+        preparation.close()
 
 
 def test_resizing_to_the_same_size_changes_nothing():

@@ -23,6 +23,8 @@ from tests.engine.families.molmo2 import (
     HAS_MOLMO2,
     IMAGE,
     PICTURES,
+    VIDEO,
+    VIDEOS,
     Molmo2Reference,
     molmo_tokenizer,
 )
@@ -65,6 +67,7 @@ class MolmoFamily:
         write_json(path / "config.json", {"architectures": [_ARCHITECTURE], **raw})
         margins = draw.choice("margins", ([1, 1], [0, 0], [2, 1], [0, 2]))
         crops = draw.choice("most crops", (1, 2, 4, 6))
+        pixels = {field: value for field, value in draw_pixels(draw).items() if field != "resample"}
         images: dict[str, Any] = {
             "image_processor_type": "Molmo2ImageProcessor",
             "size": {"height": patch * side, "width": patch * side},
@@ -72,15 +75,27 @@ class MolmoFamily:
             "overlap_margins": margins,
             "pooling_size": draw.choice("window", ([2, 2], [3, 3], [1, 2], [4, 3])),
             "max_crops": crops,
-            **{field: value for field, value in draw_pixels(draw).items() if field != "resample"},
+            **pixels,
+        }
+        videos: dict[str, Any] = {
+            "video_processor_type": "Molmo2VideoProcessor",
+            **VIDEOS,
+            "size": images["size"],
+            "patch_size": patch,
+            **pixels,
+            "pooling_size": draw.choice("window of frames", ([3, 3], [2, 2], [4, 1])),
         }
         own = {
             "image_use_col_tokens": draw.variant("columns", (True, False), 0.3),
             "use_single_crop_col_tokens": draw.variant("columns of the whole", (None, True, False), 0.5),
             "use_single_crop_start_token": draw.variant("start of the whole", (True, False), 0.3),
+            "video_use_col_tokens": draw.variant("columns of frames", (False, True), 0.3),
+            "use_frame_special_tokens": draw.variant("tokens of frames", (True, False), 0.3),
         }
         draw.spelled(own, *own)
-        write_json(path / "processor_config.json", {**own, "image_processor": images})
+        write_json(
+            path / "processor_config.json", {**own, "image_processor": images, "video_processor": videos}
+        )
         kwargs: dict[str, Any] = {}
         if draw.varies("crops by option", 0.2):
             kwargs["max_crops"] = crops = draw.choice("crops of the option", (1, 3))
@@ -93,6 +108,8 @@ class MolmoFamily:
                 placeholder=lambda index, count: IMAGE,
                 area=(2 * patch * side) ** 2,
                 several=2,
+                video=VIDEO,
+                frames=9,
             ),
             _TOKENS,
             {"mm_processor_kwargs": kwargs},
