@@ -151,7 +151,7 @@ class AnswerFormat:
         if kept is None:
             lark = tool_grammar(
                 self._calls.layout,
-                use.callable(self._calls.layout.form),
+                use.callable(self._calls.layout.form, self.special),
                 self.special,
                 choice="required" if use.choice == "required" else "auto",
                 parallel=use.parallel,

@@ -13,12 +13,16 @@ from deployments.unknown_fields import log_unknown
 from engine.errors import InvalidRequest
 from engine.parsers.call_forms import whole_text
 from engine.parsers.free_text import ARGUMENT
-from engine.parsers.grammar import CallForm, ToolSchema
+from engine.parsers.grammar import CallForm, Rules, SpecialTokens, ToolSchema
 from engine.sampling_params import MAX_REGEX_LENGTH
+from engine.structured.checks import MAX_SCHEMA_NODES, count_values
 from engine.structured.json_schema import close_objects, not_followed
 from engine.structured.prepare import checked_schema
 
 MAX_TOOLS = 128
+#: Values of the JSON schemas of a request's tools, and characters of their Lark grammars: either takes some
+#: tenths of a second to be made a grammar of.
+MAX_VALUES, MAX_LARK = 2 * MAX_SCHEMA_NODES, 2 * MAX_REGEX_LENGTH
 _NAME = re.compile(r"[a-zA-Z0-9_.:-]{1,128}")
 _FUNCTION_FIELDS = ("name", "description", "strict", "input_examples")
 
@@ -71,23 +75,24 @@ class ToolUse:
     strict: frozenset[str] = frozenset()
     free: frozenset[str] = frozenset()
 
-    def callable(self, form: CallForm) -> list[ToolSchema]:
+    def callable(self, form: CallForm, special: SpecialTokens) -> list[ToolSchema]:
         """The functions that may be called, with schemas for a grammar.
 
         Args:
             form: of the calls.
+            special: of the model.
 
         Raises:
             InvalidRequest: a schema can't be followed, or calls of this form can't be held to it.
         """
-        found = []
+        found, trial = [], Rules(special)
         for tool, field in self._allowed():
             with caller_fields({"structured": field}):
                 strict = tool.name in self.strict
-                followed = ToolSchema(tool.name, checked_schema(tool.parameters, strict=strict))
+                followed = replace(tool, parameters=checked_schema(tool.parameters, strict=strict))
                 if strict:
                     _check_held(not_followed(tool.parameters), "calls")
-                    _check_held(form.left_out(followed), "calls in this model's format")
+                    _check_held(form.left_out(followed, trial), "calls in this model's format")
             found.append(followed)
         return found
 
@@ -99,7 +104,9 @@ class ToolUse:
 
     def digest(self) -> bytes:
         """A key that is the same where the same calls are allowed."""
-        tools = [(tool.name, tool.parameters, tool.name in self.strict) for tool, _ in self._allowed()]
+        tools = [
+            (tool.name, tool.parameters, tool.lark, tool.name in self.strict) for tool, _ in self._allowed()
+        ]
         return hashlib.blake2b(json.dumps([self.choice, self.parallel, tools]).encode()).digest()
 
     @property
@@ -138,11 +145,20 @@ def read_tools(tools: Any, tool_choice: Any, parallel: bool | None) -> ToolUse:
     schemas: list[ToolSchema] = []
     fields: list[str] = []
     strict, free = set(), set()
+    values = characters = 0
     for index, tool in enumerate(tools):
         kind = _kind(tool, f"tools[{index}]")
         where = f"tools[{index}].{kind}"
         given = _custom(tool.get(kind), where) if kind == "custom" else tool.get(kind)
+        if kind == "function" and isinstance(given, Mapping):
+            values += count_values(given.get("parameters"), MAX_VALUES - values)
+            _check_sum(values, MAX_VALUES, "values", f"{where}.parameters")
         function, schema = _function(given, where)
+        if kind == "custom":
+            lark = _definition(tool[kind].get("format"), f"{where}.format", "lark")
+            schema = replace(schema, lark=lark)
+            characters += len(lark or "")
+            _check_sum(characters, MAX_LARK, "characters", f"{where}.format.grammar.definition")
         name = schema.name
         if any(name == other.name for other in schemas):
             raise InvalidRequest(f"tools[{index}]: the name {name!r} is used twice.", param=f"{where}.name")
@@ -164,6 +180,15 @@ def read_tools(tools: Any, tool_choice: Any, parallel: bool | None) -> ToolUse:
         frozenset(strict),
         frozenset(free),
     )
+
+
+def _check_sum(sum_: int, most: int, unit: str, where: str) -> None:
+    """Refuse what is allowed to one tool and is too much for an event loop with that of those before it."""
+    if sum_ > most:
+        raise InvalidRequest(
+            f"{where} is refused: with those of the tools before it, it has more than {most} {unit}.",
+            param=where,
+        )
 
 
 def read_functions(functions: Any, function_call: Any) -> ToolUse:
@@ -327,10 +352,12 @@ def _custom(tool: Any, where: str) -> Any:
     """A custom tool, whose input is a text, as a function of that text."""
     if not isinstance(tool, Mapping):
         return tool
+    form, where = tool.get("format"), f"{where}.format"
     text: dict[str, Any] = {"type": "string"}
-    pattern = _pattern(tool.get("format"), f"{where}.format")
-    if pattern is not None:
+    if (pattern := _pattern(form, where)) is not None:
         text["pattern"] = pattern
+    if (lark := _definition(form, where, "lark")) is not None:
+        text["description"] = f"A text by this Lark grammar:\n{lark}"
     parameters = {
         "type": "object",
         "properties": {ARGUMENT: text},
@@ -341,12 +368,11 @@ def _custom(tool: Any, where: str) -> Any:
     return {**shown, "parameters": parameters, "strict": True}
 
 
-def _pattern(form: Any, where: str) -> str | None:
-    """A JSON schema's pattern of the texts that a custom tool's input may be; None if it is free.
+def _definition(form: Any, where: str, syntax: str) -> str | None:
+    """The grammar in a syntax that a custom tool's input follows; None if it is free, or follows another.
 
     Raises:
         InvalidRequest: naming the field that can't be used.
-        UnsupportedParameter: it is a grammar of another kind.
     """
     if form is None:
         return None
@@ -358,22 +384,28 @@ def _pattern(form: Any, where: str) -> str | None:
     grammar, where = form.get("grammar"), f"{where}.grammar"
     if not isinstance(grammar, Mapping):
         raise InvalidRequest(f"{where} must be an object with syntax and definition.", param=where)
-    syntax, definition = grammar.get("syntax"), grammar.get("definition")
-    if syntax == "lark":
-        raise UnsupportedParameter(
-            f"{_UNSUPPORTED}{where}.syntax is 'lark', but the input of a call can follow a regex alone. "
-            "Send a regex, or leave the format out and say in the description what the input is like.",
-            param=f"{where}.syntax",
-        )
-    if syntax != "regex":
-        raise InvalidRequest(f"{where}.syntax must be regex.", param=f"{where}.syntax")
+    given, definition = grammar.get("syntax"), grammar.get("definition")
+    if given not in ("lark", "regex"):
+        raise InvalidRequest(f"{where}.syntax must be lark or regex.", param=f"{where}.syntax")
     if not isinstance(definition, str) or not definition:
-        raise InvalidRequest(f"{where}.definition must be a regex.", param=f"{where}.definition")
+        raise InvalidRequest(f"{where}.definition must be a grammar.", param=f"{where}.definition")
     if len(definition) > MAX_REGEX_LENGTH:
         raise InvalidRequest(
             f"{where}.definition has {len(definition)} characters, the limit is {MAX_REGEX_LENGTH}.",
             param=f"{where}.definition",
         )
+    return definition if given == syntax else None
+
+
+def _pattern(form: Any, where: str) -> str | None:
+    """A JSON schema's pattern of the texts that a custom tool's input may be; None if no regex says it.
+
+    Raises:
+        InvalidRequest: naming the field that can't be used.
+    """
+    definition = _definition(form, where, "regex")
+    if definition is None:
+        return None
     # The whole input matches, so anchors at the ends say nothing.
     inner = definition.removeprefix("^")
     if inner.endswith("$") and (len(inner) - len(inner[:-1].rstrip("\\"))) % 2:
@@ -381,8 +413,9 @@ def _pattern(form: Any, where: str) -> str | None:
     pattern = f"^(?:{inner})$"
     if whole_text(pattern) is None:
         raise InvalidRequest(
-            f"{where}.definition must be a regex with ^ and $ at its ends alone: the whole input matches it.",
-            param=f"{where}.definition",
+            f"{where}.grammar.definition must be a regex with ^ and $ at its ends alone: the whole input "
+            "matches it.",
+            param=f"{where}.grammar.definition",
         )
     return pattern
 

@@ -115,6 +115,7 @@ PUBLIC = {
     "engine.scheduling.prefix_cache",
     "engine.settings",
     "engine.startup",
+    "engine.structured.checks",
     "engine.structured.json_schema",
     "engine.structured.prepare",
     "engine.turns",

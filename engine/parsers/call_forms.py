@@ -20,7 +20,9 @@ from engine.parsers.arguments import (
     text_choices,
     with_bounded_integers,
 )
+from engine.parsers.free_text import ARGUMENT
 from engine.parsers.grammar import CallForm, Rules, ToolSchema
+from engine.parsers.lark_input import TextForm
 from engine.text_formats import BOUNDED_FORMATS
 
 
@@ -33,7 +35,7 @@ def json_call(before: str, between: str, after: str) -> CallForm:
     def arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
         return f"{embedded(tool.parameters)} {rules.special.literal(after)}".strip()
 
-    return CallForm(head, arguments)
+    return CallForm(head, arguments, TextForm(f'{{"{ARGUMENT}": "', f'"}}{after}'))
 
 
 #: Calls are written as Python's ``json.dumps`` writes them, which is what chat templates show.
@@ -182,7 +184,11 @@ def lark_regex(pattern: str) -> str:
 
 
 #: ``<function=NAME>`` with a tag for each parameter (Qwen3-Coder).
-XML_CALL = CallForm(lambda name: f"\n<function={name}>\n", _xml_arguments)
+XML_CALL = CallForm(
+    lambda name: f"\n<function={name}>\n",
+    _xml_arguments,
+    TextForm(f"<parameter={ARGUMENT}>\n", f"{_XML_END}</function>\n</tool_call>", "</parameter>"),
+)
 
 
 def _glm_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
@@ -205,7 +211,11 @@ def _glm_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
 
 
 #: The name, and a pair of tags for each argument (GLM-4.5 and later).
-GLM_CALL = CallForm(lambda name: name, _glm_arguments)
+GLM_CALL = CallForm(
+    lambda name: name,
+    _glm_arguments,
+    TextForm(f"<arg_key>{ARGUMENT}</arg_key><arg_value>", "</arg_value></tool_call>", "</arg_value>"),
+)
 
 
 def _python_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
@@ -236,7 +246,7 @@ def _python_value(root: Mapping[str, Any], schema: Any) -> str:
 
 
 #: ``NAME(key=value, ...)``.
-PYTHON_CALL = CallForm(lambda name: f"{name}(", _python_arguments)
+PYTHON_CALL = CallForm(lambda name: f"{name}(", _python_arguments, TextForm(f'{ARGUMENT}="', '")'))
 
 
 def entries_in_order(

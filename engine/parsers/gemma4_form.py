@@ -25,8 +25,10 @@ from engine.parsers.call_forms import (
     tagged_value,
     whole_text,
 )
+from engine.parsers.free_text import ARGUMENT
 from engine.parsers.gemma4 import CALL_END, QUOTE
 from engine.parsers.grammar import CallForm, Rules, ToolSchema
+from engine.parsers.lark_input import TextForm
 
 _TYPES = ("string", "number", "boolean", "null", "object", "array")
 _ANNOTATIONS = frozenset({"title", "description", "default", "examples", "$defs", "definitions", "$schema"})
@@ -232,4 +234,8 @@ def _arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
 
 
 #: ``call:NAME{key:value,...}``.
-GEMMA4_CALL = CallForm(lambda name: f"call:{name}{{", _arguments)
+GEMMA4_CALL = CallForm(
+    lambda name: f"call:{name}{{",
+    _arguments,
+    TextForm(f"{ARGUMENT}:{QUOTE}", f"{QUOTE}}}{CALL_END}", QUOTE),
+)

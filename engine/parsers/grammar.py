@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.parsers.arguments import refused
+from engine.parsers.lark_input import TextForm, lark_input
 from engine.parsers.reasoning import ReasoningTags
 
 CHUNK = r"/(.|\n)+/"
@@ -27,10 +28,12 @@ class ToolSchema:
     Attributes:
         name: of the function.
         parameters: JSON schema of its arguments, an object.
+        lark: a grammar of its only argument, a text; None where the schema says all.
     """
 
     name: str
     parameters: Mapping[str, Any]
+    lark: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +127,36 @@ class CallForm:
         head: the text before the arguments, given the function's name.
         arguments: defines the arguments and the text behind them, given a number that no other function has;
             returns the expression that stands for both.
+        text: how the call of a function of one text holds that.
         lead: an expression before the head; only for layouts with a trigger.
     """
 
     head: Callable[[str], str]
     arguments: Callable[[Rules, ToolSchema, int], str]
+    text: TextForm
     lead: str = ""
 
-    def left_out(self, tool: ToolSchema) -> list[str]:
-        """The keywords of a function's schema that calls aren't held to, in alphabetical order."""
-        rules = Rules(SpecialTokens({}, frozenset()))
-        self.arguments(rules, tool, 0)
+    def behind_head(self, rules: Rules, tool: ToolSchema, number: int) -> str:
+        """:attr:`arguments`, or those of a function that takes a text by a grammar.
+
+        Raises:
+            InvalidRequest: the function's schema or grammar can't be followed.
+        """
+        if tool.lark is None:
+            return self.arguments(rules, tool, number)
+        form, literal = self.text, rules.special.literal
+        by_token = form.closing in rules.special.ids and form.after.startswith(form.closing or "")
+        text = lark_input(tool.lark, form, ends_by_token=by_token)
+        return f"{literal(form.before)} {text} {literal(form.after)}".strip()
+
+    def left_out(self, tool: ToolSchema, rules: Rules) -> list[str]:
+        """The keywords of a function's schema that calls aren't held to, in alphabetical order.
+
+        Args:
+            rules: for a trial of all functions, which is no larger than their grammar may be.
+        """
+        rules.left_out.clear()
+        rules.spend(len(self.behind_head(rules, tool, 0)))
         return sorted(rules.left_out)
 
 
@@ -233,8 +255,12 @@ def _block(rules: Rules, layout: CallLayout, tools: Sequence[ToolSchema], parall
 
 def _call(rules: Rules, layout: CallLayout, tools: Sequence[ToolSchema]) -> str:
     form, literal = layout.form, rules.special.literal
+    # Each is a rule of its own, so that too many are noticed before all of them are written.
     forms = [
-        f"{form.lead} {literal(form.head(tool.name))} {form.arguments(rules, tool, index)}".strip()
+        rules.add(
+            f"call_{index}",
+            f"{form.lead} {literal(form.head(tool.name))} {form.behind_head(rules, tool, index)}".strip(),
+        )
         for index, tool in enumerate(tools)
     ]
     return rules.add("call", " | ".join(forms))
@@ -298,7 +324,7 @@ def _text_or_calls(rules: Rules, layout: CallLayout, tools: Sequence[ToolSchema]
     _call(rules, layout, tools)
     first = [
         f"{rules.add(f'FIRST_{index}', _terminal(layout.opening + layout.form.head(tool.name)))} "
-        f"{layout.form.arguments(rules, tool, len(tools) + index)}"
+        f"{layout.form.behind_head(rules, tool, len(tools) + index)}"
         for index, tool in enumerate(tools)
     ]
     plain = rules.add("PLAIN", f"{CHUNK} & ~/{layout.refused_start}(.|\\n)*/")

@@ -60,6 +60,20 @@ def _parse(spec: StructuredSpec) -> Any:
         raise _refused(spec, reason) from None
 
 
+def count_values(schema: Any, most: int) -> int:
+    """The number of values in a schema; some number above ``most`` if there are more."""
+    level, count = [schema], 0
+    while level and count <= most:
+        count += len(level)
+        nested = [node.values() if isinstance(node, dict) else node for node in level if _is_nested(node)]
+        level = [child for children in nested for child in children]
+    return count
+
+
+def _is_nested(node: Any) -> bool:
+    return isinstance(node, dict | list)
+
+
 def oversize(schema: Any) -> str | None:
     """Why a schema is nested too deeply or has too many values; None if neither."""
     level: list[Any] = [schema]

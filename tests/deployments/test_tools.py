@@ -78,7 +78,7 @@ def custom(name: str, **grammar) -> dict:
         ([{"type": "custom"}], None, "tools[0].custom"),
         ([{"type": "custom", "custom": {"name": "f", "format": {"type": "grammar"}}}], None, FORMAT),
         ([custom("f", syntax="regex")], None, f"{FORMAT}.definition"),
-        ([custom("f", syntax="lark", definition="start: /x/")], None, f"{FORMAT}.syntax"),
+        ([custom("f", syntax="lark")], None, f"{FORMAT}.definition"),
         ([custom("f", syntax="ebnf", definition="x")], None, f"{FORMAT}.syntax"),
         ([custom("f", syntax="regex", definition="(a|^b)")], None, f"{FORMAT}.definition"),
         ([custom("f", syntax="regex", definition="a$b")], None, f"{FORMAT}.definition"),
@@ -136,7 +136,7 @@ def test_no_tools(tools):
 def test_choices(choice, mode, names):
     use = read_tools(TOOLS, choice, None)
     assert use.choice == mode
-    assert {tool.name for tool in use.callable(TOOL_FORMATS["hermes"].layout.form)} == names
+    assert {tool.name for tool in use.callable(TOOL_FORMATS["hermes"].layout.form, SPECIAL)} == names
 
 
 def test_functions_are_tools_of_an_older_form():
@@ -420,6 +420,68 @@ def test_a_custom_tool_in_every_format_of_calls(name):
         assert written.finished and call[0] == "note" and re.fullmatch(definition, call[1])
 
 
+LINES = r"""
+start: "<" NAME ">" LF (LINE LF)~1..3 "end"
+LINE: /[^\n]{0,4}/ | "\"\\" ("/a" | "é"i)
+%import common (LF, CNAME)
+NAME: CNAME
+"""
+LINES_REGEX = r'(?is)<[a-z_][a-z_0-9]*>\n(([^\n]{0,4}|"\\(/a|é))\n){1,3}end'
+
+
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_a_custom_tool_by_a_lark_grammar_in_every_format_of_calls(name, choice):
+    words = Vocabulary("tokens")
+    found = AnswerFormat(words.special, TOOL_FORMATS[name])
+    others = TOOLS if choice == "auto" else []
+    use = read_tools([custom("note", syntax="lark", definition=LINES), *others], choice, False)
+    constraint = found.constraint(use, None, "")
+    calls = []
+    for seed in range(6):
+        written = words.walk(constraint.text, seed, frozenset(words.tags.values()))
+        whole = joined(found.parser(use, ""), [written.text])["calls"]
+        assert whole == joined(found.parser(use, ""), list(written.text))["calls"]
+        calls += [call[1] for call in whole if written.finished and call[0] == "note"]
+    assert all(re.fullmatch(LINES_REGEX, text) for text in calls) and (calls or choice == "auto")
+
+
+@pytest.mark.parametrize("strict", [True, None])
+@pytest.mark.parametrize("name", ["hermes", "qwen_xml"])
+def test_many_large_tools_are_refused_together(name, strict):
+    """Each of them may come alone."""
+    found = AnswerFormat(SPECIAL, TOOL_FORMATS[name])
+
+    def refused(tools: list[dict]) -> str:
+        assert all(found.constraint(read_tools([tool], None, None), None, "") for tool in tools[:1])
+        with pytest.raises(InvalidRequest) as error:
+            found.constraint(read_tools(tools, None, None), None, "")
+        return error.value.param
+
+    properties = {f"p{i}": {"type": "string", "maxLength": 5} for i in range(1000)}
+    schema = {"type": "object", "properties": properties}
+    wide = [{"function": {"name": f"f{i}", "parameters": schema, "strict": strict}} for i in range(15)]
+    assert refused(wide) == "tools[13].function.parameters"
+    texts = {"a": {"type": "string", "pattern": "[a-z]" * 6000}}
+    schema = {"type": "object", "properties": texts}
+    long = [{"function": {"name": f"f{i}", "parameters": schema, "strict": strict}} for i in range(20)]
+    assert refused(long) == ("tools[8].function.parameters" if strict else "structured")
+    lark = [custom(f"f{i}", syntax="lark", definition='start: "a"' + " " * 12_000) for i in range(3)]
+    assert refused(lark) == "tools[2].custom.format.grammar.definition"
+
+
+def test_faults_of_a_lark_grammar_are_named_by_its_field():
+    tools = [*TOOLS, custom("f", syntax="lark", definition="start: A")]
+    with pytest.raises(InvalidRequest, match="does not define A") as refused:
+        HERMES.constraint(read_tools(tools, None, None), None, "")
+    assert refused.value.param == "tools[2].custom.format.grammar.definition"
+    form = {"type": "grammar", "syntax": "lark", "definition": "start: A"}
+    tools = [{"type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "f", "format": form}]}]
+    with pytest.raises(InvalidRequest, match="does not define A") as refused:
+        HERMES.constraint(read_flat_tools(tools, None, None), None, "")
+    assert refused.value.param == "tools[0].tools[0].format.definition"
+
+
 def test_functions_of_a_namespace_are_called_by_both_names():
     inner = [{"type": "function", **REPORT}, {"type": "function", "name": "stop", "strict": True}]
     tools = [{"type": "function", "name": "stop"}, {"type": "namespace", "name": "eye", "tools": inner}]
@@ -440,7 +502,7 @@ def test_functions_of_a_namespace_are_called_by_both_names():
         (
             [{"type": "custom", "name": "a", "format": {"type": "grammar", "syntax": "lark"}}],
             None,
-            "tools[1].tools[0].format.syntax",
+            "tools[1].tools[0].format.definition",
         ),
         ([{"type": "function", "name": 5}], None, "tools[1].tools[0].name"),
         ([{"type": "function", "name": "a"}] * 2, None, "tools[1].tools[1].name"),

@@ -165,6 +165,9 @@ async def test_a_custom_call_and_its_output(client):
     again = [e async for e in await client.responses.retrieve(name, stream=True, starting_after=1)]
     assert [e.to_dict() for e in again] == [e.to_dict() for e in events[2:]]
     output = {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "done"}
+    lark = {"type": "grammar", "syntax": "lark", "definition": 'start: ("a" | /[\\n"]/)~2..4'}
+    made_by_lark = await ask(client, tools=[note | {"format": lark}], **asked)
+    assert re.fullmatch('[a\\n"]{2,4}', made_by_lark.output[0].input)
     later = await ask(client, input=[output], previous_response_id=made.id)
     items = [{"role": "user", "content": "Hello!"}, call.to_dict(), output]
     assert (await ask(client, input=items)).output_text == later.output_text

@@ -103,6 +103,29 @@ async def test_the_input_of_a_custom_tool_is_text(client):
         assert "".join(delta["custom"]["input"] for delta in deltas) == call.custom.input
 
 
+SUM = """
+start: term (" + " term)*
+term: NUMBER | "(" start ")" | "\\"" /[\\s\\S]{0,2}/ "\\""
+NUMBER: /[0-9]/
+"""
+
+
+async def test_the_input_of_a_custom_tool_follows_its_lark_grammar(client):
+    tools = [custom("sum", syntax="lark", definition=SUM), TOOLS[0]]
+    chosen = {"tools": tools, "tool_choice": {"type": "custom", "custom": {"name": "sum"}}, "seed": 3}
+    chosen |= {"parallel_tool_calls": False}
+    (call,) = (await ask(client, **chosen)).choices[0].message.tool_calls
+    chunks = [chunk async for chunk in await ask(client, **chosen, stream=True)]
+    deltas = [c.to_dict() for chunk in chunks for c in chunk.choices[0].delta.tool_calls or ()]
+    assert "".join(delta["custom"]["input"] for delta in deltas) == call.custom.input
+    assert re.fullmatch(r'([0-9( ]|"(?s:.){0,2}")([0-9() +]|"(?s:.){0,2}")*', call.custom.input)
+    with pytest.raises(openai.BadRequestError) as refused:
+        await ask(
+            client, tools=[custom("sum", syntax="lark", definition="start: sum")], tool_choice="required"
+        )
+    assert refused.value.param == "tools[0].custom.format.grammar.definition"
+
+
 async def test_a_custom_call_of_an_earlier_turn_is_shown_as_a_function_of_its_input(http):
     text = 'say "a\\b"\nZoë'
     calls = [

@@ -9,7 +9,14 @@ import pytest
 from engine.errors import InvalidRequest
 from engine.parsers.answer import AnswerParser
 from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS
-from engine.parsers.grammar import Thought, ToolSchema, grammar_with_budget, tool_grammar
+from engine.parsers.grammar import (
+    Rules,
+    SpecialTokens,
+    Thought,
+    ToolSchema,
+    grammar_with_budget,
+    tool_grammar,
+)
 from engine.parsers.reasoning import ReasoningParser
 from tests.engine.parsers.cuts import joined, parse
 from tests.engine.parsers.test_grammar import VOCABULARIES, call_of, vocabulary
@@ -74,6 +81,10 @@ DEFINITIONS = {
         "additionalProperties": False,
     },
 }
+
+
+def no_rules() -> Rules:
+    return Rules(SpecialTokens({}, frozenset()))
 
 
 def reference(text):
@@ -171,13 +182,13 @@ def levels(count):
 def test_schemas_that_no_grammar_can_follow_are_refused(schema, definitions):
     given = {"type": "object", "properties": {"value": schema}, "$defs": definitions}
     with pytest.raises(InvalidRequest, match="The JSON schema is refused: "):
-        GEMMA4.layout.form.left_out(ToolSchema("f", given))
+        GEMMA4.layout.form.left_out(ToolSchema("f", given), no_rules())
 
 
 def test_keywords_of_other_types_say_nothing():
     value = {"type": ["boolean", "null"], "minimum": None, "pattern": None, "maxItems": "5"}
     tool = ToolSchema("f", {"type": "object", "properties": {"value": value}, "minLength": None})
-    assert GEMMA4.layout.form.left_out(tool) == []
+    assert GEMMA4.layout.form.left_out(tool, no_rules()) == []
 
 
 def test_references_may_lead_through_many_levels():
@@ -186,7 +197,7 @@ def test_references_may_lead_through_many_levels():
         for level in range(400)
     }
     given = {"type": "object", "properties": {"value": {"$ref": "#/$defs/A0"}}, "$defs": chain}
-    assert GEMMA4.layout.form.left_out(ToolSchema("f", given)) == []
+    assert GEMMA4.layout.form.left_out(ToolSchema("f", given), no_rules()) == []
 
 
 #: Writes a turn as the public template does: keys sorted, texts between tokens, all else as Jinja does.
