@@ -10,10 +10,10 @@ import itertools
 import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from deployments.errors import as_sightline, logger
-from deployments.ray_serve.frames import Frames, LineServer, ServedLine, connected, framed
+from deployments.ray_serve.frames import LineEnd, LineServer, ServedLine, connected, framed
 from deployments.ray_serve.refusals import Refusal, abandoned, checked, was_cancelled
 
 #: Seconds before replicas without a line are asked for one again: at first, and at most.
@@ -62,7 +62,7 @@ class _Answerer(ServedLine):
         self._transport.writelines(data)
 
 
-class CallLine(asyncio.Protocol):
+class CallLine(LineEnd):
     """The caller's end of one line.
 
     Args:
@@ -70,13 +70,11 @@ class CallLine(asyncio.Protocol):
     """
 
     def __init__(self, on_end: Callable[[], None]) -> None:
+        super().__init__()
         self._on_end = on_end
-        self._frames, self._numbers = Frames(), itertools.count()
+        self._numbers = itertools.count()
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._ended = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
 
     @property
     def busy(self) -> int:
@@ -106,9 +104,8 @@ class CallLine(asyncio.Protocol):
         finally:
             del self._calls[number]
 
-    def data_received(self, data: bytes) -> None:
-        for number, result in self._frames.cut(data):
-            self._settle(number, result)
+    def _take(self, message: Any) -> None:
+        self._settle(*message)
 
     def _settle(self, number: int, result: Any) -> None:
         future = self._calls.get(number)

@@ -13,9 +13,11 @@ import uuid
 from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
+import numpy as np
+
 from deployments.errors import logger
 
-P = TypeVar("P", bound=asyncio.Protocol)
+P = TypeVar("P", bound="LineEnd")
 
 #: Bytes of arrays in a request for an answer, and of what images are sent as. The pixels of an image
 #: take about one MiB. What comes behind them on the same line waits for 0.3 ms a MiB.
@@ -26,42 +28,100 @@ _PEER = struct.Struct("3i")
 
 #: Bytes of a message's length, and of the number and the sizes of its arrays.
 _LENGTH = 4
+#: Bytes that are read at a time, but for those of arrays and of long messages.
+_ROOM = 64 << 10
 #: Set in a length: the message has arrays.
 _WITH_ARRAYS = 1 << 31
 
 
 class Frames:
-    """Cuts what comes into messages."""
+    """Cuts what comes into messages. The bytes of arrays come to where they stay: to copy an image's pixels
+    once more costs as much as all other work for its message.
+
+    The bytes that :meth:`room` has room for are put there first, and then :meth:`cut` is told how many.
+    """
 
     def __init__(self) -> None:
-        self._received = bytearray()
+        # What came and isn't read yet, but for arrays, is from start to end.
+        self._buffer, self._start, self._end = bytearray(_ROOM), 0, 0
+        # Of the message that is read: its arrays, the parts of them that are still to come, and the bytes of
+        # its pickle, if its length is known.
+        self._arrays: list[np.ndarray] = []
+        self._missing: list[memoryview] = []
+        self._pickled: int | None = None
 
-    def cut(self, data: bytes) -> Iterator[Any]:
-        """The messages that ``data`` completes."""
-        received, start = self._received, 0
-        received += data
-        while len(received) >= (begin := start + _LENGTH):
-            length = int.from_bytes(received[start:begin], "big")
-            end = begin + (length & ~_WITH_ARRAYS)
-            if len(received) < end:
-                break
-            # Where they lie: a slice would be a copy, of a MiB for an image.
-            with memoryview(received) as whole, whole[begin:end] as part:
-                message = _with_arrays(part) if length & _WITH_ARRAYS else pickle.loads(part)
+    def room(self) -> memoryview:
+        """Where the next bytes are to be put; it is not empty."""
+        return self._missing[0] if self._missing else memoryview(self._buffer)[self._end :]
+
+    def cut(self, count: int) -> Iterator[Any]:
+        """The messages that the next ``count`` bytes complete."""
+        if not self._missing:
+            self._end += count
+        elif count < len(self._missing[0]):
+            self._missing[0] = self._missing[0][count:]
+        else:
+            del self._missing[0]
+        while self._has_message():
+            assert self._pickled is not None
+            begin, self._start = self._start, self._start + self._pickled
+            arrays, self._arrays, self._pickled = self._arrays, [], None
+            with memoryview(self._buffer) as whole, whole[begin : self._start] as part:
+                message = pickle.loads(part, buffers=arrays)
+            # This object keeps none of them.
+            del arrays
             yield message
-            start = end
-        del received[:start]
+            del message
+        if self._start == self._end:
+            self._start = self._end = 0
+            if len(self._buffer) > _ROOM and not self._pickled:
+                self._buffer = bytearray(_ROOM)
 
+    def _has_message(self) -> bool:
+        """Return whether all of the next message has come."""
+        if self._pickled is None:
+            if not self._has(_LENGTH):
+                return False
+            length = self._number(0)
+            if not length & _WITH_ARRAYS:
+                self._start += _LENGTH
+                self._pickled = length
+            elif not self._has(2 * _LENGTH) or not self._has(head := (2 + self._number(1)) * _LENGTH):
+                return False
+            else:
+                sizes = [self._number(2 + index) for index in range(self._number(1))]
+                self._start += head
+                self._pickled = (length & ~_WITH_ARRAYS) - (head - _LENGTH) - sum(sizes)
+                self._begin_arrays(sizes)
+        return not self._missing and self._has(self._pickled)
 
-def _with_arrays(part: memoryview) -> Any:
-    """The message of the bytes behind its length, if it has arrays."""
-    (count,) = struct.unpack_from(">I", part)
-    place, arrays = (1 + count) * _LENGTH, []
-    for size in struct.unpack_from(f">{count}I", part, _LENGTH):
-        # Copies: further messages will come to where these bytes lie.
-        arrays.append(bytearray(part[place : place + size]))
-        place += size
-    return pickle.loads(part[place:], buffers=arrays)
+    def _begin_arrays(self, sizes: Sequence[int]) -> None:
+        # Not bytearrays, which would be filled with zeros first.
+        self._arrays = [np.empty(size, np.uint8) for size in sizes]
+        for array in self._arrays:
+            part = array.data
+            here = min(len(part), self._end - self._start)
+            part[:here] = memoryview(self._buffer)[self._start : self._start + here]
+            self._start += here
+            if here < len(part):
+                self._missing.append(part[here:])
+
+    def _number(self, index: int) -> int:
+        begin = self._start + index * _LENGTH
+        return int.from_bytes(self._buffer[begin : begin + _LENGTH], "big")
+
+    def _has(self, count: int) -> bool:
+        """Return whether the next ``count`` bytes are there. If not, there is room for them."""
+        here = self._end - self._start
+        if here >= count:
+            return True
+        if self._start + count > len(self._buffer):
+            former = self._buffer[self._start : self._end]
+            if count > len(self._buffer):
+                self._buffer = bytearray(count)
+            self._buffer[:here] = former
+            self._start, self._end = 0, here
+        return False
 
 
 def framed(message: Any) -> Sequence[bytes | memoryview]:
@@ -88,7 +148,29 @@ def _length(length: int) -> int:
     return length
 
 
-class ServedLine(asyncio.Protocol):
+class LineEnd(asyncio.BufferedProtocol):
+    """An end of a line, which reads messages."""
+
+    def __init__(self) -> None:
+        self._frames = Frames()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are of no class of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._frames.room()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        for message in self._frames.cut(nbytes):
+            self._take(message)
+
+    def _take(self, message: Any) -> None:
+        """Take the next message. The line ends if this raises."""
+        raise NotImplementedError
+
+
+class ServedLine(LineEnd):
     """The end of a line that works for the other end. It reads what processes of this user say, no others.
 
     Args:
@@ -99,31 +181,25 @@ class ServedLine(asyncio.Protocol):
     """
 
     def __init__(self, connections: set["ServedLine"]) -> None:
+        super().__init__()
         self._connections = connections
-        self._frames = Frames()
         self.tasks: dict[Hashable, asyncio.Task[None]] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are of no class of asyncio's.
-        self._transport = cast(asyncio.Transport, transport)
+        super().connection_made(transport)
         if is_own_user(transport):
             self._connections.add(self)
         else:
             transport.close()
 
-    def data_received(self, data: bytes) -> None:
+    def buffer_updated(self, nbytes: int) -> None:
         if self not in self._connections:
             return
         try:
-            for message in self._frames.cut(data):
-                self._take(message)
+            super().buffer_updated(nbytes)
         except Exception:
             logger.exception("what the other end of a line says can't be read")
             self._transport.abort()
-
-    def _take(self, message: Any) -> None:
-        """Do what a message asks for. The line ends if this raises."""
-        raise NotImplementedError
 
     def _begin(self, name: Hashable, work: Coroutine[Any, Any, None]) -> None:
         # In a context of its own, for its span.

@@ -12,11 +12,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from deployments.errors import as_sightline, logger
 from deployments.ray_serve.channel import Asked, Message, Outbox, Outboxes
-from deployments.ray_serve.frames import Frames, LineServer, ServedLine, connected, framed
+from deployments.ray_serve.frames import LineEnd, LineServer, ServedLine, connected, framed
 from deployments.ray_serve.refusals import abandoned, was_cancelled
 from deployments.tracing import current
 
@@ -123,7 +123,7 @@ class _Sender(ServedLine):
             self.close()
 
 
-class _Reader(asyncio.Protocol):
+class _Reader(LineEnd):
     """The ingress's end of one line.
 
     Args:
@@ -137,14 +137,10 @@ class _Reader(asyncio.Protocol):
     def __init__(
         self, take: Callable[[Message], None], opened: Callable[[Callable[[Asked | str], None]], None]
     ) -> None:
-        self._take, self._opened = take, opened
+        super().__init__()
+        self._pass_on, self._opened = take, opened
         self._open = False
-        self._frames = Frames()
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are of no class of asyncio's.
-        self._transport = cast(asyncio.Transport, transport)
 
     def say(self, message: Asked | str) -> None:
         """Send a message.
@@ -160,12 +156,11 @@ class _Reader(asyncio.Protocol):
         """End the line."""
         self._transport.close()
 
-    def data_received(self, data: bytes) -> None:
+    def _take(self, message: Message) -> None:
         if not self._open:
             self._open = True
             self._opened(self.say)
-        for message in self._frames.cut(data):
-            self._take(message)
+        self._pass_on(message)
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self.ended.done():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deployments.ray_serve.call_line import CallLine, CallLines, ReplicaLines
-from deployments.ray_serve.frames import MOST_BYTES, connected
+from deployments.ray_serve.frames import MOST_BYTES, LineEnd, connected
 from deployments.ray_serve.handles import RemoteEncoder, RemotePreprocessor
 from deployments.ray_serve.handoff import Brought, PixelsRef, taken
 from deployments.ray_serve.line import _Reader
@@ -194,13 +194,13 @@ async def test_other_users_have_no_line(monkeypatch):
     assert not replica.calls
     # Nor do those who listen at a replica's address.
     monkeypatch.setattr("deployments.ray_serve.frames.os.getuid", lambda: -1)
-    assert await connected(await replica.lines.address(), asyncio.Protocol) is None
+    assert await connected(await replica.lines.address(), LineEnd) is None
 
 
 #: Has no descriptor left for a while, which other threads of the process of the tests could not bear.
 NO_DESCRIPTOR_LEFT = """
 import asyncio, resource
-from deployments.ray_serve.frames import LineServer, ServedLine, connected, is_own_user
+from deployments.ray_serve.frames import LineEnd, LineServer, ServedLine, connected, is_own_user
 
 async def main():
     server = LineServer(ServedLine, "")
@@ -209,10 +209,10 @@ async def main():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     assert is_own_user(line._transport)
-    assert await connected(address, asyncio.Protocol) is None
+    assert await connected(address, LineEnd) is None
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert not line._transport.is_closing() and is_own_user(line._transport)
-    assert await connected(address, asyncio.Protocol) is not None
+    assert await connected(address, LineEnd) is not None
 
 asyncio.run(main())
 """
