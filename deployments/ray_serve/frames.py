@@ -26,8 +26,9 @@ MOST_BYTES = 4 << 20
 #: What Linux tells of a peer: process, user and group.
 _PEER = struct.Struct("3i")
 
-#: Bytes of a message's length, and of the number and the sizes of its arrays.
-_LENGTH = 4
+#: A message's length, and the number and the sizes of its arrays; and the bytes of each.
+_NUMBER = struct.Struct(">I")
+_LENGTH = _NUMBER.size
 #: Bytes that are read at a time, but for those of arrays and of long messages.
 _ROOM = 64 << 10
 #: Set in a length: the message has arrays.
@@ -66,8 +67,8 @@ class Frames:
             assert self._pickled is not None
             begin, self._start = self._start, self._start + self._pickled
             arrays, self._arrays, self._pickled = self._arrays, [], None
-            with memoryview(self._buffer) as whole, whole[begin : self._start] as part:
-                message = pickle.loads(part, buffers=arrays)
+            # Where it lies: a slice would be a copy.
+            message = pickle.loads(memoryview(self._buffer)[begin : self._start], buffers=arrays)
             # This object keeps none of them.
             del arrays
             yield message
@@ -82,18 +83,30 @@ class Frames:
         if self._pickled is None:
             if not self._has(_LENGTH):
                 return False
-            length = self._number(0)
+            (length,) = _NUMBER.unpack_from(self._buffer, self._start)
             if not length & _WITH_ARRAYS:
                 self._start += _LENGTH
                 self._pickled = length
-            elif not self._has(2 * _LENGTH) or not self._has(head := (2 + self._number(1)) * _LENGTH):
+            elif not self._has_arrays(length & ~_WITH_ARRAYS):
                 return False
-            else:
-                sizes = [self._number(2 + index) for index in range(self._number(1))]
-                self._start += head
-                self._pickled = (length & ~_WITH_ARRAYS) - (head - _LENGTH) - sum(sizes)
-                self._begin_arrays(sizes)
         return not self._missing and self._has(self._pickled)
+
+    def _has_arrays(self, length: int) -> bool:
+        """Return whether the sizes of the next message's arrays have come; if so, they begin.
+
+        Args:
+            length: of the message.
+        """
+        if not self._has(2 * _LENGTH):
+            return False
+        (count,) = _NUMBER.unpack_from(self._buffer, self._start + _LENGTH)
+        if not self._has(head := (2 + count) * _LENGTH):
+            return False
+        sizes = struct.unpack_from(f">{count}I", self._buffer, self._start + 2 * _LENGTH)
+        self._start += head
+        self._pickled = length - (head - _LENGTH) - sum(sizes)
+        self._begin_arrays(sizes)
+        return True
 
     def _begin_arrays(self, sizes: Sequence[int]) -> None:
         # Not bytearrays, which would be filled with zeros first.
@@ -105,10 +118,6 @@ class Frames:
             self._start += here
             if here < len(part):
                 self._missing.append(part[here:])
-
-    def _number(self, index: int) -> int:
-        begin = self._start + index * _LENGTH
-        return int.from_bytes(self._buffer[begin : begin + _LENGTH], "big")
 
     def _has(self, count: int) -> bool:
         """Return whether the next ``count`` bytes are there. If not, there is room for them."""
