@@ -89,6 +89,7 @@ class Frames:
                 self._pickled = length
             elif not self._has_arrays(length & ~_WITH_ARRAYS):
                 return False
+        assert self._pickled is not None
         return not self._missing and self._has(self._pickled)
 
     def _has_arrays(self, length: int) -> bool:
