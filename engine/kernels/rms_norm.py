@@ -37,10 +37,11 @@ def rms_norm(
     residual: torch.Tensor,
     *,
     offset: float | None = None,
+    factor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
-def rms_norm(x, weight, eps, residual=None, *, offset=None):
+def rms_norm(x, weight, eps, residual=None, *, offset=None, factor=None):
     """Compute ``(weight + offset) * x / sqrt(mean(x²) + eps)`` over the last dimension.
 
     It rounds as Transformers' LlamaRMSNorm: normalise in float32, cast to the input's dtype, then scale. With
@@ -51,19 +52,21 @@ def rms_norm(x, weight, eps, residual=None, *, offset=None):
         x: ``(..., H)``; may be strided, last dimension contiguous. With ``residual`` it may be unfinished.
         weight: ``(H,)``; with ``residual`` None for no norm of the sum.
         residual: shape of ``x``; added to it first, in the input's dtype.
+        factor: ``(1,)``, by which the sum is multiplied then, in the input's dtype; None for 1.
         offset: 1 for families whose checkpoints store ``weight - 1``; None to cast before scaling.
 
     Returns:
-        The norm, contiguous; with ``residual`` the norm and ``x + residual``.
+        The norm, contiguous; with ``residual`` the norm and ``(x + residual) * factor``.
     """
     if use_triton(x if residual is None else residual):
-        return rms_norm_triton(x, weight, eps, residual, offset=offset)
-    return rms_norm_reference(x, weight, eps, residual, offset=offset)
+        return rms_norm_triton(x, weight, eps, residual, offset=offset, factor=factor)
+    return rms_norm_reference(x, weight, eps, residual, offset=offset, factor=factor)
 
 
-def rms_norm_reference(x, weight, eps, residual=None, *, offset=None):
+def rms_norm_reference(x, weight, eps, residual=None, *, offset=None, factor=None):
     if residual is not None:
         x = whole(x) + residual
+        x = x if factor is None else x * factor
         if weight is None:
             return x, x
     wide = x.float()
@@ -107,6 +110,13 @@ class Normed:
         return rms_norm(whole(self.x), self.weight, self.eps, offset=self.offset)
 
 
+def sum_with(
+    x: torch.Tensor | Unfinished, residual: torch.Tensor, factor: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute ``(x + residual) * factor`` as :func:`rms_norm` does, and no norm of it."""
+    return rms_norm(x, None, 0.0, residual, factor=factor)[1]
+
+
 def rms_norm_rounded(
     x: torch.Tensor | Unfinished,
     weight: torch.Tensor | None,
@@ -130,7 +140,7 @@ def rms_norm_rounded_reference(x, weight, eps, residual, *, offset=None):
     return quantise_rows_reference(normed), total
 
 
-def rms_norm_triton(x, weight, eps, residual=None, *, offset=None, rounded=False):
+def rms_norm_triton(x, weight, eps, residual=None, *, offset=None, factor=None, rounded=False):
     """See :func:`rms_norm` and :func:`rms_norm_rounded`."""
     before = x if isinstance(x, Normed) else None
     if before is not None:
@@ -174,6 +184,7 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=None, rounded=False
             x_ptr=source, residual_ptr=x if residual is None else residual, weight_ptr=x if weight is None else weight,
             before_ptr=norm.weight, before_eps=norm.eps, before_offset=norm.offset or 0.0,
             NORM=weight is not None, BEFORE=before is not None, BEFORE_OFFSET=norm.offset is not None,
+            factor_ptr=x if factor is None else factor, FACTOR=factor is not None,
             out_ptr=out, row_scale_ptr=row_scale, total_ptr=total,
             outer_stride=x.stride(0), inner_stride=x.stride(-2) if x.dim() == 3 else 0, inner=inner,
             eps=eps, offset=offset or 0.0, rows=rows, OFFSET=offset is not None, PARTS=parts, SIZE=size, BLOCK=block,
@@ -185,9 +196,9 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=None, rounded=False
 # ``rows`` differs between batches; specialising on it would compile the kernel again at start-up.
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, before_ptr, out_ptr, row_scale_ptr, total_ptr, outer_stride, inner_stride,
-    inner, eps, offset, before_eps, before_offset, rows, NORM: tl.constexpr, BEFORE: tl.constexpr,
-    BEFORE_OFFSET: tl.constexpr, OFFSET: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, before_ptr, factor_ptr, out_ptr, row_scale_ptr, total_ptr, outer_stride,
+    inner_stride, inner, eps, offset, before_eps, before_offset, rows, NORM: tl.constexpr, BEFORE: tl.constexpr,
+    BEFORE_OFFSET: tl.constexpr, FACTOR: tl.constexpr, OFFSET: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     ADD: tl.constexpr, ROUND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per row; row ``i`` is at ``i // inner * outer_stride + i % inner * inner_stride``.
@@ -217,6 +228,8 @@ def _rms_norm_kernel(
         x = normalised(x, before_weight, before_eps, before_offset, BEFORE_OFFSET, SIZE)
     if ADD:
         x = rounded_sum(x, added)
+        if FACTOR:
+            x = (x.to(tl.float32) * tl.load(factor_ptr).to(tl.float32)).to(x.dtype)
         tl.store(total_ptr + row * SIZE + column, x, mask=mask)
     normed = x
     if NORM:

@@ -11,6 +11,7 @@ from torch import nn
 
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.recurrent_state import StateCache
+from engine.kernels.rms_norm import sum_with
 from engine.kernels.split_sums import SplitSums, Unfinished, whole
 from engine.layers.attention import Attention
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
@@ -58,9 +59,7 @@ class DecoderLayer(nn.Module):
         self.layer_input = None if inputs is None else LayerInput(config, inputs, build.at("layer_input"))
         self.layer_scale = build.parameter(1) if config.layer_scales else None
         if isinstance(self.mlp, GatedMLP) and self.multiplier == 1:
-            # What has norms or a factor of its own behind the MLP would add up the shares by itself.
-            summed = self.layer_input is None and self.layer_scale is None
-            self.mlp.down_proj.before_norm = summed and not isinstance(self.mlp, ParallelExperts)
+            self.mlp.down_proj.before_norm = True
             if self.self_attn is not None:
                 self.self_attn.o_proj.before_norm = True
 
@@ -93,10 +92,11 @@ class DecoderLayer(nn.Module):
         x = self._added(inner, self.mlp_out_norm)
         if self.layer_input is None and self.layer_scale is None:
             return x, residual
-        total = whole(x) + residual
-        if self.layer_input is not None and given is not None:
-            total = total + self.layer_input(total, given if rows is None else given.index_select(0, rows))
-        return total if self.layer_scale is None else total * self.layer_scale, None
+        if self.layer_input is None or given is None:
+            return sum_with(x, residual, self.layer_scale), None
+        total = sum_with(x, residual)
+        own = self.layer_input(total, given if rows is None else given.index_select(0, rows))
+        return sum_with(own, total, self.layer_scale), None
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [] if self.layer_scale is None else [plain_slot(prefix + "layer_scale", self.layer_scale)]

@@ -7,10 +7,11 @@ from collections.abc import Container
 import torch
 from torch import nn
 
+from engine.kernels.rms_norm import sum_with
 from engine.kernels.route import Routing
 from engine.kernels.router_config import RouterConfig
 from engine.kernels.router_logits import router_logits
-from engine.kernels.split_sums import Unfinished, whole
+from engine.kernels.split_sums import Unfinished
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.experts import Experts
 from engine.layers.experts_config import ExpertsConfig
@@ -82,4 +83,4 @@ class ParallelExperts(GatedMLP):
         inner, total = super().after_norm(norm, x, residual)
         routed = self.experts(self.experts_in_norm(total), self.router(total))
         routed = routed if self.tp.size == 1 else self.tp.all_reduce(routed)
-        return self.mlp_norm(whole(inner)) + self.experts_norm(routed), total
+        return sum_with(self.mlp_norm.of(inner), self.experts_norm(routed)), total

@@ -68,8 +68,8 @@ def test_rms_norm_adds_up_split_sums_and_rounds_their_total(device, dtype, shape
 
 
 @pytest.mark.parametrize("parts", [0, 3])
-@pytest.mark.parametrize(("offset", "after"), [(None, False), (1.0, True)])
-def test_rms_norm_of_a_result_before_it_is_added(device, dtype, parts, offset, after):
+@pytest.mark.parametrize(("offset", "after", "scaled"), [(None, False, True), (1.0, True, False)])
+def test_rms_norm_of_a_result_before_it_is_added(device, dtype, parts, offset, after, scaled):
     """With a norm of the sum and without one; the sum is rounded as if the two were apart."""
     shape = 5, 96
     x = torch.randint(-999, 999, (max(1, parts), *shape), device=device).float() / 64
@@ -78,10 +78,11 @@ def test_rms_norm_of_a_result_before_it_is_added(device, dtype, parts, offset, a
     residual = torch.randn(shape, device=device, dtype=dtype)
     normed = Normed(given, before, 1e-6, offset)
     assert normed.shape == shape and normed.dtype == dtype and normed.device.type == device.type
-    out, total = rms_norm_triton(normed, weight if after else None, 1e-6, residual, offset=offset)
+    options = {"offset": offset, "factor": torch.full((1,), 0.7).to(weight) if scaled else None}
+    out, total = rms_norm_triton(normed, weight if after else None, 1e-6, residual, **options)
     alone = rms_norm_reference(x.sum(0).to(dtype), before, 1e-6, offset=offset)
     assert_close(normed.total(), alone)
-    assert_close(total, alone + residual)
+    assert_close(total, (alone + residual) * options["factor"] if scaled else alone + residual)
     assert_close(out, rms_norm_reference(total, weight, 1e-6, offset=offset) if after else total)
 
 

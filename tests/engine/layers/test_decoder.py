@@ -19,7 +19,7 @@ from engine.families.registry import resolve
 from engine.kernels.split_sums import SplitSums
 from engine.layers import linear
 from engine.layers.build import BuildContext
-from engine.layers.decoder import Decoder, DecoderLayer
+from engine.layers.decoder import Decoder
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.weights.loader import fill_from_checkpoint
@@ -90,9 +90,7 @@ def test_norms_add_up_what_programs_computed_apart(tmp_path, monkeypatch, kind):
     plain = decoder.config.residual_multiplier == 1
     dense = [layer for layer in decoder.layers if plain and isinstance(layer.mlp, GatedMLP)]
     attentions = [layer for layer in dense if layer.self_attn is not None]
-    # What comes behind the MLP of other layers is no norm.
-    scaled = any(isinstance(layer, DecoderLayer) and layer.layer_scale is not None for layer in dense)
-    assert len(taken) == len(attentions) + (0 if scaled else len(dense))
+    assert len(taken) == len(attentions) + len(dense)
 
 
 @pytest.mark.parametrize(
