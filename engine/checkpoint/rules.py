@@ -138,6 +138,15 @@ MOLMO2_RULES: tuple[tuple[str, str], ...] = (
 )
 """Rules of a decoder by Molmo 2's names."""
 
+MOLMO2_POST_RULES: tuple[tuple[str, str], ...] = (
+    (_MOLMO2_BLOCK + r"attn_norm\.(.*)", r"layers.\1.attention_out_norm.\2"),
+    (_MOLMO2_BLOCK + r"ff_norm\.(.*)", r"layers.\1.mlp_out_norm.\2"),
+    (_LAYER + r"input_layernorm\.(.*)", r"\1attention_out_norm.\2"),
+    (_LAYER + r"post_attention_layernorm\.(.*)", r"\1mlp_out_norm.\2"),
+    *MOLMO2_RULES,
+)
+"""The same of one whose norms come behind attention and MLP."""
+
 _WITH_HEAD = "model."
 ROTARY_BUFFERS = r".*rotary_emb\.inv_freq"
 TIED_HEAD = r".*lm_head\.weight"

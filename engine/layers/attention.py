@@ -19,6 +19,7 @@ from engine.kernels.sigmoid_gate import sigmoid_gate
 from engine.kernels.split_sums import SplitSums, Unfinished
 from engine.layers.build import BuildContext, WeightSlot
 from engine.layers.decoder_config import DecoderConfig
+from engine.layers.heads_norm import HeadsNorm
 from engine.layers.linear import RowLinear, qkv_linear
 from engine.layers.norm import RMSNorm, UnitNorm
 from engine.layers.rotary import Rotary
@@ -53,8 +54,12 @@ class Attention(nn.Module):
             heads * self.head_dim, config.hidden_size, build.at("o_proj"), bias=config.o_bias
         )
         norm = partial(RMSNorm, self.head_dim, config.rms_norm_eps, build, offset=config.norm_offset)
-        self.q_norm = norm() if config.qk_norm else None
-        self.k_norm = norm() if config.qk_norm and not borrows else None
+        self.q_norm: RMSNorm | HeadsNorm | None = norm() if config.qk_norm else None
+        self.k_norm: RMSNorm | HeadsNorm | None = norm() if config.qk_norm and not borrows else None
+        if config.qk_norm_whole:
+            self.q_norm, self.k_norm = (
+                HeadsNorm(part, config.rms_norm_eps, build) for part in self.qkv_proj.parts[:2]
+            )
         self.norms_last = config.qk_norm_last
         self.v_norm = None
         if config.value_norm and not borrows:
@@ -135,7 +140,10 @@ class Attention(nn.Module):
     ) -> torch.Tensor | SplitSums:
         """Compute the output ``(T, hidden)``, or ``(R, hidden)``, from what ``qkv_proj`` gives for ``T``
         tokens; see :meth:`forward`."""
-        parts = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.sizes, dim=-1))
+        split = qkv.split(self.sizes, dim=-1)
+        if isinstance(self.q_norm, HeadsNorm) and isinstance(self.k_norm, HeadsNorm):
+            split = self.q_norm(split[0]), self.k_norm(split[1]), split[2]
+        parts = (part.unflatten(-1, (-1, self.head_dim)) for part in split)
         q, k, v = (*parts, None, None)[:3]
         if self.joint:
             v = k
@@ -177,10 +185,10 @@ class Attention(nn.Module):
         return self.o_proj(out if rows is None else out.index_select(0, rows))
 
     def _norms(self) -> HeadNorms | None:
-        if self.q_norm is None:
+        if not isinstance(self.q_norm, RMSNorm):
             return None
-        keys = self.k_norm or self.q_norm
         norm = self.q_norm
+        keys = self.k_norm if isinstance(self.k_norm, RMSNorm) else norm
         return HeadNorms(norm.weight, keys.weight, norm.eps, norm.offset, last=self.norms_last)
 
     def _decode(

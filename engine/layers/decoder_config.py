@@ -181,6 +181,7 @@ class DecoderConfig:
         qkv_bias, o_bias, mlp_bias: whether the projections have biases.
         qk_norm: RMSNorm over each head of q and k, before rotation.
         qk_norm_last: it is behind the rotation instead.
+        qk_norm_whole: it is over all heads of q together, and over all of k (OLMo).
         output_gate: each head's attention is multiplied by the sigmoid of a gate; ``q_proj`` makes each
             head's query and behind it its gate.
         recurrence: what the layers ``linear_layers`` have in place of attention; None if all layers have
@@ -245,6 +246,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     qk_norm_last: bool = False
+    qk_norm_whole: bool = False
     output_gate: bool = False
     recurrence: DeltaNetConfig | ShortConvConfig | None = None
     linear_layers: tuple[int, ...] = ()

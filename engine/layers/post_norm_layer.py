@@ -1,4 +1,4 @@
-"""A layer whose norms come behind attention and MLP alone (EXAONE 4)."""
+"""A layer whose norms come behind attention and MLP alone (EXAONE 4, OLMo)."""
 
 from __future__ import annotations
 

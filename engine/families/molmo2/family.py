@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.folder import Checkpoint
-from engine.checkpoint.rules import MOLMO2_RULES, WeightRules
+from engine.checkpoint.rules import MOLMO2_POST_RULES, MOLMO2_RULES, WeightRules
 from engine.errors import CheckpointError
 from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
 from engine.families.family import Family
@@ -48,20 +48,10 @@ _COLUMNS = {
 
 def _text(raw: Json) -> tuple[Json, DecoderKind]:
     fields = with_aliases(raw.get("text_config") or {}, _ALIASES)
-    layers = fields.get("rope_scaling_layers")
-    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    plain = rope.get("rope_type", rope.get("type", "default")) == "default"
-    every = layers is None or len(set(layers)) >= fields.get("num_hidden_layers", 36)
-    tied = bool(raw.get("tie_word_embeddings") or fields.get("tie_word_embeddings"))
-    kind, after = fields.get("qk_norm_type", "qwen3"), fields.get("norm_after", False)
-    for field, stated, served in (
-        ("qk_norm_type", kind, kind == "qwen3"),
-        ("norm_after", after, not after),
-        ("rope_scaling_layers", layers, plain or every),
-        ("tie_word_embeddings", tied, not tied),
-    ):
-        if not served:
-            raise CheckpointError(f"config.json: {field} {stated!r} is not supported", param=field)
+    if raw.get("tie_word_embeddings") or fields.get("tie_word_embeddings"):
+        raise CheckpointError(
+            "config.json: tie_word_embeddings True is not supported", param="tie_word_embeddings"
+        )
     return {**fields, "tie_word_embeddings": False}, "molmo2_text"
 
 
@@ -166,7 +156,7 @@ def _text_run(token: str, encode: Callable[[str], list[int]]) -> PlaceholderRun:
 def _weights(config: ModelConfig) -> WeightRules:
     block = r"tower.blocks.\1."
     return WeightRules(
-        language=MOLMO2_RULES,
+        language=MOLMO2_POST_RULES if config.decoder.post_norm else MOLMO2_RULES,
         vision=(
             (_VIT + r"patch_embedding\.(.*)", r"tower.patch_embed.\1"),
             (_VIT + r"positional_embedding", "tower.position_embedding"),

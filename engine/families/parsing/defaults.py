@@ -407,6 +407,9 @@ DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "max_position_embeddings": 36864,
         "attention_bias": False,
         "additional_vocab_size": 128,
+        "qk_norm_type": "qwen3",
+        "norm_after": False,
+        "rope_scaling_layers": None,
     },
     "paddleocr_vl": _ERNIE,
     "phi3": {

@@ -12,6 +12,7 @@ from typing import Any, cast
 from engine.errors import CheckpointError
 from engine.families.parsing.fields import Json, integer, number, numbers
 from engine.families.parsing.gemma4 import GEMMA4_KINDS
+from engine.families.parsing.windows import unscaled_layers
 from engine.layers.decoder_config import RopeConfig, RopeType
 
 _PARAM = "rope_scaling"
@@ -71,8 +72,8 @@ def parse_ropes(
     config: Json, kind: str, head_dim: int, local_head_dim: int
 ) -> tuple[RopeConfig, RopeConfig | None]:
     """Read the rotary embeddings of a decoder: that of all layers, or of those with full attention; and that
-    of the layers with a window, if they have one of their own (Gemma 3 and 4), or of those that don't rotate
-    (Cohere 2, EXAONE 4, SmolLM3).
+    of the layers with a window, if they have one of their own (Gemma 3 and 4), of those that don't rotate
+    (Cohere 2, EXAONE 4, SmolLM3), or of those without the scaling (Molmo 2).
 
     Args:
         config: see :func:`parse_rope`.
@@ -82,7 +83,13 @@ def parse_ropes(
         CheckpointError: naming the field that is missing or not supported.
     """
     if "rope_local_base_freq" not in config and "no_rope_layers" not in config:
-        return parse_rope(config, kind, head_dim), None
+        rope = parse_rope(config, kind, head_dim)
+        layers = integer(config, "num_hidden_layers")
+        if "rope_scaling_layers" not in config or not unscaled_layers(config, layers):
+            return rope, None
+        if rope.depends_on_length:
+            raise _mixed()
+        return rope, None if rope.type == "default" else RopeConfig(theta=rope.theta)
     if "no_rope_layers" in config:
         rope = parse_rope(config, kind, head_dim)
         if rope.depends_on_length:
@@ -99,12 +106,16 @@ def parse_ropes(
         for parameters, dim in ((full, head_dim), (local, local_head_dim))
     ]
     if any(rope.depends_on_length for rope in both):
-        raise CheckpointError(
-            "config.json: rope types whose frequencies depend on a sequence's length are not supported for "
-            "models whose layers have different ones. Use yarn or linear",
-            param=_PARAM,
-        )
+        raise _mixed()
     return both[0], both[1]
+
+
+def _mixed() -> CheckpointError:
+    return CheckpointError(
+        "config.json: rope types whose frequencies depend on a sequence's length are not supported for "
+        "models whose layers have different ones. Use yarn or linear",
+        param=_PARAM,
+    )
 
 
 def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:

@@ -8,7 +8,7 @@ from typing import Any
 from engine.errors import CheckpointError
 from engine.families.parsing.cohere import cohere_switches
 from engine.families.parsing.defaults import DecoderKind
-from engine.families.parsing.fields import Json, activation, integer, number
+from engine.families.parsing.fields import Json, activation, flag, integer, number
 from engine.families.parsing.gemma4 import gemma4_switches
 from engine.families.parsing.lfm2 import lfm2_switches
 from engine.families.parsing.recurrent import recurrent_layers
@@ -82,6 +82,17 @@ def _qwen3_5(config: Json) -> dict[str, Any]:
 
 #: By kind, the fields of :class:`~engine.layers.decoder_config.DecoderConfig` that other kinds leave at their
 #: defaults.
+def _molmo2(config: Json) -> dict[str, Any]:
+    norm = config["qk_norm_type"]
+    if norm not in ("qwen3", "olmo"):
+        raise CheckpointError(f"config.json: qk_norm_type {norm!r} is not supported", param="qk_norm_type")
+    return {
+        "unpredicted": integer(config, "additional_vocab_size", least=0),
+        "qk_norm_whole": norm == "olmo",
+        "post_norm": flag(config, "norm_after"),
+    }
+
+
 SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "cohere": cohere_switches,
     "cohere2": cohere_switches,
@@ -99,7 +110,7 @@ SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "hunyuan_v1_dense": lambda config: {"qk_norm_last": True},
     "hunyuan_vl_text": lambda config: {"qk_norm_last": True},
     "lfm2": lfm2_switches,
-    "molmo2_text": lambda config: {"unpredicted": integer(config, "additional_vocab_size", least=0)},
+    "molmo2_text": _molmo2,
     "qwen3_5_moe_text": _qwen3_5,
     "qwen3_5_text": _qwen3_5,
     "granitemoe": _granite,

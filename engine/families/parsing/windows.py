@@ -56,12 +56,14 @@ def sliding_layers(config: Json, layers: int) -> list[bool]:
 
 
 def local_layers(config: Json, layers: int) -> tuple[int, ...]:
-    """Return the layers with a rotary embedding of their own: those with a window, or those that
-    ``no_rope_layers`` says don't rotate.
+    """Return the layers with a rotary embedding of their own: those with a window, those that
+    ``no_rope_layers`` says don't rotate, or those that ``rope_scaling_layers`` doesn't name.
 
     Raises:
         CheckpointError: naming the field that can't be used.
     """
+    if "rope_scaling_layers" in config:
+        return unscaled_layers(config, layers)
     if "no_rope_layers" not in config:
         return tuple(layer for layer, slides in enumerate(sliding_layers(config, layers)) if slides)
     if config.get("use_sliding_window"):
@@ -79,6 +81,23 @@ def local_layers(config: Json, layers: int) -> tuple[int, ...]:
             param="no_rope_layers",
         )
     return tuple(layer for layer, each in enumerate(rotates) if not each)
+
+
+def unscaled_layers(config: Json, layers: int) -> tuple[int, ...]:
+    """Return the layers that ``rope_scaling_layers`` doesn't name, if it names any.
+
+    Raises:
+        CheckpointError: naming the field that can't be used.
+    """
+    scaled = config["rope_scaling_layers"]
+    if scaled is None:
+        return ()
+    if not isinstance(scaled, list | tuple) or not all(type(layer) is int for layer in scaled):
+        raise CheckpointError(
+            f"config.json: rope_scaling_layers should be numbers of layers, not {scaled!r}",
+            param="rope_scaling_layers",
+        )
+    return tuple(layer for layer in range(layers) if layer not in scaled)
 
 
 def window_rotates(config: Json, layers: int) -> dict[str, Any]:

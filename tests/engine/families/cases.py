@@ -449,6 +449,17 @@ CASES = [
         # All images of a prompt see each other: one step computes them, and the text between them.
         few_tokens=120,
     ),
+    FamilyCase(
+        "Molmo 2 on OLMo",
+        partial(make_molmo2, olmo=True),
+        Molmo2Reference,
+        frame=MOLMO_FRAME,
+        placeholder=lambda index, count: MOLMO_IMAGE,
+        video=MOLMO_VIDEO,
+        single=((210, 84), (70, 175)),
+        several=(((140, 105), (32, 42)), ((20, 20), (70, 175), (84, 56))),
+        few_tokens=120,
+    ),
     FamilyCase("Idefics3", make_idefics3, partial(IdeficsReference, kind="Idefics3"), **_IDEFICS),
     FamilyCase(
         "SmolVLM", make_smolvlm, partial(IdeficsReference, kind="SmolVLM"), video="<video>", **_IDEFICS
@@ -529,6 +540,7 @@ LIKE = {
     "PaliGemma": "PaliGemma 2",
     "SmolVLM": "Idefics3",
     "hunyuan_v1_dense": "HunyuanOCR",
+    "Molmo 2 on OLMo": "Molmo 2",
     **dict.fromkeys(("cohere", "cohere2"), "Aya Vision"),
     "exaone4": "EXAONE 4.5",
     "glm": "qwen3",

@@ -46,12 +46,13 @@ VIDEOS: dict[str, Any] = {
 }
 
 
-def make_molmo2(path: Path, hub: bool) -> Path:
+def make_molmo2(path: Path, hub: bool, olmo: bool = False) -> Path:
     """A checkpoint whose tokens of images have embeddings, but no logits.
 
     Args:
         hub: config.json in the spelling of the first releases, whose tower has more layers than the weights;
             columns of the whole image without tokens, and of frames with them; and several shards.
+        olmo: norms behind attention and MLP and over all heads, and scaling of angles in one of the layers.
     """
     if not HAS_MOLMO2:
         pytest.skip("this release of Transformers has no Molmo 2")
@@ -89,6 +90,7 @@ def make_molmo2(path: Path, hub: bool) -> Path:
             "head_dim": 16,
             "max_position_embeddings": 1024,
             "attention_bias": not hub,
+            **(_OLMO if olmo else {}),
         },
         vision_config=vision,
         adapter_config=adapter,
@@ -113,6 +115,19 @@ def make_molmo2(path: Path, hub: bool) -> Path:
     return path
 
 
+_OLMO: dict[str, Any] = {
+    "norm_after": True,
+    "qk_norm_type": "olmo",
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "rope_scaling_layers": [1],
+}
+
+
 def molmo_tokenizer() -> PreTrainedTokenizerFast:
     """Its last tokens are those of images."""
     tok = tokenizer(SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token="<|endoftext|>")
@@ -132,8 +147,11 @@ def _as_on_the_hub(path: Path, first: int) -> None:
     ]
     text = config["text_config"]
     text["qkv_bias"], text["layer_norm_eps"] = text.pop("attention_bias"), text.pop("rms_norm_eps")
-    text["rope_theta"], text["rope_scaling"] = text.pop("rope_parameters")["rope_theta"], None
-    text["rope_scaling_layers"] = None
+    scaling = text.pop("rope_parameters")
+    text["rope_theta"] = scaling.pop("rope_theta")
+    text["rope_scaling"] = scaling if text["norm_after"] else None
+    if not text["norm_after"]:
+        text["rope_scaling_layers"] = None
     (path / "config.json").write_text(json.dumps({**config, "vit_config": vision}))
 
     def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from engine.media.video.sampling import FrameRules, molmo2_indices
 from engine.media.video.video import VideoInfo, VideoOptions
 from engine.model_parts import load_prompt_builder
 from engine.preparation import MediaPreparation
+from tests.engine.executor.threads import ThreadLauncher
 from tests.engine.families.molmo2 import (
     FRAME,
     HAS_MOLMO2,
@@ -158,6 +159,22 @@ def test_files_equal_transformers(path, tmp_path, hub):
             assert builder.from_text(text, [media.item]).token_ids == expected["input_ids"][0].tolist(), asked
     finally:
         preparation.close()
+
+
+def test_ranks_norm_all_heads_together(tmp_path):
+    """Also where two ranks share each KV head."""
+    path, text = make_molmo2(tmp_path, hub=True, olmo=True), FRAME.format(f"{IMAGE} and {IMAGE}")
+    entry = {"prompt": text, "multi_modal_data": {"image": [picture(70, 70), picture(30, 90, 1)]}}
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, prompt_logprobs=0)
+    found = []
+    for size in (1, 4):
+        options = {"max_model_len": 256, "num_kv_blocks": 80, "tensor_parallel_size": size}
+        llm = LLM(str(path), launcher=ThreadLauncher(), device="cpu", **options)
+        (output,) = llm.generate(entry, params, use_tqdm=False)
+        scored = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        found.append((output.outputs[0].token_ids, [row[token].logprob for token, row in scored]))
+    (one, scores), (several, others) = found
+    assert one == several and others == pytest.approx(scores, abs=1e-3)
 
 
 def test_resizing_to_the_same_size_changes_nothing():

@@ -146,16 +146,15 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
         (IMAGES, {"image_feature_size": 64}, "image_feature_size"),
     ],
     "Molmo 2": [
-        (CONFIG, {"text_config.qk_norm_type": "olmo"}, "qk_norm_type 'olmo'"),
-        (CONFIG, {"text_config.norm_after": True}, "norm_after True"),
+        (CONFIG, {"text_config.qk_norm_type": "none"}, "qk_norm_type 'none'"),
         (CONFIG, {"tie_word_embeddings": True}, "tie_word_embeddings True"),
         (
             CONFIG,
             {
-                "text_config.rope_scaling": {"rope_type": "linear", "factor": 2.0},
+                "text_config.rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
                 "text_config.rope_scaling_layers": [0],
             },
-            r"rope_scaling_layers \[0\]",
+            "depend on a sequence's length",
         ),
         (CONFIG, {"vit_config.num_key_value_heads": 1}, "KV heads"),
         (CONFIG, {"adapter_config.head_dim": 9}, "adapter_config should have"),
@@ -166,6 +165,10 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
         (PROCESSOR, {"image_processor.resample": 3}, "bilinear"),
         (PROCESSOR, {"image_processor.overlap_margins": [3, 2]}, "leave nothing"),
         (PROCESSOR, {"image_processor.pooling_size": 2}, "pooling_size should be two numbers"),
+        (CONFIG, {"text_config.rope_scaling_layers": 1}, "numbers of layers, not 1"),
+        (PROCESSOR, {"video_processor.pooling_size": [3]}, "video.*pooling_size should be two numbers"),
+        (PROCESSOR, {"video_processor.size": {"height": 84, "width": 84}}, "video.*tower's 70 and 14"),
+        (PROCESSOR, {"video_processor.image_mean": [0.1, 0.2, 0.3]}, "differs from the one for images"),
     ],
 }
 ROWS = [pytest.param(name, *row, id=f"{name}-{row[1]}") for name, rows in REFUSED.items() for row in rows]

@@ -16,7 +16,7 @@ from tests.engine.families.drawn.checkpoint import (
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
-from tests.engine.families.drawn.rope import lengths_of
+from tests.engine.families.drawn.rope import Lengths, lengths_of
 from tests.engine.families.drawn.vision import draw_pixels
 from tests.engine.families.molmo2 import (
     FRAME,
@@ -48,8 +48,14 @@ class MolmoFamily:
         text = draw_decoder(draw, "molmo2", pictures[0], tokens=_TOKENS)
         text.pop("tie_word_embeddings", None)
         text["additional_vocab_size"] = len(PICTURES) + draw.variant("further tokens", (0, 1, 6), 0.3)
+        if draw.varies("norm of OLMo", 0.3):
+            text["qk_norm_type"] = "olmo"
+        if draw.varies("norms behind", 0.3):
+            text["norm_after"] = True
         if draw.varies("layers of the scaling", 0.3):
-            text["rope_scaling_layers"] = list(range(text["num_hidden_layers"]))
+            rng, layers = draw.stream("layers of the scaling"), range(text["num_hidden_layers"])
+            some = lengths_of("molmo2", text) == Lengths()
+            text["rope_scaling_layers"] = [each for each in layers if not some or rng.random() < 0.5]
         patch = draw.choice("patch", (14, 16))
         side = draw.choice("patches per side", (5, 6))
         vision = _vision(draw, patch, side)
