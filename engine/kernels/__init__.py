@@ -64,7 +64,7 @@ decides::
                       linear                      otherwise                           dispatch.py
     norm_linear       norm_gemv_triton            Triton, 1 row, not 4 bits, not fp8  norm_gemv.py
                                                   made for fp8 inputs
-                      rms_norm, then linear       otherwise                           dispatch.py
+                      a norm, then linear         otherwise                           dispatch.py
     sum_linear        gemv_sum_triton             Triton, 1 row, 16-bit, not 4 bits,  gemv.py
     over ranks                                    ranks that share memory
                       linear, then a sum          otherwise                           dispatch.py
@@ -95,5 +95,5 @@ peer_reduce.py sums over the GPUs of a host and gathers from them; :class:`engin
 
 Shared by kernels: activation.py (inside kernels), delta_scan.py and delta_tiles.py (parts of delta_prefill.py), device.py (SMs, memory, capability), expert_groups.py
 (sorts pairs of tokens and experts, adds up their results), image_plan.py (how the programs of image_attention.py share the work), int4_unpack.py (unpacks weights in 4 bits), launch.py (launch or compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch),
-recurrent_state.py (states of gated delta nets and convolutions), registers.py (layouts in registers, for Gluon), ring.py (buffers in shared memory, for Gluon), router_config.py (of a router of experts), scales.py (of fp8 weights), shares.py (equal shares of steps for programs, for Gluon), split_sums.py (sums that a norm adds up), tile.py (attention tiles).
+recurrent_state.py (states of gated delta nets and convolutions), registers.py (layouts in registers, for Gluon), ring.py (buffers in shared memory, for Gluon), router_config.py (of a router of experts), scales.py (of fp8 weights), shares.py (equal shares of steps for programs, for Gluon), split_sums.py (results that a norm finishes), tile.py (attention tiles).
 """

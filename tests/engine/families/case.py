@@ -124,6 +124,8 @@ class FamilyCase:
         caches: prefixes of its prompts are cached.
         windows: some of its layers have sliding windows, shorter than its prompts.
         few_tokens: tokens of a step that cut prompts, or hold just one where prompts can't be cut.
+        tolerance: how far outputs in bfloat16 may be from the reference's in float32, see
+            :meth:`Made.distances <tests.engine.families.made.Made.distances>`.
     """
 
     name: str
@@ -140,6 +142,7 @@ class FamilyCase:
     caches: bool = True
     windows: bool = False
     few_tokens: int = 13
+    tolerance: float = 0.06
 
     @property
     def embeds(self) -> bool:

@@ -357,12 +357,14 @@ CASES = [
             placeholder=lambda index, count: GLM_IMAGE,
             video=GLM_VIDEO,
             options={"mm_processor_kwargs": {"fps": GLM_FPS}},
+            tolerance=tolerance,
         )
-        for name, kind in (
-            ("GLM-4.1V", "Glm4v"),
-            ("GLM-4.6V", "Glm46V"),
-            ("GLM-4.6V with experts", "Glm4vMoe"),
-            ("GLM-OCR", "GlmOcr"),
+        for name, kind, tolerance in (
+            ("GLM-4.1V", "Glm4v", 0.06),
+            ("GLM-4.6V", "Glm46V", 0.06),
+            # Rounding changes which experts are chosen: Transformers' own answers are up to 0.133 off.
+            ("GLM-4.6V with experts", "Glm4vMoe", 0.14),
+            ("GLM-OCR", "GlmOcr", 0.06),
         )
     ),
     FamilyCase(

@@ -156,25 +156,21 @@ def bfloat16_on_gpu(model: Made, hub: Made, wide: bool) -> None:
     _check_bfloat16(model, "cuda", chunked=True)
 
 
-#: In bfloat16: how far outputs may be from the reference's in float32, see :meth:`Made.distances`.
-TOLERANCE = 0.06
-
-
 def _check_bfloat16(model: Made, device: str, chunked: bool) -> None:
     """Check that batched outputs, of whole prompts and of ``chunked`` ones, are near the reference's.
 
     Outputs with other images must exceed the same bound, or it would prove nothing.
     """
-    prompts = model.case.prompts()
+    prompts, tolerance = model.case.prompts(), model.case.tolerance
     shown = [prompt for prompt in prompts if prompt.pictures]
     ways = [{}, {"max_num_batched_tokens": model.case.few_tokens, "max_num_seqs": 4}]
     for options in ways if chunked else ways[:1]:
         llm = model.llm(device=device, dtype="bfloat16", enable_prefix_caching=False, **options)
-        assert max(model.distances(llm, prompts, prompts)) < TOLERANCE
+        assert max(model.distances(llm, prompts, prompts)) < tolerance
         others = model.distances(llm, [prompt.other() for prompt in shown], shown)
-        assert min(others, default=1) > TOLERANCE
+        assert min(others, default=1) > tolerance
         # A single small image may change little; most change a lot.
-        assert median(others or [1]) > 2 * TOLERANCE
+        assert median(others or [1]) > 2 * tolerance
         llm.check_integrity()
 
 
