@@ -111,8 +111,16 @@ class Pipeline:
         self.timeout_s = timeout_s
         self._random = random.Random(secrets.randbits(256))
         self._max_model_len: int | None = None
-        scale = spec.language_model.autoscaling or {}
-        self._sleeps = scale.get("min_replicas") == 0
+        deployed = {"encoder": spec.encoder, "language_model": spec.language_model}
+        if spec.encoder.with_language_model:
+            deployed["encoder"] = spec.language_model
+        deployed["preprocessor"] = spec.preprocessor
+        self._may_sleep = {
+            name
+            for name, stage in deployed.items()
+            if stage.autoscaling is not None and stage.autoscaling.get("min_replicas") == 0
+        }
+        self._sleeps = "language_model" in self._may_sleep
 
     async def max_model_len(self) -> int:
         """The most tokens of prompt and answer together.
@@ -138,7 +146,7 @@ class Pipeline:
     def measured(self) -> Measured:
         """This model's metrics."""
         sources = {name: stage.collect for name, stage in self._stages.by_name().items()}
-        return Measured(self.meter, sources, self._stages.ways)
+        return Measured(self.meter, sources, self._stages.ways, self._may_sleep)
 
     async def device(self) -> str:
         """The devices that the language model runs on, in words; errors as :meth:`max_model_len`."""

@@ -1,7 +1,7 @@
 """Collects the metrics of all processes of the application for ``/metrics``."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,11 +19,13 @@ class Measured:
 
     Attributes:
         ways: see :func:`deployments.stages.ways_to_language_model`.
+        may_sleep: the stages that may have no replica while they are idle.
     """
 
     meter: ModelMeter
     stages: Mapping[str, Source]
     ways: Counter
+    may_sleep: Set[str]
 
 
 class Measurable(Protocol):
@@ -72,9 +74,13 @@ class Collector:
     async def collect(self) -> list[Part]:
         """The metrics of all replicas of all stages and of the ingress."""
         sources: list[tuple[dict[str, str], Source]] = []
+        may_sleep: list[tuple[dict[str, str], float]] = []
         for name, model in self._models.items():
-            stages = model.measured().stages
-            sources += [({"model": name, "stage": stage}, source) for stage, source in stages.items()]
+            measured = model.measured()
+            for stage, source in measured.stages.items():
+                labels = {"model": name, "stage": stage}
+                sources.append((labels, source))
+                may_sleep.append((labels, stage in measured.may_sleep))
         asked = [self._ask(source) for _, source in sources]
         mine = self._ask(self._ingress) if self._ingress is not None else _already(self.own())
         parts, *found = await asyncio.gather(mine, *asked)
@@ -82,7 +88,7 @@ class Collector:
         for (labels, _), replicas in zip(sources, found, strict=True):
             counts.append((labels, len(replicas)))
             parts += [Part({**labels, **part.labels}, part.families) for part in replicas]
-        parts.append(Part({}, [_replicas(counts)]))
+        parts.append(Part({}, [_replicas(counts), _may_sleep(may_sleep)]))
         return parts
 
     async def _ask(self, source: Source) -> list[Part]:
@@ -95,6 +101,15 @@ class Collector:
 
 async def _already(parts: list[Part]) -> list[Part]:
     return parts
+
+
+def _may_sleep(stages: Sequence[tuple[dict[str, str], float]]) -> Family:
+    return Family(
+        "sightline_stage_may_sleep",
+        "gauge",
+        "1 for a stage that may have no replica while it is idle, since its min_replicas is 0; else 0.",
+        list(stages),
+    )
 
 
 def _replicas(counts: Sequence[tuple[dict[str, str], int]]) -> Family:

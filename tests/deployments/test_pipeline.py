@@ -314,6 +314,9 @@ async def test_health_checks_do_not_wake_a_model_that_may_sleep(spec):
             self.calls += 1
             return 16
 
+        async def collect(self):
+            return []
+
     for least, calls in ((0, 1), (1, 3)):
         stage = Counted()
         changed = spec.language_model.model_copy(update={"autoscaling": {"min_replicas": least}})
@@ -323,6 +326,7 @@ async def test_health_checks_do_not_wake_a_model_that_may_sleep(spec):
         await made.ping()
         await made.ping()
         assert stage.calls == calls
+        assert made.measured().may_sleep == ({"language_model"} if least == 0 else set())
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ async def test_replicas_of_the_ingress_and_stages_are_put_together(running):
             async def dead() -> list[Part]:
                 raise ConnectionError("gone")
 
-            return replace(found, stages=found.stages | {"encoder": dead})
+            return replace(found, stages=found.stages | {"encoder": dead}, may_sleep={"encoder"})
 
     api = create_api(running.app.api.state.config, {"pocket": Stuck()}, replica="a", ingress=ingress)
     async with httpx.AsyncClient(transport=AppTransport(api), base_url="http://test") as http:
@@ -208,3 +208,4 @@ async def test_replicas_of_the_ingress_and_stages_are_put_together(running):
     assert found("x_total") == 2 and found("x_total", replica="b") == 1
     assert found("stage_replicas", stage="encoder") == 0
     assert found("stage_replicas", stage="preprocessor") == 1
+    assert [found("stage_may_sleep", stage=stage) for stage in STAGES] == [0, 1, 0]
