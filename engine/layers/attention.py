@@ -19,10 +19,14 @@ from engine.kernels.sigmoid_gate import sigmoid_gate
 from engine.kernels.split_sums import SplitSums, Unfinished
 from engine.layers.build import BuildContext, WeightSlot
 from engine.layers.decoder_config import DecoderConfig
-from engine.layers.heads_norm import HeadsNorm
+from engine.layers.heads_norm import HeadLayerNorms, HeadsNorm
 from engine.layers.linear import RowLinear, qkv_linear
 from engine.layers.norm import RMSNorm, UnitNorm
 from engine.layers.rotary import Rotary
+
+_QKNorm = RMSNorm | HeadsNorm | HeadLayerNorms
+#: Norms that no other kernel computes.
+_UNFUSED = HeadsNorm, HeadLayerNorms
 
 
 class Attention(nn.Module):
@@ -54,11 +58,14 @@ class Attention(nn.Module):
             heads * self.head_dim, config.hidden_size, build.at("o_proj"), bias=config.o_bias
         )
         norm = partial(RMSNorm, self.head_dim, config.rms_norm_eps, build, offset=config.norm_offset)
-        self.q_norm: RMSNorm | HeadsNorm | None = norm() if config.qk_norm else None
-        self.k_norm: RMSNorm | HeadsNorm | None = norm() if config.qk_norm and not borrows else None
-        if config.qk_norm_whole:
+        self.q_norm: _QKNorm | None = norm() if config.qk_norm else None
+        self.k_norm: _QKNorm | None = norm() if config.qk_norm and not borrows else None
+        if config.qk_norm_whole or config.qk_layer_norm:
             self.q_norm, self.k_norm = (
-                HeadsNorm(part, config.rms_norm_eps, build) for part in self.qkv_proj.parts[:2]
+                HeadLayerNorms(part, self.head_dim, config.rms_norm_eps, build)
+                if config.qk_layer_norm
+                else HeadsNorm(part, config.rms_norm_eps, build)
+                for part in self.qkv_proj.parts[:2]
             )
         self.norms_last = config.qk_norm_last
         self.v_norm = None
@@ -141,7 +148,7 @@ class Attention(nn.Module):
         """Compute the output ``(T, hidden)``, or ``(R, hidden)``, from what ``qkv_proj`` gives for ``T``
         tokens; see :meth:`forward`."""
         split = qkv.split(self.sizes, dim=-1)
-        if isinstance(self.q_norm, HeadsNorm) and isinstance(self.k_norm, HeadsNorm):
+        if isinstance(self.q_norm, _UNFUSED) and isinstance(self.k_norm, _UNFUSED):
             split = self.q_norm(split[0]), self.k_norm(split[1]), split[2]
         parts = (part.unflatten(-1, (-1, self.head_dim)) for part in split)
         q, k, v = (*parts, None, None)[:3]

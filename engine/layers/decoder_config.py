@@ -182,6 +182,7 @@ class DecoderConfig:
         qk_norm: RMSNorm over each head of q and k, before rotation.
         qk_norm_last: it is behind the rotation instead.
         qk_norm_whole: it is over all heads of q together, and over all of k (OLMo).
+        qk_layer_norm: in its place are LayerNorms without shift, with weights for each head (Command R+).
         output_gate: each head's attention is multiplied by the sigmoid of a gate; ``q_proj`` makes each
             head's query and behind it its gate.
         recurrence: what the layers ``linear_layers`` have in place of attention; None if all layers have
@@ -247,6 +248,7 @@ class DecoderConfig:
     qk_norm: bool = False
     qk_norm_last: bool = False
     qk_norm_whole: bool = False
+    qk_layer_norm: bool = False
     output_gate: bool = False
     recurrence: DeltaNetConfig | ShortConvConfig | None = None
     linear_layers: tuple[int, ...] = ()

@@ -1,10 +1,11 @@
-"""The norm of all heads of a token's queries, or keys, together."""
+"""Norms of a token's queries, or keys, whose weights differ between heads."""
 
 from __future__ import annotations
 
 from collections.abc import Container
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from engine.kernels.rms_norm import rms_norm
@@ -38,3 +39,27 @@ class HeadsNorm(nn.Module):
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [WeightSlot(prefix + "weight", (self.total,), [((self.own,), self.weight.data)])]
+
+
+class HeadLayerNorms(nn.Module):
+    """Computes ``weight * (x - mean(x)) / sqrt(var(x) + eps)`` of each head.
+
+    Args:
+        part: the projection that it norms.
+        head_dim: numbers of a head.
+    """
+
+    def __init__(self, part: FusedPart, head_dim: int, eps: float, build: BuildContext) -> None:
+        super().__init__()
+        self.eps = eps
+        self.shape = part.total // head_dim, head_dim
+        self.own = slice(part.start // head_dim, (part.start + part.size) // head_dim), slice(0, head_dim)
+        self.weight = build.parameter(part.size // head_dim, head_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Norm this rank's heads ``(T, heads * head_dim)`` in float32, as Transformers does."""
+        heads = F.layer_norm(x.float().unflatten(-1, self.weight.shape), self.shape[1:], eps=self.eps)
+        return (heads * self.weight.float()).to(x.dtype).flatten(-2)
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        return [WeightSlot(prefix + "weight", self.shape, [(self.own, self.weight.data)])]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.errors import CheckpointError
 from engine.families.parsing.fields import Json, number
 
 COHERE_DEFAULTS: dict[str, Any] = {
@@ -40,11 +39,9 @@ def cohere_fields(raw: Json) -> Json:
 
 def cohere_switches(config: Json) -> dict[str, Any]:
     """The fields of :class:`~engine.layers.decoder_config.DecoderConfig` that Cohere's models have of
-    their own.
-
-    Raises:
-        CheckpointError: naming the field that is not supported.
-    """
-    if config.get("use_qk_norm"):
-        raise CheckpointError("config.json: use_qk_norm true is not supported", param="use_qk_norm")
-    return {"parallel": True, "logits_divisor": 1 / number(config, "logit_scale")}
+    their own."""
+    return {
+        "parallel": True,
+        "logits_divisor": 1 / number(config, "logit_scale"),
+        "qk_layer_norm": bool(config.get("use_qk_norm")),
+    }

@@ -62,7 +62,8 @@ def with_scaled_logits(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def make_text_model(path: Path, hub: bool, kind: str) -> None:
-    make_text(path, kind, seed=7)
+    # Command R has no norms of queries and keys, Command R+ has.
+    make_text(path, kind, seed=7, **({"use_qk_norm": True} if hub and kind == "cohere" else {}))
     if not hub:
         return
     if kind in HYBRIDS:

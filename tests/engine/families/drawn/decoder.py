@@ -237,7 +237,7 @@ def _biases(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
         fields["mlp_bias"] = True
     if kind in ("glm", "glm4", "glm4v_moe") and draw.varies("attention bias stated", 0.4):
         fields["attention_bias"] = draw.choice("attention bias", (True, False))
-    if kind == "glm4_moe" and draw.varies("norms of queries and keys stated", 0.6):
+    if kind in ("cohere", "glm4_moe") and draw.varies("norms of queries and keys stated", 0.6):
         fields["use_qk_norm"] = draw.choice("norms of queries and keys", (True, False))
     if kind == "seed_oss" and draw.varies("biases of Seed-OSS", 0.4):
         fields |= {"attention_bias": draw.choice("bias", (True, False)), "attention_out_bias": True}
