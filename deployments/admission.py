@@ -7,6 +7,7 @@ from starlette.datastructures import QueryParams
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.errors import error_response
+from deployments.leaving import PATIENCE
 from deployments.turns import Turns
 from engine.errors import Overloaded
 
@@ -48,11 +49,14 @@ class AdmissionLimit:
 
     Attributes:
         limit: the most requests.
+        patience_s: seconds for which a client may hold its place without reading what it is sent; None for no
+            limit.
         active: such requests that are open, or whose work goes on in the background.
     """
 
     def __init__(self, limit: int = 0) -> None:
         self.limit = limit
+        self.patience_s: float | None = None
         self.active = 0
         self._turns = Turns()
 
@@ -76,7 +80,7 @@ class AdmissionLimit:
             self.active += 1
             place = _Admitted(self)
             try:
-                await app({**scope, PLACE: place}, receive, send)
+                await app({**scope, PLACE: place, PATIENCE: self.patience_s}, receive, send)
             finally:
                 place.end()
 

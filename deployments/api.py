@@ -171,6 +171,7 @@ def _use(api: FastAPI, config: IngressConfig) -> None:
     state.access.change(config.keys)
     state.config = config
     state.admission.limit = config.max_active_requests
+    state.admission.patience_s = config.send_timeout_s
     state.collector.timeout = config.health_timeout_s
 
 

@@ -145,6 +145,8 @@ class IngressConfig(StageConfig):
             the background; more are refused with 429.
         request_timeout_s: seconds from a request's arrival after which it is ended with an error; None for
             no limit. Ray Serve's own ``request_timeout_s`` would cut streams without a word.
+        send_timeout_s: seconds for which a client may leave a stream unread; then the stream is ended. None
+            for no limit.
         replay: bounds on carrying on requests whose replicas die.
         health_timeout_s: how long ``/health`` and ``/v1/models`` wait for a model's replica.
         threads: prompts that are rendered and tokenized at a time.
@@ -164,6 +166,7 @@ class IngressConfig(StageConfig):
             "max_body_bytes",
             "max_active_requests",
             "request_timeout_s",
+            "send_timeout_s",
             "replay",
             "health_timeout_s",
             "keys",
@@ -173,6 +176,7 @@ class IngressConfig(StageConfig):
     max_body_bytes: PositiveInt = 64 << 20
     max_active_requests: PositiveInt = 1024
     request_timeout_s: PositiveFloat | None = None
+    send_timeout_s: PositiveFloat | None = 60.0
     replay: ReplayConfig = ReplayConfig()
     health_timeout_s: PositiveFloat = 5.0
     threads: Workers = 4

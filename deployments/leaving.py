@@ -8,6 +8,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 #: Key of a scope: the :class:`WhileListenedTo` in which the work on the request is done.
 ENDS = "sightline.ends_with_client"
+#: Key of a scope: seconds that a piece of a response may wait for the client to read; None: for ever.
+PATIENCE = "sightline.patience_s"
 #: Key of a scope: a send for all body pieces but the last, past layers that need only a response's start and
 #: end.
 PIECES = "sightline.pieces"

@@ -111,6 +111,7 @@ class Report:
         usage: token counts.
         choices: answers in parallel, over all prompts.
         response: what the client has been sent of the response; None outside of HTTP requests.
+        stalled: the response was ended because the client did not read it.
     """
 
     id: str = ""
@@ -124,6 +125,7 @@ class Report:
     usage: Usage = field(default_factory=Usage)
     choices: int = 0
     response: SentResponse | None = None
+    stalled: bool = False
     _first_token_at: float | None = None
     _last_update_at: float | None = None
 

@@ -64,7 +64,9 @@ def log_request(report: Report, scope: Scope, complete: bool) -> None:
     words = [f"{key}={value}" for key, value in fields.items()]
     error, left = report.error, not complete and report.error is None
     text = f"{name}: {report.status}" if report.status is not None else f"{name}:"
-    if left:
+    if report.stalled:
+        text += " the client did not read it to its end"
+    elif left:
         text += " the client left before its end" if report.status is not None else " the client left"
     if error is not None:
         # An error within a stream comes after the status 200.

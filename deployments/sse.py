@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
 from json.encoder import encode_basestring
 from typing import Any
@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from deployments.errors import as_sightline, error_body
-from deployments.leaving import ENDS, WhileListenedTo
+from deployments.leaving import ENDS, PATIENCE, WhileListenedTo
 from deployments.report import SentResponse, current_report
 from engine.errors import SightlineError
 from engine.outputs import StreamUpdate
@@ -63,6 +63,7 @@ class EventResponse(StreamingResponse):
         self._relay = relay or EventRelay()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._relay.patience_s = scope.get(PATIENCE)
         async with aclosing(self._events):
             if (client := scope.get(ENDS)) is not None:
                 await self._stream(send, client)
@@ -76,7 +77,7 @@ class EventResponse(StreamingResponse):
         token. ``client`` is listened to until then."""
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         await send(start)
-        report = current_report()
+        report, patience_s = current_report(), self._relay.patience_s
         response = report.response
         assert response is not None, "every HTTP request has one"
         closing, end = b"", self._end
@@ -85,7 +86,10 @@ class EventResponse(StreamingResponse):
                 if type(each) is Closing:
                     closing += each
                 else:
-                    await response.body(each)
+                    await _sent_within(patience_s, response.body(each))
+        except ClientStalled:
+            report.stalled = True
+            raise ClientDisconnect from None
         except OSError:
             # Nothing can be sent any more.
             raise ClientDisconnect from None
@@ -95,7 +99,15 @@ class EventResponse(StreamingResponse):
             report.error = reported
             end = self._failed(reported) + end
         client.stop()
-        await response.body(closing + end, more=False)
+        try:
+            await _sent_within(patience_s, response.body(closing + end, more=False))
+        except ClientStalled:
+            report.stalled = True
+            raise ClientDisconnect from None
+
+
+class ClientStalled(Exception):
+    """A client has not read for so long that nothing more could be sent."""
 
 
 class EventRelay:
@@ -105,15 +117,17 @@ class EventRelay:
     Attributes:
         event: makes the event of an update: empty if there is nothing to send, None if it is for the reader.
             None: all updates are.
+        patience_s: seconds that an event may wait for the client; None: it may wait for ever.
     """
 
-    __slots__ = ("_error", "_response", "_rest", "event")
+    __slots__ = ("_error", "_response", "_rest", "event", "patience_s")
 
     def __init__(self) -> None:
         self.event: Callable[[StreamUpdate], bytes | None] | None = None
         self._response: SentResponse | None = None
         self._rest: asyncio.Future[None] | None = None
         self._error: Exception | None = None
+        self.patience_s: float | None = None
 
     async def next(self, events: AsyncGenerator[bytes, None], response: SentResponse) -> bytes | None:
         """The next one of ``events``; None after the last. Until it is there, this object sends events of its
@@ -166,7 +180,8 @@ class EventRelay:
         except StopIteration:
             return
         # The client reads slowly. Updates wait for the reader meanwhile, which merges them.
-        self._response, self._rest = None, asyncio.ensure_future(_Begun(sending, waits_for))
+        self._response = None
+        self._rest = asyncio.ensure_future(_rest_within(self.patience_s, _Begun(sending, waits_for)))
 
 
 class _Begun:
@@ -187,6 +202,31 @@ class _Begun:
             self._rest.throw(error)
             raise
         yield from self._rest
+
+
+async def _sent_within(seconds: float | None, sending: Awaitable[None]) -> None:
+    """Wait for ``sending``, which nearly always is done at once.
+
+    Raises:
+        ClientStalled: it isn't done after so many seconds.
+    """
+    begun = sending.__await__()
+    try:
+        waits_for = next(begun)
+    except StopIteration:
+        return
+    await _rest_within(seconds, _Begun(begun, waits_for))
+
+
+async def _rest_within(seconds: float | None, rest: _Begun) -> None:
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            await rest
+    except TimeoutError:
+        if limit.expired():
+            raise ClientStalled from None
+        raise
 
 
 def event(data: BaseModel) -> bytes:

@@ -33,7 +33,7 @@ class HttpMeter:
             bounds=DURATION_BUCKETS,
         )
         self._open: dict[int, Report] = {}
-        self._received = self._sent = 0
+        self._received = self._sent = self._stalled = 0
 
     def around(self, app: ASGIApp, routes: list) -> ASGIApp:
         """``app``, measured. The labels are the paths of ``routes``, never a client's own text."""
@@ -65,6 +65,7 @@ class HttpMeter:
                 arrival.reset(token)
                 del self._open[id(report)]
                 self._sent += _sent_bytes(report)
+                self._stalled += report.stalled
                 # 499, as proxies log a client that has left before it was answered.
                 code = str(report.status or 499)
                 route = label(scope["path"].rstrip("/") or "/")
@@ -81,6 +82,12 @@ class HttpMeter:
             of("sightline_http_open_requests", "gauge", "Requests that are open.", len(self._open)),
             of("sightline_http_received_bytes_total", "counter", "Bytes of request bodies.", self._received),
             of("sightline_http_sent_bytes_total", "counter", "Bytes of response bodies.", sent),
+            of(
+                "sightline_http_stalled_total",
+                "counter",
+                "Streams that were ended because their clients did not read them.",
+                self._stalled,
+            ),
         ]
 
 

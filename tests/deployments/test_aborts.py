@@ -6,6 +6,7 @@ garbage collection.
 
 import asyncio
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -16,6 +17,7 @@ from deployments.api import create_api
 from deployments.config import AppConfig, IngressConfig
 from deployments.language_model import LanguageModel
 from deployments.leaving import ends_with_client
+from deployments.metrics.families import Part
 from deployments.pipeline import Pipeline
 from deployments.stages import Generation, Stages
 from engine.errors import RequestFailed
@@ -37,6 +39,9 @@ class Endless:
 
     async def max_model_len(self) -> int:
         return 64
+
+    async def collect(self) -> list[Part]:
+        return []
 
     def generate(self, *args, **options):
         self.streams.append(self._updates())
@@ -66,9 +71,9 @@ def spec():
     return AppConfig.model_validate(app_args()).models[0]
 
 
-def api(spec, stage) -> FastAPI:
+def api(spec, stage, **config) -> FastAPI:
     pipeline = Pipeline(spec, Stages(stage), ThreadPoolExecutor(1))
-    return create_api(IngressConfig(), {"pocket": pipeline})
+    return create_api(IngressConfig(**config), {"pocket": pipeline})
 
 
 def client(spec, stage) -> httpx.AsyncClient:
@@ -142,3 +147,26 @@ async def test_a_stage_s_stream_that_is_closed_closes_the_engine_s(count):
     await anext(updates)
     await updates.aclose()
     assert engine.closed == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
+async def test_a_client_that_stops_reading_gives_its_place_back(spec, path, caplog):
+    stage = Endless(100)
+    made = api(spec, stage, send_timeout_s=0.05)
+    given = body(True) | {"prompt": "a", "input": "a", "max_tokens": 9}
+    fields = {"/v1/completions": "prompt", "/v1/responses": "input"}
+    for name in {"prompt", "input", "messages", "max_tokens"} - {fields.get(path, "messages"), "max_tokens"}:
+        del given[name]
+    if path == "/v1/responses":
+        del given["max_tokens"]
+    with caplog.at_level("INFO"):
+        async with (
+            httpx.AsyncClient(transport=AppTransport(made), base_url="http://test") as http,
+            http.stream("POST", path, json=given) as response,
+        ):
+            assert response.status_code == 200
+            await wait_until(lambda: stage.closed == 1 and made.state.admission.active == 0)
+            metrics = (await http.get("/metrics")).text
+    assert stage.given < 100
+    assert re.search(r"^sightline_http_stalled_total\{[^}]*\} 1\b", metrics, re.MULTILINE)
+    assert "the client did not read it to its end" in caplog.text

@@ -8,6 +8,7 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from deployments import sse
+from deployments.leaving import PATIENCE
 from deployments.report import NewIds, SentResponse, begin_report
 from engine.outputs import OutputDelta, StreamUpdate, Usage
 
@@ -143,9 +144,9 @@ class Relayed:
             self.written.release()
 
     async def run(self) -> None:
-        report = begin_report(SCOPE, NewIds())
-        report.response = SentResponse(self._send, ())
-        await self._response(SCOPE, never, report.response)
+        self.report = begin_report(SCOPE, NewIds())
+        self.report.response = SentResponse(self._send, ())
+        await self._response(SCOPE, never, self.report.response)
 
     def takes(self, text: str) -> bool:
         return self.relay.takes(StreamUpdate("one", [OutputDelta(0, text, [1])], Usage()))
@@ -202,6 +203,22 @@ async def test_a_relayed_event_is_written_as_soon_as_the_client_reads():
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+@pytest.mark.parametrize("step", ["relayed", "taken", "last"])
+async def test_a_client_that_does_not_read_ends_the_response(step, monkeypatch):
+    """Wherever the event is that it doesn't take."""
+    monkeypatch.setitem(SCOPE, PATIENCE, 0.02)
+    relayed = Relayed()
+    task = asyncio.ensure_future(relayed.run())
+    await relayed.waits.acquire()
+    relayed.writable.clear()
+    if step == "relayed":
+        assert relayed.takes("1")
+    relayed.queue.put_nowait(None if step == "last" else b"2")
+    with pytest.raises(ClientDisconnect):
+        await asyncio.wait_for(task, 60)
+    assert relayed.report.stalled and relayed.sent == []
 
 
 async def test_a_relayed_event_that_waits_ends_with_its_response():
