@@ -230,14 +230,22 @@ class LanguageModelStage(Stage, Protocol):
         ...
 
 
-def ways_to_language_model() -> Counter:
+#: What each stage is asked for, in words.
+_ASKED = {"preprocessor": "preparations", "encoder": "embedding rows", "language_model": "answers"}
+
+
+def ways_to(stage: str) -> Counter:
     """Counts requests by the way on which they went to another process."""
     return Counter(
-        "sightline_language_model_requests_total",
-        "Requests for answers by the way on which they went to a replica of the language model.",
+        f"sightline_{stage}_requests_total",
+        f"Requests for {_ASKED[stage]} by the way on which they went to a replica.",
         "way",
         known=("line", "call"),
     )
+
+
+def _no_ways() -> tuple[Counter, ...]:
+    return tuple(map(ways_to, _ASKED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,13 +253,13 @@ class Stages:
     """The stages of one model. A text-only model has neither preprocessor nor encoder.
 
     Attributes:
-        ways: see :func:`ways_to_language_model`; in one process there are none.
+        ways: to each of them, see :func:`ways_to`; in one process there are none.
     """
 
     language_model: LanguageModelStage
     preprocessor: PreprocessorStage | None = None
     encoder: EncoderStage | None = None
-    ways: Counter = field(default_factory=ways_to_language_model)
+    ways: Sequence[Counter] = field(default_factory=_no_ways)
 
     def by_name(self) -> dict[str, Stage]:
         """The stages that the model has."""

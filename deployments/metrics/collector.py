@@ -18,13 +18,13 @@ class Measured:
     """A model's metrics: those that this process keeps, and those that each of its stages gives.
 
     Attributes:
-        ways: see :func:`deployments.stages.ways_to_language_model`.
+        ways: see :func:`deployments.stages.ways_to`.
         may_sleep: the stages that may have no replica while they are idle.
     """
 
     meter: ModelMeter
     stages: Mapping[str, Source]
-    ways: Counter
+    ways: Sequence[Counter]
     may_sleep: Set[str]
 
 
@@ -67,7 +67,7 @@ class Collector:
         parts = [Part({"replica": self._replica}, self._http.families())]
         for name, model in self._models.items():
             measured = model.measured()
-            families = [*measured.meter.families(), measured.ways.family()]
+            families = [*measured.meter.families(), *(each.family() for each in measured.ways)]
             parts.append(Part({"model": name, "replica": self._replica}, families))
         return parts
 

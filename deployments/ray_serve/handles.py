@@ -37,7 +37,7 @@ from deployments.stages import (
     RowsLost,
     StageLost,
     Stages,
-    ways_to_language_model,
+    ways_to,
 )
 from deployments.tracing import current
 from engine.errors import SightlineError
@@ -63,12 +63,17 @@ class _RemoteStage(Remote):
 
 class RemotePreprocessor(_RemoteStage):
     """The preprocessor stage. Pixels are in the object store, but for those of images that replicas on this
-    host prepare by a line. Ray Serve doesn't count these calls, so there are none under an autoscaling."""
+    host prepare by a line. Ray Serve doesn't count these calls, so there are none under an autoscaling.
+
+    Attributes:
+        ways: see :func:`deployments.stages.ways_to`.
+    """
 
     name = "preprocessor"
 
     def __init__(self, handle: DeploymentHandle) -> None:
         super().__init__(handle)
+        self.ways = ways_to("preprocessor")
         self._lines = ReplicaLines(partial(everywhere, self._handle, "line", MEASURE_S))
 
     async def prepare(
@@ -83,9 +88,11 @@ class RemotePreprocessor(_RemoteStage):
             line = self._lines.choose(limits_here(self._handle))
             args = list(sources), caller, images, salt, current.get()
             if line is not None:
+                self.ways.add("line")
                 found = await line.call(*args)
                 self._ended()
                 return [_brought(media) for media in found]
+        self.ways.add("call")
         args = list(sources), caller, images, salt, current.get(), *_referenced(files)
         return await self._work(self._handle.prepare.remote(*args))
 
@@ -98,6 +105,7 @@ class RemotePreprocessor(_RemoteStage):
     async def prepare_pages(
         self, file: OpenFile, pages: Sequence[MediaSource], images: int, salt: str = ""
     ) -> list[PixelsRef]:
+        self.ways.add("call")
         args = list(pages), images, salt, current.get(), replace(file.file, files=None), file.file.files
         return await self._work(self._handle.prepare_pages.remote(*args))
 
@@ -124,12 +132,17 @@ def _referenced(files: Mapping[int, KeptFiles]) -> list[Any]:
 
 class RemoteEncoder(_RemoteStage):
     """The encoder stage in replicas of its own. Embedding rows are in the object store, but for those of
-    images that have come by a line, and that replicas on this host encode by a line."""
+    images that have come by a line, and that replicas on this host encode by a line.
+
+    Attributes:
+        ways: see :func:`deployments.stages.ways_to`.
+    """
 
     name = "encoder"
 
     def __init__(self, handle: DeploymentHandle) -> None:
         super().__init__(handle)
+        self.ways = ways_to("encoder")
         self._lines = ReplicaLines(partial(everywhere, self._handle, "line", MEASURE_S))
 
     async def encode(self, pixels: PixelsRef, salt: str, asked: float) -> RowsRef:
@@ -140,10 +153,12 @@ class RemoteEncoder(_RemoteStage):
             if router is not None and lines:
                 with router.by_line(pixels.item, salt, lines) as replica:
                     if replica is not None:
+                        self.ways.add("line")
                         call = lines[replica].call(pixels.item, array.take(), salt, asked, current.get())
                         info, rows = await call
                         self._ended()
                         return RowsRef(info, rows)
+        self.ways.add("call")
         method = self._handle.encode
         return await self._work(method.remote(pixels.item, taken(pixels.pixels), salt, asked, current.get()))
 
@@ -192,14 +207,14 @@ class RemoteLanguageModel(_RemoteStage):
     """The language model stage.
 
     Attributes:
-        ways: see :func:`deployments.stages.ways_to_language_model`.
+        ways: see :func:`deployments.stages.ways_to`.
     """
 
     name = "language model"
 
     def __init__(self, handle: DeploymentHandle) -> None:
         super().__init__(handle)
-        self.ways = ways_to_language_model()
+        self.ways = ways_to("language_model")
         self._inbox = Inbox(
             lambda reader, name: stream(self._handle, "updates", reader, name, replica=name), follow
         )
@@ -404,12 +419,10 @@ def remote_stages(
         together = _deployment(encoder) == _deployment(language_model)
         encoding = LaterEncoder(encoder) if together else RemoteEncoder(encoder)
     generating = RemoteLanguageModel(language_model)
-    return Stages(
-        generating,
-        None if preprocessor is None else RemotePreprocessor(preprocessor),
-        encoding,
-        generating.ways,
-    )
+    preparing = None if preprocessor is None else RemotePreprocessor(preprocessor)
+    asked = preparing, encoding, generating
+    ways = [each.ways for each in asked if each is not None and not isinstance(each, LaterEncoder)]
+    return Stages(generating, preparing, encoding, ways)
 
 
 def _deployment(handle: DeploymentHandle) -> tuple[str, str]:

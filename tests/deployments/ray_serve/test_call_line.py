@@ -352,6 +352,10 @@ def stage_of(replica: Preparing) -> RemotePreprocessor:
     return stage
 
 
+def ways(stage: RemotePreprocessor | RemoteEncoder) -> dict[str, float]:
+    return {labels["way"]: value for labels, value in stage.ways.family().samples}
+
+
 async def prepared(stage: RemotePreprocessor, *sources: MediaSource, files=None) -> Any:
     return await stage.prepare(sources, files or {}, "caller", 1, "salt")
 
@@ -377,6 +381,7 @@ async def test_images_are_prepared_by_a_line():
         found.pixels.take()
     assert (found.item, found.seconds, found.frames, found.note) == (ITEM, {"fetch": 0.5}, 3, "note")
     assert found.kept is None and not replica.calls
+    assert ways(stage) == {"line": 1, "call": 1}
     replica._pixels = InvalidRequest("by line", param="image")
     with pytest.raises(InvalidRequest, match="by line"):
         await prepared(stage, IMAGE)
@@ -467,6 +472,7 @@ async def test_what_has_come_by_a_line_is_encoded_by_a_line():
     for _ in range(2):
         assert np.array_equal(taken(found.array), rows)
     assert found.info == RowsInfo("h", "bfloat16", True) and replica.calls == 1
+    assert ways(stage) == {"line": 1, "call": 1}
     router = replica._router._asyncio_router.request_router
     assert not any(router.asked.values()) and not router._places._in_flight
 

@@ -89,22 +89,28 @@ async def until(condition: Callable[[], bool], asked: asyncio.Future[httpx.Respo
 
 
 @pytest.mark.parametrize(
-    "messages", [HELLO, ask("What shape is this?", circle("red"))], ids=["text", "image"]
+    ("messages", "stages"),
+    [
+        (HELLO, ["language_model"]),
+        (ask("What shape is this?", circle("red")), ["preprocessor", "encoder", "language_model"]),
+    ],
+    ids=["text", "image"],
 )
-async def test_the_way_of_a_request(server, request, messages):
+async def test_the_way_of_a_request(server, request, messages, stages):
     """What shows the way is private to Ray Serve: requests would go by calls again without an error."""
     wanted = "line" if "haproxy" in request.node.callspec.id else "call"
     async with client_of(server) as client:
 
-        async def count() -> float:
+        async def counts() -> list[float]:
             body = {"model": "pocket", "messages": messages, "max_tokens": 1}
             assert (await client.post("/v1/chat/completions", json=body)).is_success
-            return seen(server)("language_model_requests_total", model="pocket", way=wanted)
+            values = seen(server)
+            return [values(f"{stage}_requests_total", model="pocket", way=wanted) for stage in stages]
 
         # The first requests of each ingress open its lines.
         async with asyncio.timeout(60):
-            before = await count()
-            while await count() == before:
+            before = await counts()
+            while not all(now > then for now, then in zip(await counts(), before, strict=True)):
                 continue
 
 
