@@ -147,20 +147,19 @@ class RemoteEncoder(_RemoteStage):
 
     async def encode(self, pixels: PixelsRef, salt: str, asked: float) -> RowsRef:
         array = pixels.pixels
-        if isinstance(array, Brought) and array.nbytes <= MOST_BYTES:
-            router = router_here(self._handle, EncoderRouter)
-            lines = {} if router is None else self._lines.to(limits_here(self._handle))
-            if router is not None and lines:
-                with router.by_line(pixels.item, salt, lines) as replica:
-                    if replica is not None:
-                        self.ways.add("line")
-                        call = lines[replica].call(pixels.item, array.take(), salt, asked, current.get())
-                        info, rows = await call
-                        self._ended()
-                        return RowsRef(info, rows)
+        router = router_here(self._handle, EncoderRouter)
+        if router is not None and isinstance(array, Brought) and array.nbytes <= MOST_BYTES:
+            lines = self._lines.to(limits_here(self._handle))
+            with router.by_line(pixels.item, salt, lines) as replica:
+                if replica is not None:
+                    self.ways.add("line")
+                    call = lines[replica].call(pixels.item, array.take(), salt, asked, current.get())
+                    info, rows = await call
+                    self._ended()
+                    return RowsRef(info, rows)
         self.ways.add("call")
         method = self._handle.encode
-        return await self._work(method.remote(pixels.item, taken(pixels.pixels), salt, asked, current.get()))
+        return await self._work(method.remote(pixels.item, taken(array), salt, asked, current.get()))
 
 
 class LaterEncoder(_RemoteStage):
