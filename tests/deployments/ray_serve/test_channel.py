@@ -20,6 +20,7 @@ from deployments.ray_serve.channel import Outbox, Outboxes
 from deployments.ray_serve.engine_link import Link
 from deployments.ray_serve.engine_process import EngineProcess
 from deployments.ray_serve.engine_server import EngineServer, NotedOutboxes
+from deployments.ray_serve.frames import MOST_BYTES
 from deployments.ray_serve.handles import RemoteLanguageModel
 from deployments.ray_serve.handoff import Brought, RowsRef
 from deployments.ray_serve.held_requests import HeldRequests
@@ -520,7 +521,7 @@ async def test_media_go_by_a_line_unless_they_are_large(near, monkeypatch):
 
     monkeypatch.setattr(near.replica.served._stage, "generate", looked_at)
     small = np.arange(1 << 18, dtype=np.float32)[None]
-    large = np.zeros((1, (4 << 20) // 4), np.float32)
+    large = np.zeros((1, MOST_BYTES // 4), np.float32)
     for calls, arrays in enumerate(([small, small], [small, large])):
         media = [RowsRef(RowsInfo(str(n), "float32"), Stored(array)) for n, array in enumerate(arrays)]
         task = await near.begin("one", *media)
