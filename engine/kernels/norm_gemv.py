@@ -19,7 +19,7 @@ from engine.kernels.activation import activate
 from engine.kernels.device import num_sms
 from engine.kernels.launch import launch
 from engine.kernels.pdl import launch_dependents, pdl_options, wait_for_previous
-from engine.kernels.rms_norm import Normed, rms_norm_reference, scaled_by_norm
+from engine.kernels.rms_norm import Addend, multiplied, rms_norm_reference, scaled_by_norm
 from engine.kernels.scales import scale_arguments, times_scales
 from engine.kernels.split_sums import Pair, rounded_sum, whole
 
@@ -83,7 +83,7 @@ def norm_gemv_triton(
     x, residual, norm, eps, weight, bias=None, *, activation=None, offset=None, centred=False, scale=None
 ):  # fmt: skip
     """See :func:`engine.kernels.dispatch.norm_linear`; for one row."""
-    before = x if isinstance(x, Normed) and residual is not None else None
+    before = x if isinstance(x, Addend) and residual is not None else None
     first = whole(x.first) if isinstance(x, Pair) and residual is not None else None
     x = whole(before.x if before is not None else x.second if first is not None else x)
     inputs, gated = x.shape[1], activation is not None
@@ -93,7 +93,6 @@ def norm_gemv_triton(
     assert residual is None or residual.is_contiguous()
     assert first is None or first.is_contiguous()
     out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
-    added = before or Normed(x, x, 0.0)
     total = x if residual is None else torch.empty_like(residual)
     tile = choose_tile(inputs, outputs, gated=gated)
     share = triton.cdiv(outputs, tile.programs * num_sms(x.device))
@@ -101,13 +100,13 @@ def norm_gemv_triton(
     launch(
         _norm_gemv_kernel, (triton.cdiv(outputs, share),),
         x_ptr=x, first_ptr=x if first is None else first, residual_ptr=x if residual is None else residual,
-        before_ptr=added.weight, before_eps=added.eps, before_offset=added.offset or 0.0,
+        **(before or Addend(x, None, 0.0)).arguments(x),
         norm_ptr=x if norm is None else norm, weight_ptr=weight,
         bias_ptr=x if bias is None else bias, out_ptr=out, total_ptr=total,
         outputs=outputs, inputs=inputs, share=share, weight_stride=weight.stride(0), eps=eps,
         offset=offset or 0.0, **scale_arguments(x, scale),
         TILE_OUTPUTS=tile.outputs, INPUTS=length, REST=rest,
-        BEFORE=before is not None, BEFORE_OFFSET=added.offset is not None, FIRST=first is not None,
+        FIRST=first is not None,
         ADD=residual is not None, NORM=norm is not None, CENTRED=centred, BIAS=bias is not None, ACTIVATION=activation or "",
         num_warps=tile.warps, maxnreg=tile.registers, **pdl_options(x),
     )  # fmt: skip
@@ -194,9 +193,9 @@ def _norm_weight(norm_ptr, offset, lane, inputs, NORM: tl.constexpr):
 @triton.jit(do_not_specialize=["share"])
 def _norm_gemv_kernel(
     x_ptr, first_ptr, residual_ptr, before_ptr, norm_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr,
-    outputs, inputs, share, weight_stride, before_eps, before_offset, eps, offset, scale_ptr, groups,
+    outputs, inputs, share, weight_stride, before_eps, before_offset, multiplier, eps, offset, scale_ptr, groups,
     GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, REST: tl.constexpr,
-    BEFORE: tl.constexpr, BEFORE_OFFSET: tl.constexpr, FIRST: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
+    BEFORE: tl.constexpr, BEFORE_OFFSET: tl.constexpr, MULTIPLY: tl.constexpr, FIRST: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
     CENTRED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per ``share`` of outputs; ``GROUP`` as in :func:`~engine.kernels.scales.scale_arguments`.
@@ -238,6 +237,8 @@ def _norm_gemv_kernel(
             row_rest = _normed_before(
                 row_rest, before_ptr, before_offset, inverse, rest, inputs, BEFORE_OFFSET
             )
+    if MULTIPLY:
+        row_part, row_rest = multiplied(row_part, multiplier), multiplied(row_rest, multiplier)
     if ADD:
         row_part = _added(row_part, first_ptr, residual_ptr, total_ptr, lane, inputs, FIRST)
         if REST > 0:

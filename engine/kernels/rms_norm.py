@@ -79,19 +79,22 @@ def rms_norm_reference(x, weight, eps, residual=None, *, offset=None, factor=Non
 
 
 @dataclass(frozen=True, slots=True)
-class Normed:
-    """The RMS norm of a layer's result, to be computed where the norm is added to a residual.
+class Addend:
+    """What a layer adds to the residual, to be computed where it is added: its result, or the norm of that, times a
+    number.
 
     Attributes:
         x: ``(T, H)``, the layer's result.
-        weight: ``(H,)``.
+        weight: ``(H,)``; None for no norm.
         eps, offset: see :func:`rms_norm`.
+        multiplier: the number.
     """
 
     x: torch.Tensor | SplitSums
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     eps: float
     offset: float | None = None
+    multiplier: float = 1.0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,8 +109,19 @@ class Normed:
         return self.x.device
 
     def total(self) -> torch.Tensor:
-        """Compute the norm."""
-        return rms_norm(whole(self.x), self.weight, self.eps, offset=self.offset)
+        """Compute it."""
+        x = whole(self.x)
+        if self.weight is not None:
+            x = rms_norm(x, self.weight, self.eps, offset=self.offset)
+        return x if self.multiplier == 1 else x * self.multiplier
+
+    def arguments(self, given: torch.Tensor) -> dict[str, Any]:
+        """Arguments of a kernel that computes it; ``given`` stands in for what is not accessed."""
+        return {
+            "before_ptr": given if self.weight is None else self.weight, "before_eps": self.eps,
+            "before_offset": self.offset or 0.0, "multiplier": self.multiplier, "BEFORE": self.weight is not None,
+            "BEFORE_OFFSET": self.offset is not None, "MULTIPLY": self.multiplier != 1,
+        }  # fmt: skip
 
 
 def sum_with(
@@ -142,7 +156,7 @@ def rms_norm_rounded_reference(x, weight, eps, residual, *, offset=None):
 
 def rms_norm_triton(x, weight, eps, residual=None, *, offset=None, factor=None, rounded=False):
     """See :func:`rms_norm` and :func:`rms_norm_rounded`."""
-    before = x if isinstance(x, Normed) else None
+    before = x if isinstance(x, Addend) else None
     if before is not None:
         x = before.x
     elif not isinstance(x, SplitSums):
@@ -178,12 +192,10 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=None, factor=None, 
         if parts:
             # Each thread has few loads of each part, so that those of all parts are in flight together.
             warps = max(4, min(32, block // 128))
-        norm = before or Normed(x, x, 0.0)
         launch(
             _rms_norm_kernel, (rows,),
             x_ptr=source, residual_ptr=x if residual is None else residual, weight_ptr=x if weight is None else weight,
-            before_ptr=norm.weight, before_eps=norm.eps, before_offset=norm.offset or 0.0,
-            NORM=weight is not None, BEFORE=before is not None, BEFORE_OFFSET=norm.offset is not None,
+            **(before or Addend(x, None, 0.0)).arguments(x), NORM=weight is not None,
             factor_ptr=x if factor is None else factor, FACTOR=factor is not None,
             out_ptr=out, row_scale_ptr=row_scale, total_ptr=total,
             outer_stride=x.stride(0), inner_stride=x.stride(-2) if x.dim() == 3 else 0, inner=inner,
@@ -197,8 +209,8 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=None, factor=None, 
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, before_ptr, factor_ptr, out_ptr, row_scale_ptr, total_ptr, outer_stride,
-    inner_stride, inner, eps, offset, before_eps, before_offset, rows, NORM: tl.constexpr, BEFORE: tl.constexpr,
-    BEFORE_OFFSET: tl.constexpr, FACTOR: tl.constexpr, OFFSET: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    inner_stride, inner, eps, offset, before_eps, before_offset, multiplier, rows, NORM: tl.constexpr, BEFORE: tl.constexpr,
+    BEFORE_OFFSET: tl.constexpr, MULTIPLY: tl.constexpr, FACTOR: tl.constexpr, OFFSET: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     ADD: tl.constexpr, ROUND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per row; row ``i`` is at ``i // inner * outer_stride + i % inner * inner_stride``.
@@ -226,10 +238,12 @@ def _rms_norm_kernel(
         x = tl.load(source + column, mask=mask, other=0.0)
     if BEFORE:
         x = normalised(x, before_weight, before_eps, before_offset, BEFORE_OFFSET, SIZE)
+    if MULTIPLY:
+        x = multiplied(x, multiplier)
     if ADD:
         x = rounded_sum(x, added)
         if FACTOR:
-            x = (x.to(tl.float32) * tl.load(factor_ptr).to(tl.float32)).to(x.dtype)
+            x = multiplied(x, tl.load(factor_ptr).to(tl.float32))
         tl.store(total_ptr + row * SIZE + column, x, mask=mask)
     normed = x
     if NORM:
@@ -238,6 +252,12 @@ def _rms_norm_kernel(
         store_rounded(normed.to(tl.float32), row, column, SIZE, mask, out_ptr, row_scale_ptr)
     elif NORM:
         tl.store(out_ptr + row * SIZE + column, normed, mask=mask)
+
+
+@triton.jit
+def multiplied(x, factor):
+    """Return ``x * factor`` in the dtype of ``x``."""
+    return (x.to(tl.float32) * factor).to(x.dtype)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import nn
 
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.recurrent_state import StateCache
-from engine.kernels.rms_norm import sum_with
+from engine.kernels.rms_norm import Addend, sum_with
 from engine.kernels.split_sums import SplitSums, Unfinished, whole
 from engine.layers.attention import Attention
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
@@ -58,7 +58,7 @@ class DecoderLayer(nn.Module):
         inputs = config.layer_inputs
         self.layer_input = None if inputs is None else LayerInput(config, inputs, build.at("layer_input"))
         self.layer_scale = build.parameter(1) if config.layer_scales else None
-        if isinstance(self.mlp, GatedMLP) and self.multiplier == 1:
+        if isinstance(self.mlp, GatedMLP):
             self.mlp.down_proj.before_norm = True
             if self.self_attn is not None:
                 self.self_attn.o_proj.before_norm = True
@@ -103,8 +103,9 @@ class DecoderLayer(nn.Module):
 
     def _added(self, x: torch.Tensor | SplitSums, norm: RMSNorm | None) -> torch.Tensor | Unfinished:
         """Make of a result ``x`` of attention or MLP what is added to the residual."""
-        added = x if norm is None else norm.of(x)
-        return added if self.multiplier == 1 else whole(added) * self.multiplier
+        if norm is not None:
+            return norm.of(x, self.multiplier)
+        return x if self.multiplier == 1 else Addend(x, None, 0.0, multiplier=self.multiplier)
 
 
 def _make_mlp(config: DecoderConfig, layer: int, build: BuildContext) -> GatedMLP | ExpertsMLP:

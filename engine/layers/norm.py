@@ -10,7 +10,7 @@ from torch import nn
 
 from engine.kernels.fp8 import RoundedRows
 from engine.kernels.layer_norm import add_layer_norm, layer_norm_rounded
-from engine.kernels.rms_norm import Normed, rms_norm, rms_norm_rounded
+from engine.kernels.rms_norm import Addend, rms_norm, rms_norm_rounded
 from engine.kernels.split_sums import SplitSums, Unfinished, whole
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 
@@ -28,9 +28,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps, offset=self.offset)
 
-    def of(self, x: torch.Tensor | SplitSums) -> Normed:
-        """Return the norm of a layer's result ``(T, width)`` for a norm that adds it to the residual."""
-        return Normed(x, self.weight, self.eps, self.offset)
+    def of(self, x: torch.Tensor | SplitSums, multiplier: float = 1.0) -> Addend:
+        """Return the norm of a result ``(T, width)``, times a number, for what adds it to the residual."""
+        return Addend(x, self.weight, self.eps, self.offset, multiplier)
 
     def add(
         self, x: torch.Tensor | Unfinished, residual: torch.Tensor | None

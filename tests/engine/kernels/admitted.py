@@ -36,7 +36,7 @@ from engine.kernels.int4 import Int4Scale
 from engine.kernels.layer_norm import add_layer_norm_triton
 from engine.kernels.peer_reduce import PROGRAMS, PeerBuffers
 from engine.kernels.recurrent_state import StateCache
-from engine.kernels.rms_norm import HeadNorms, Normed, head_norms, rms_norm
+from engine.kernels.rms_norm import Addend, HeadNorms, head_norms, rms_norm
 from engine.kernels.rotary import RotaryTable
 from engine.kernels.route import Routing
 from engine.kernels.router_config import RouterConfig
@@ -132,7 +132,7 @@ def linears(dtype: torch.dtype, inputs: int) -> None:
         scales, added = tensor(2, OUTPUTS, dtype=dtype), tensor(rows, OUTPUTS, dtype=dtype)
         rms_norm(sums, scales[0], 1e-6, added)
         for after in (None, scales[1]):
-            rms_norm(Normed(sums, scales[0], 1e-6), after, 1e-6, added)
+            rms_norm(Addend(sums, scales[0], 1e-6), after, 1e-6, added)
         add_layer_norm_triton(Pair(sums, sums), added, scales[0], None, 1e-6)
         for activation in ACTIVATIONS:
             dispatch.linear(x, weight, bias, activation=activation, counters=counters, scale=scale)
@@ -141,7 +141,7 @@ def linears(dtype: torch.dtype, inputs: int) -> None:
             dispatch.norm_linear(x, residual, norm, 1e-6, weight, bias, **options)
             layer = weight, bias
             if residual is not None:
-                given = Normed(x, norm, 1e-6, offset)
+                given = Addend(x, norm, 1e-6, offset, 1.0 if activation else 0.5)
                 dispatch.norm_linear(given, residual, norm, 1e-6, *layer, **options)
                 dispatch.norm_linear(given, residual, None, 0.0, *layer, activation=activation, scale=scale)
             given = x if residual is None else Pair(x, x)

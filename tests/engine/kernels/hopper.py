@@ -230,7 +230,7 @@ def decode_step() -> None:
     from engine.kernels.gemv import gemv_triton
     from engine.kernels.gumbel import argmax_triton, gumbel_argmax_triton
     from engine.kernels.norm_gemv import norm_gemv_triton
-    from engine.kernels.rms_norm import Normed, rms_norm_triton
+    from engine.kernels.rms_norm import Addend, rms_norm_triton
     from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
     from engine.kernels.split_sums import Pair
     from engine.kernels.step_inputs import StepInputs, StepLayout, StepState, gather_step_inputs_triton
@@ -263,7 +263,7 @@ def decode_step() -> None:
     # EXAONE 4.5, Gemma 3, Aya Vision.
     for inputs, inner, kind in ((5120, 27392, "alone"), (2560, 10240, "both"), (4096, 14336, "pair")):
         x, norm = tensor(1, inputs), tensor(inputs)
-        given = Pair(x, x) if kind == "pair" else Normed(x, norm, 1e-6, 1.0 if kind == "both" else None)
+        given = Pair(x, x) if kind == "pair" else Addend(x, norm, 1e-6, 1.0 if kind == "both" else None)
         scale = None if kind == "alone" else norm
         for outputs, activation in ((6144, None), (2 * inner, "silu")):
             weight = tensor(outputs, inputs)

@@ -26,8 +26,8 @@ from engine.kernels.patchify import (
 )
 from engine.kernels.quick_gelu import quick_gelu_reference, quick_gelu_triton
 from engine.kernels.rms_norm import (
+    Addend,
     HeadNorms,
-    Normed,
     head_norms_reference,
     head_norms_triton,
     rms_norm_reference,
@@ -76,12 +76,13 @@ def test_rms_norm_of_a_result_before_it_is_added(device, dtype, parts, offset, a
     given = SplitSums(x, dtype) if parts else x[0].to(dtype)
     before, weight = torch.randn(2, 96, device=device, dtype=dtype)
     residual = torch.randn(shape, device=device, dtype=dtype)
-    normed = Normed(given, before, 1e-6, offset)
-    assert normed.shape == shape and normed.dtype == dtype and normed.device.type == device.type
+    added = Addend(given, before, 1e-6, offset, 0.22 if scaled else 1.0)
+    assert added.shape == shape and added.dtype == dtype and added.device.type == device.type
     options = {"offset": offset, "factor": torch.full((1,), 0.7).to(weight) if scaled else None}
-    out, total = rms_norm_triton(normed, weight if after else None, 1e-6, residual, **options)
+    out, total = rms_norm_triton(added, weight if after else None, 1e-6, residual, **options)
     alone = rms_norm_reference(x.sum(0).to(dtype), before, 1e-6, offset=offset)
-    assert_close(normed.total(), alone)
+    alone = alone * 0.22 if scaled else alone
+    assert_close(added.total(), alone)
     assert_close(total, (alone + residual) * options["factor"] if scaled else alone + residual)
     assert_close(out, rms_norm_reference(total, weight, 1e-6, offset=offset) if after else total)
 

@@ -10,7 +10,7 @@ from engine.kernels.activation import ACTIVATIONS
 from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
 from engine.kernels.gemv import gemv_triton
 from engine.kernels.norm_gemv import norm_gemv_triton
-from engine.kernels.rms_norm import Normed, rms_norm_reference
+from engine.kernels.rms_norm import Addend, rms_norm_reference
 from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
 from engine.kernels.split_sums import Pair
 
@@ -75,15 +75,16 @@ def norm_in_float64(x, norm, offset=None, *, centred=False):
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "activation"), [(7, 40, None), (6, 2500, "silu")])
-@pytest.mark.parametrize("kind", ["after the layer", "on both sides", "of a pair"])
+@pytest.mark.parametrize("kind", ["after the layer", "on both sides", "of a pair", "of a multiple"])
 def test_a_gemv_after_other_sums_and_norms_equals_float64(device, dtype, kind, outputs, inputs, activation):
-    """Norms of layers' results alone, those and norms of sums, and layer norms after two results."""
+    """Norms of results alone, those and norms of sums, layer norms after two results, norms after a multiple."""
     x, weight, bias = problem(device, dtype, 1, outputs, inputs)
     residual, other = torch.randn(2, 1, inputs).to(device, dtype) * 3 + 1
     norm, before = torch.rand(2, inputs).to(device, dtype) + 0.5
     offset, pair = (1.0 if kind == "on both sides" else None), kind == "of a pair"
+    multiplier, before = (0.22, None) if kind == "of a multiple" else (1.0, before)
     result, total = norm_gemv_triton(
-        Pair(other, x) if pair else Normed(x, before, 1e-3, offset),
+        Pair(other, x) if pair else Addend(x, before, 1e-3, offset, multiplier),
         residual,
         None if kind == "after the layer" else norm,
         1e-3,
@@ -95,6 +96,8 @@ def test_a_gemv_after_other_sums_and_norms_equals_float64(device, dtype, kind, o
     )
     if pair:
         assert torch.equal(total, residual + other + x)
+    elif before is None:
+        assert torch.equal(total, residual + x * multiplier)
     else:
         assert_close(total, residual + rms_norm_reference(x, before, 1e-3, offset=offset))
     # Of the kernel's own sum: a norm that rounds otherwise moves it.

@@ -87,8 +87,7 @@ def test_norms_add_up_what_programs_computed_apart(tmp_path, monkeypatch, kind):
     decoder = load(path, max_model_len=64)
     for found, plain in zip(run(decoder, texts), expected, strict=True):
         torch.testing.assert_close(found, plain, atol=1e-4, rtol=0)
-    plain = decoder.config.residual_multiplier == 1
-    dense = [layer for layer in decoder.layers if plain and isinstance(layer.mlp, GatedMLP)]
+    dense = [layer for layer in decoder.layers if isinstance(layer.mlp, GatedMLP)]
     attentions = [layer for layer in dense if layer.self_attn is not None]
     assert len(taken) == len(attentions) + len(dense)
 
