@@ -77,7 +77,7 @@ def norm_in_float64(x, norm, offset=None, *, centred=False):
 @pytest.mark.parametrize(("outputs", "inputs", "activation"), [(7, 40, None), (6, 2500, "silu")])
 @pytest.mark.parametrize("kind", ["after the layer", "on both sides", "of a pair", "of a multiple"])
 def test_a_gemv_after_other_sums_and_norms_equals_float64(device, dtype, kind, outputs, inputs, activation):
-    """Norms of results alone, those and norms of sums, layer norms after two results, norms after a multiple."""
+    """Norms of results alone, with norms of sums as well, layer norms after pairs, norms after a multiple."""
     x, weight, bias = problem(device, dtype, 1, outputs, inputs)
     residual, other = torch.randn(2, 1, inputs).to(device, dtype) * 3 + 1
     norm, before = torch.rand(2, inputs).to(device, dtype) + 0.5
