@@ -1,5 +1,6 @@
 """An answer's text, thoughts and tool calls, choice by choice, for every endpoint."""
 
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ class ChoiceDelta:
         token_ids: all tokens since the last delta.
         logprobs: per token, as :class:`engine.outputs.OutputDelta` has them.
         finish_reason: set on the choice's last delta; ``tool_calls`` where the answer holds a call and the
-            model ended it.
+            model ended it. One that a stop string or token has cut within a call keeps ``stop``: a client
+            must not run that call.
         stop_reason: the stop string or token id that ended the answer.
     """
 
@@ -55,7 +57,8 @@ class AnswerReader:
         self._spelling = spelling
         self._parsers: dict[int, AnswerParser | None] = {}
         self.parses = make_parser() is not None
-        self._calling: set[int] = set()
+        # The JSON text of the last call of each choice that has called, in pieces.
+        self._last_call: dict[int, list[str]] = {}
         self._thoughts: dict[int, ThoughtTokens] = {}
 
     @property
@@ -80,14 +83,28 @@ class AnswerReader:
             self._thoughts[delta.index].add(delta, parser)
         if delta.finish_reason is not None:
             events += parser.finish()
-        if any(isinstance(event, CallStart) for event in events):
-            self._calling.add(delta.index)
+        for event in events:
+            if isinstance(event, CallStart):
+                self._last_call[delta.index] = []
+            elif isinstance(event, CallArguments) and not event.is_free:
+                self._last_call[delta.index].append(event.text)
         if not self._shows_thoughts:
             events = [event for event in events if not isinstance(event, Reasoning)]
         reason: str | None = delta.finish_reason
-        if reason == "stop" and delta.index in self._calling:
-            reason = "tool_calls"
+        if reason == "stop" and delta.index in self._last_call:
+            whole = delta.stop_reason is None or self._is_whole(delta.index, parser)
+            reason = "tool_calls" if whole else reason
         return ChoiceDelta(delta.index, events, delta.token_ids, delta.logprobs, reason, delta.stop_reason)
+
+    def _is_whole(self, index: int, parser: AnswerParser) -> bool:
+        """Return whether the last call of a choice has its end."""
+        arguments = "".join(self._last_call[index])
+        if not arguments and parser.free_text is not None:
+            return parser.free_text == "whole"
+        try:
+            return isinstance(json.loads(arguments), dict)
+        except (ValueError, RecursionError):
+            return False
 
 
 def piece_of_text(update: StreamUpdate) -> OutputDelta | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from engine.parsers.events import Event, Parser, Text
+from engine.parsers.free_text import FreeTextCalls
 from engine.parsers.reasoning import ReasoningParser, ThoughtState
 
 
@@ -26,6 +29,11 @@ class AnswerParser:
     def thought(self) -> ThoughtState:
         """Where the text that comes next stands to a thought; ``none`` if there is none."""
         return "none" if self._reasoning is None else self._reasoning.state
+
+    @property
+    def free_text(self) -> Literal["open", "whole"] | None:
+        """Whether the text of the last free call has its end; None if there was no such call."""
+        return self._calls.last if isinstance(self._calls, FreeTextCalls) else None
 
     def feed(self, text: str) -> list[Event]:
         return self._pass([Text(text)] if text else [], finish=False)

@@ -38,6 +38,11 @@ class FreeText:
         self._buffer = ""
         self._state: Literal["head", "text", "other", "end"] = "head"
 
+    @property
+    def is_open(self) -> bool:
+        """The text has no end yet."""
+        return self._state in ("head", "text")
+
     def feed(self, text: str) -> str:
         """Return what is certain of the text after ``text``."""
         if self._state == "other":
@@ -80,6 +85,13 @@ class FreeTextCalls:
     def __init__(self, calls: Parser, names: Collection[str]) -> None:
         self._calls, self._names = calls, names
         self._texts: dict[int, FreeText] = {}
+
+    @property
+    def last(self) -> Literal["open", "whole"] | None:
+        """Whether the last text has its end; None if there is none."""
+        if not self._texts:
+            return None
+        return "open" if self._texts[max(self._texts)].is_open else "whole"
 
     def feed(self, text: str) -> list[Event]:
         return self._with_text(self._calls.feed(text))

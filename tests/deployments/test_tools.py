@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from deployments.answer_format import AnswerFormat, answer_format
-from deployments.answers import AnswerReader, gather
+from deployments.answers import AnswerReader, FinishedChoice, gather
 from deployments.errors import UnsupportedParameter
 from deployments.tools import (
     NO_TOOLS,
@@ -632,6 +632,28 @@ async def test_a_call_that_was_cut_off_ends_by_its_length(reason):
     (choice,) = (await gather(updates(), AnswerReader(lambda: HERMES.parser(use, "")))).choices
     assert choice.calls and choice.calls[0].name == "report"
     assert choice.finish_reason == ("tool_calls" if reason == "stop" else "length")
+
+
+@pytest.mark.parametrize("tool", [TOOLS[0], custom("report")], ids=["function", "custom"])
+@pytest.mark.parametrize("name", ["hermes", "qwen_xml", "gemma4", "minicpm", "llama_json"])
+def test_a_call_that_a_stop_string_cuts_is_no_whole_one(name, tool):
+    """It is one as soon as nothing but tags behind it is missing."""
+    words = Vocabulary("tokens")
+    found, use = AnswerFormat(words.special, TOOL_FORMATS[name]), read_tools([tool], "required", False)
+    text = words.walk(found.constraint(use, None, "").text, 1).text
+
+    def read(end: int, stop: str | None) -> FinishedChoice:
+        choice, reader = FinishedChoice(0), AnswerReader(lambda: found.parser(use, ""))
+        choice.add(reader.read(OutputDelta(0, text[:end], [1], finish_reason="stop", stop_reason=stop)))
+        return choice
+
+    cut = [read(end, "x") for end in range(len(text) + 1)]
+    reasons = [choice.finish_reason for choice in cut]
+    whole = reasons.index("tool_calls")
+    assert reasons == ["stop"] * whole + ["tool_calls"] * (len(reasons) - whole)
+    assert cut[whole].calls == cut[-1].calls and cut[whole - 1].calls
+    # Without a stop string the model has ended it.
+    assert read(whole - 1, None).finish_reason == "tool_calls"
 
 
 class Spelled:
