@@ -137,7 +137,9 @@ def _scheduler(
         logger.warning("no prefix is cached: there is no memory for snapshots of recurrent states")
     elif config.enable_prefix_caching:
         key = f"{name}@{config.revision}:{model.architecture}"
-        hasher = BlockHasher(config.block_size, key, secrets.token_bytes(32))
+        # In an answer they have the experts of text.
+        told_apart = () if model.decoder.experts is None else model.decoder.experts.vision_tokens
+        hasher = BlockHasher(config.block_size, key, secrets.token_bytes(32), told_apart)
     most_drafted = config.speculation.prompt_lookup
     if most_drafted and has_states:
         logger.warning("speculation is off: this model's recurrent states can't go back behind a guess")

@@ -13,7 +13,7 @@ from engine.errors import CheckpointError
 
 _HEADER_LIMIT = 100 << 20
 _WHOLE = "model.safetensors"
-_HUB_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
+_HUB_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.ttf"]
 _HUB_WEIGHTS = ["*.safetensors"]
 #: The same weights once more, under the names of Mistral's own format.
 _OTHER_WEIGHTS = ["consolidated*.safetensors"]

@@ -94,6 +94,20 @@ ERNIE_RULES: tuple[tuple[str, str], ...] = (
 )
 """Rules of a decoder with experts by Ernie's names."""
 
+MULTI_TOKEN_LAYERS = r".*\bmtp_.*"
+"""Ernie's layers that predict further tokens, which Transformers leaves out too."""
+
+
+def ernie_vl_rules(experts: int) -> tuple[tuple[str, str], ...]:
+    """Rules of a decoder whose experts of images and videos are counted on from the ``experts`` of text."""
+    numbers = "|".join(str(number) for number in range(experts, 2 * experts))
+    return (
+        (_MLP + r"gate\.weight_1", r"\1vision.gate.weight"),
+        (_MLP + rf"(experts\.(?:{numbers})\..*)", r"\1vision.\2"),
+        *ERNIE_RULES,
+    )
+
+
 GLM_RULES: tuple[tuple[str, str], ...] = (
     (_LAYER + r"post_self_attn_layernorm\.(.*)", r"\1attention_out_norm.\2"),
     (_LAYER + r"post_mlp_layernorm\.(.*)", r"\1mlp_out_norm.\2"),

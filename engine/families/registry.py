@@ -13,6 +13,10 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "colpali": ("ColPaliForRetrieval",),
     "colqwen2": ("ColQwen2ForRetrieval",),
     "deepseek_ocr2": ("DeepseekOcr2ForConditionalGeneration",),
+    "ernie4_5_vl": (
+        "Ernie4_5_VLMoeForConditionalGeneration",
+        "Ernie4_5_VL_MoeForConditionalGeneration",
+    ),
     "exaone4_5": ("Exaone4_5_ForConditionalGeneration",),
     "gemma3": ("Gemma3ForConditionalGeneration",),
     "gemma4": ("Gemma4ForConditionalGeneration",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -28,6 +28,7 @@ from engine.layers.parallel_layer import ParallelLayer
 from engine.layers.post_norm_layer import PostNormLayer
 from engine.layers.rotary import Rotary
 from engine.layers.short_conv import ShortConv
+from engine.layers.split_experts import Modalities, SplitExperts
 
 
 class DecoderLayer(nn.Module):
@@ -72,12 +73,14 @@ class DecoderLayer(nn.Module):
         meta: AttentionMetadata,
         rows: torch.Tensor | None,
         given: torch.Tensor | None,
+        modalities: Modalities | None = None,
     ) -> tuple[torch.Tensor | Unfinished, torch.Tensor | None]:
         """Run the layer for the tokens of a batch; arguments as of :meth:`Decoder.forward`.
 
         Args:
             x: ``(T, hidden_size)``, what is added to ``residual`` before the first norm.
             given: ``(T, width)``, this layer's inputs; None if there are none.
+            modalities: of the tokens that the MLP gets; None if all are text, or have the same experts.
 
         Returns:
             Hidden states and their residual, for the next layer or the final norm; a residual of None where
@@ -86,9 +89,12 @@ class DecoderLayer(nn.Module):
         mixer = self.self_attn or self.linear_attn or self.short_conv
         assert mixer is not None
         mixed, residual = mixer(self.input_layernorm, x, residual, positions, cache, meta, rows)
-        inner, residual = self.mlp.after_norm(
-            self.post_attention_layernorm, self._added(mixed, self.attention_out_norm), residual
-        )
+        added, norm = self._added(mixed, self.attention_out_norm), self.post_attention_layernorm
+        inner: torch.Tensor | SplitSums
+        if modalities is not None and isinstance(self.mlp, SplitExperts):
+            inner, residual = self.mlp.of_modalities(norm, added, residual, modalities)
+        else:
+            inner, residual = self.mlp.after_norm(norm, added, residual)
         x = self._added(inner, self.mlp_out_norm)
         if self.layer_input is None and self.layer_scale is None:
             return x, residual
@@ -114,6 +120,8 @@ def _make_mlp(config: DecoderConfig, layer: int, build: BuildContext) -> GatedML
         if config.experts.beside_mlp:
             size = config.mlp_size(layer)
             return ParallelExperts(hidden, config.experts, size, act, config.rms_norm_eps, build)
+        if config.experts.vision_size is not None:
+            return SplitExperts(hidden, config.experts, act, build)
         return ExpertsMLP(hidden, config.experts, act, build)
     return GatedMLP(hidden, config.mlp_size(layer), act, build, bias=config.mlp_bias)
 
@@ -177,6 +185,13 @@ class Decoder(nn.Module):
             count -= layer.mlp.idle_parameters()
         return count
 
+    def rehearse_modalities(self, counts: Iterable[int]) -> None:
+        """Run the experts by modality of a layer for ``counts`` of tokens, which captured passes do not."""
+        split = (layer.mlp for layer in self.layers if isinstance(layer, DecoderLayer))
+        found = next((mlp for mlp in split if isinstance(mlp, SplitExperts)), None)
+        if found is not None:
+            found.rehearse(counts)
+
     def kv_scales(self) -> list[tuple[float, float]]:
         """The factors of each layer's keys and values in fp8; 1 where the checkpoint has no scales."""
         found = []
@@ -212,6 +227,7 @@ class Decoder(nn.Module):
         deepstack: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
         ids: torch.Tensor | None = None,
+        modalities: tuple[Modalities, Modalities] | None = None,
     ) -> torch.Tensor:
         """Run the new tokens of a batch and write their keys and values.
 
@@ -228,6 +244,8 @@ class Decoder(nn.Module):
                 layers; zero at text positions.
             rows: int64 ``(R,)``, the tokens whose hidden states are returned; None for all.
             ids: int64 ``(T,)``, the tokens, which models with inputs of each layer need.
+            modalities: of all tokens and of ``rows``, for models with experts of images and videos; None if
+                all tokens are text.
 
         Returns:
             Hidden states after the final norm, ``(T, hidden_size)``, or ``(R, hidden_size)`` for ``rows``.
@@ -246,7 +264,8 @@ class Decoder(nn.Module):
             wanted = rows if index == last else None
             own = (metas if index in self.config.local_layers else causal)[cache.group]
             inputs = None if given is None else given[:, index]
-            x, residual = layer(x, residual, positions, cache, own, wanted, inputs)
+            of_tokens = {} if modalities is None else {"modalities": modalities[wanted is not None]}
+            x, residual = layer(x, residual, positions, cache, own, wanted, inputs, **of_tokens)
             if deepstack is not None and index < len(deepstack):
                 added = deepstack[index]
                 x = whole(x) + (added if wanted is None else added.index_select(0, wanted))

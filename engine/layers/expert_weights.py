@@ -74,12 +74,16 @@ class ExpertWeights(nn.Module):
 
     Args:
         name: of the tensor that holds all of it.
+        first: the number of the first expert in the checkpoint.
     """
 
-    def __init__(self, name: str, parts: Sequence[ExpertPart], count: int, build: BuildContext) -> None:
+    def __init__(
+        self, name: str, parts: Sequence[ExpertPart], count: int, build: BuildContext, *, first: int = 0
+    ) -> None:
         super().__init__()
         self.name, self.parts, self.count, self.dtype = name, tuple(parts), count, build.dtype
-        apart = [f"{expert}.{part.name}" for expert in range(count) for part in parts]
+        self.first = first
+        apart = [f"{first + expert}.{part.name}" for expert in range(count) for part in parts]
         stored = build.format_of(apart, name)
         rows, inputs = sum(part.size for part in parts), parts[0].inputs
         self.weight: torch.Tensor
@@ -118,7 +122,7 @@ class ExpertWeights(nn.Module):
                 for expert, matrix in enumerate(self.packed)
                 for part in self.parts
                 for slot in matrix.slots(
-                    f"{parent}{expert}.{part.name}.", part.total, [(part.start, part.size)]
+                    f"{parent}{self.first + expert}.{part.name}.", part.total, [(part.start, part.size)]
                 )
             ]
         if parent + self.name in names:
@@ -197,7 +201,7 @@ class ExpertWeights(nn.Module):
         """The slots of one expert's matrices, and of their scales."""
         slots, row = [], 0
         for part in self.parts:
-            stem, shape = f"{parent}{expert}.{part.name}.", (part.total, part.total_inputs)
+            stem, shape = f"{parent}{self.first + expert}.{part.name}.", (part.total, part.total_inputs)
             own = slice(row, row + part.size)
             copies: list[tuple[Region, Target]] = [((part.rows, part.columns), self._target(expert, own))]
             slots.append(WeightSlot(f"{stem}weight", shape, copies))

@@ -62,10 +62,20 @@ class Experts(nn.Module):
     A checkpoint stores each matrix of each expert as a tensor, or two tensors of all experts:
     ``gate_up_proj`` ``(E, 2 * I, hidden)`` and ``down_proj`` ``(E, hidden, I)``, perhaps with their last two
     axes swapped.
+
+    Args:
+        first: the number of the first one in the checkpoint.
     """
 
     def __init__(
-        self, hidden: int, intermediate: int, count: int, activation: str, build: BuildContext
+        self,
+        hidden: int,
+        intermediate: int,
+        count: int,
+        activation: str,
+        build: BuildContext,
+        *,
+        first: int = 0,
     ) -> None:
         super().__init__()
         self.activation = activation
@@ -76,8 +86,8 @@ class Experts(nn.Module):
             for name in ("gate_proj", "up_proj")
         )
         down = ExpertPart("down_proj", hidden, 0, hidden, total_inputs=intermediate, inputs=size, first=start)
-        self.gate_up_proj = ExpertWeights("gate_up_proj", (gate, up), count, build)
-        self.down_proj = ExpertWeights("down_proj", (down,), count, build)
+        self.gate_up_proj = ExpertWeights("gate_up_proj", (gate, up), count, build, first=first)
+        self.down_proj = ExpertWeights("down_proj", (down,), count, build, first=first)
 
     def finish_loading(self) -> None:
         """Have the inner features in the order in which ``down_proj`` has its inputs."""
@@ -96,10 +106,12 @@ class ExpertsMLP(nn.Module):
     Shapes depend on the number of tokens alone, and nothing is read on the host, so it may be captured.
     """
 
+    make_router = Router
+
     def __init__(self, hidden: int, config: ExpertsConfig, activation: str, build: BuildContext) -> None:
         super().__init__()
         self.tp = build.tp
-        self.gate = Router(hidden, config.router, build)
+        self.gate = self.make_router(hidden, config.router, build)
         self.experts = Experts(
             hidden, config.intermediate_size, config.router.num_experts, activation, build.at("experts")
         )
@@ -118,7 +130,10 @@ class ExpertsMLP(nn.Module):
         return self._mixture(x, self.gate(x))
 
     def _mixture(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        out = self.experts(x, routing)
+        return self._with_shared(self.experts(x, routing), x)
+
+    def _with_shared(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Add up over ranks ``out``, a rank's share, and what the shared expert makes of ``x``."""
         if self.shared_expert is not None:
             shared = self.shared_expert.partial(x)
             if self.shared_expert_gate is not None:

@@ -117,9 +117,14 @@ class ForwardGraphs:
         self.hidden = torch.zeros((sequences, width), dtype=dtype, device=device)
         self._replays: dict[tuple[int, int], Replay] = {}
 
+    @property
+    def rehearsed_sizes(self) -> list[int]:
+        """The largest size, and the small ones, which differ in their kernels."""
+        return [self._sizes[-1], *(size for size in self._sizes[:-1] if size <= TOKEN_STEP)]
+
     def rehearse(self) -> None:
-        """Run the largest pass and the small ones, which differ in their kernels, without capturing them."""
-        for size in (self._sizes[-1], *(size for size in self._sizes[:-1] if size <= TOKEN_STEP)):
+        """Run the passes of :attr:`rehearsed_sizes` without capturing them."""
+        for size in self.rehearsed_sizes:
             self._work(size, self._counts[-1])()
 
     def capture_all(self) -> None:

@@ -18,6 +18,7 @@ from engine.kernels.launch import compiling
 from engine.kernels.paged import AttentionMetadata
 from engine.kernels.step_inputs import HEADER, StepInputs, StepLayout
 from engine.layers.decoder import Decoder
+from engine.layers.split_experts import Modalities
 from engine.request import Request, attributed_to
 from engine.runner.cuda_graphs import DecodeGraphs
 from engine.runner.device_state import DeviceState
@@ -104,6 +105,8 @@ class ModelRunner:
         self._mrope, self._axes = rope.mrope_section is not None, rope.num_axes
         self._both_ways = model.config.both_ways is not None
         self._gaps = model.config.both_ways == "tokens"
+        experts = model.config.experts
+        self._vision_tokens = () if experts is None else experts.vision_tokens
         model.rotary.reserve_prompt_rows(max_num_tokens)
         self._state = DeviceState(
             num_slots, caches.num_groups, -(-max_model_len // block_size), block_size, self.device
@@ -187,6 +190,7 @@ class ModelRunner:
             padding_slot=self._state.padding_slot,
             block_size=self._block_size,
             max_blocks=self._state.block_tables.shape[2],
+            vision_tokens=self._vision_tokens,
         )
         # If it raises, the next step sends its slots again.
         self._slots_sent = None
@@ -285,6 +289,7 @@ class ModelRunner:
             if self._forwards is not None:
                 with times.phase("graphs of prompts"):
                     self._forwards.capture_all()
+                    self._rehearse_modalities()
             if self._decodes is not None:
                 with times.phase("graphs of decode steps"):
                     self._decodes.capture_all(_CAPTURED_PLANS)
@@ -306,7 +311,13 @@ class ModelRunner:
             state_rows=torch.full((len(starts) - 1,), self._state.padding_slot, device=device),
         )
         positions = zeros.expand(self._axes, -1) if self._mrope else zeros
-        hidden = self.model(self.model.embed(zeros), positions, self._caches.layers, meta, ids=zeros)
+        modalities = None
+        if self._vision_tokens:
+            halves = Modalities(*torch.arange(num_tokens, device=device).tensor_split(2))
+            modalities = halves, halves
+        hidden = self.model(
+            self.model.embed(zeros), positions, self._caches.layers, meta, ids=zeros, modalities=modalities
+        )
         rows = hidden[: self._state.padding_slot]
         self.model.logits(rows).float().softmax(-1)
 
@@ -333,6 +344,13 @@ class ModelRunner:
             for plan in _CAPTURED_PLANS:
                 self.sampler.sample(logits, slots, replace(plan, grammar=True), grammar_mask=mask)
             self._forwards.rehearse()
+            self._rehearse_modalities()
+
+    def _rehearse_modalities(self) -> None:
+        """Run what a step with tokens of images or videos runs and no captured one does."""
+        if self._vision_tokens:
+            assert self._forwards is not None
+            self.model.rehearse_modalities(self._forwards.rehearsed_sizes)
 
     # State.
 
@@ -416,12 +434,20 @@ class ModelRunner:
         graphs, rows, wants_all = self._forwards, self._padded(batch), _wants_all_rows(batch)
         sequences = len(batch.decode_slots) + len(batch.prefills)
         most = max(sequences, rows)
-        if graphs is not None and graphs.all_rows == wants_all and graphs.fits(batch.num_tokens, most):
+        # How many tokens have which experts is not known when a graph is captured.
+        may_replay = "vision" not in others
+        if (
+            may_replay
+            and graphs is not None
+            and graphs.all_rows == wants_all
+            and graphs.fits(batch.num_tokens, most)
+        ):
             every = graphs.replay(batch.num_tokens, most, media)
             hidden = graphs.hidden[:rows]
         else:
             inputs = self._room(batch.num_tokens, sequences, rows)
-            every = self._mixed_eagerly(batch, inputs, media, all_rows=wants_all)
+            modalities = self._modalities(others)
+            every = self._mixed_eagerly(batch, inputs, media, modalities, all_rows=wants_all)
             hidden = every.index_select(0, inputs.rows) if wants_all else every
             if graphs is not None:
                 hidden = graphs.hidden[:rows].copy_(hidden)
@@ -477,6 +503,16 @@ class ModelRunner:
         deepstack = media[:, width:].unflatten(1, (-1, width)).transpose(0, 1)
         return MediaRows(embedded_rows, self.model.scaled_rows(media[:, :width]), deepstack)
 
+    def _modalities(self, others: dict[str, torch.Tensor]) -> tuple[Modalities, Modalities] | None:
+        """What all rows of a step and its sampling rows stand for; None if they are text."""
+        if "vision" not in others:
+            return None
+        none = others["vision"][:0]
+        all_text, text, vision = (
+            others.get(name, none) for name in ("text", "sampled_text", "sampled_vision")
+        )
+        return Modalities(all_text, others["vision"]), Modalities(text, vision)
+
     def _forward(
         self,
         inputs: StepInputs,
@@ -487,7 +523,7 @@ class ModelRunner:
         """A pass for :class:`ForwardGraphs`."""
         embeds = torch.where(inputs.is_media[:, None], media, self.model.embed(inputs.ids))
         rows = None if self._pooling else inputs.rows
-        return self._run(inputs, embeds, meta, deepstack, rows)
+        return self._run(inputs, embeds, meta, deepstack, rows, None)
 
     def _run(
         self,
@@ -496,15 +532,18 @@ class ModelRunner:
         meta: AttentionMetadata,
         deepstack: torch.Tensor | None,
         rows: torch.Tensor | None,
+        modalities: tuple[Modalities, Modalities] | None,
     ) -> torch.Tensor:
         positions = inputs.positions if self._mrope else inputs.positions[0]
-        return self.model(embeds, positions, self._caches.layers, meta, deepstack, rows, inputs.ids)
+        layers = self._caches.layers
+        return self.model(embeds, positions, layers, meta, deepstack, rows, inputs.ids, modalities)
 
     def _mixed_eagerly(
         self,
         batch: ScheduledBatch,
         inputs: StepInputs,
         media: MediaRows | None,
+        modalities: tuple[Modalities, Modalities] | None,
         *,
         all_rows: bool,
     ) -> torch.Tensor:
@@ -523,7 +562,8 @@ class ModelRunner:
             if len(media.deepstack):
                 deepstack = embeds.new_zeros((len(media.deepstack), *embeds.shape))
                 deepstack.index_copy_(1, media.places, media.deepstack)
-        return self._run(inputs, embeds, meta, deepstack, None if all_rows else inputs.rows)
+        rows = None if all_rows else inputs.rows
+        return self._run(inputs, embeds, meta, deepstack, rows, modalities)
 
     def _read_prompts(self, batch: ScheduledBatch, hidden: torch.Tensor, prompts: PromptResults) -> None:
         """Pool and score the chunks of a step from their hidden states."""

@@ -51,6 +51,11 @@ class StepArrays:
             ``drafts`` ``(R, 2 + K)``: see :class:`~engine.runner.draft_rows.DraftRows`.
 
             ``long_prompts`` ``(3, n)``: arguments of :meth:`Rotary.write_prompt_rows`.
+
+            ``vision``, ``text`` ``(n,)``: rows of prompts' tokens that the model has further experts for, and
+            all other rows; left out if there are none of the first.
+
+            ``sampled_vision``, ``sampled_text`` ``(n,)``: the same of rows that sample, counted among them.
     """
 
     inputs: list[np.ndarray] = field(default_factory=list)
@@ -67,6 +72,7 @@ class StepArrays:
         padding_slot: int,
         block_size: int,
         max_blocks: int,
+        vision_tokens: Sequence[int] = (),
     ) -> StepArrays:
         """The arrays of ``batch``.
 
@@ -77,6 +83,7 @@ class StepArrays:
             padding_slot: what stands behind the sampling slots.
             block_size: tokens per KV block.
             max_blocks: columns of block tables.
+            vision_tokens: ids of a prompt's tokens that the model has further experts for.
 
         Raises:
             RequestFault: what a request brings does not go together.
@@ -98,12 +105,20 @@ class StepArrays:
         front[HEADER : HEADER + len(sampling)] = sampling
         arrays.inputs.append(front)
         if chunks:
-            arrays._add_chunks(batch, rotary, layout, block_size)
+            rows = arrays._add_chunks(batch, rotary, layout, block_size)
+            if vision_tokens:
+                found |= _modalities(batch, vision_tokens, rows)
             arrays.others = {name: array for name, array in found.items() if array.size}
         return arrays
 
-    def _add_chunks(self, batch: ScheduledBatch, rotary: Rotary, layout: StepLayout, block_size: int) -> None:
-        """Append the inputs of the chunks of ``batch``, and set the others that they need; see :meth:`of`."""
+    def _add_chunks(
+        self, batch: ScheduledBatch, rotary: Rotary, layout: StepLayout, block_size: int
+    ) -> np.ndarray:
+        """Append the inputs of the chunks of ``batch``, and set the others that they need; see :meth:`of`.
+
+        Returns:
+            The rows that sample behind those of decodes.
+        """
         chunks, decodes, found = batch.prefills, len(batch.decode_slots), self.others
         ids: list[np.ndarray] = []
         positions: list[np.ndarray] = []
@@ -138,7 +153,8 @@ class StepArrays:
         if layout.both_ways:
             self.inputs += [_key_ends(chunk) for chunk in chunks]
         offsets = np.arange(sampling.sum()) - np.repeat(sampling.cumsum(), sampling)
-        self.inputs.append(np.repeat(decodes + behind, sampling) + offsets)
+        rows = np.repeat(decodes + behind, sampling) + offsets
+        self.inputs.append(rows)
         if embedded:
             found["embedded_rows"] = np.concatenate(embedded)
         if answers:
@@ -146,6 +162,26 @@ class StepArrays:
             found |= _expected_arrays(list(takewhile(lambda chunk: chunk.expected is not None, answers)))
             found["drafts"] = draft_columns(batch)
         found["long_prompts"] = long_prompts
+        return rows
+
+
+def _modalities(
+    batch: ScheduledBatch, vision_tokens: Sequence[int], rows: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The arrays of :class:`StepArrays` about ``vision_tokens``; generated tokens count as others."""
+    is_vision = np.zeros(batch.num_tokens, bool)
+    for chunk, row in chunk_rows(batch):
+        of_prompt = chunk.token_ids[: max(chunk.request.num_prompt - chunk.start, 0)]
+        is_vision[row : row + len(of_prompt)] = np.isin(of_prompt, vision_tokens)
+    if not is_vision.any():
+        return {}
+    sampled = is_vision[np.concatenate([np.arange(len(batch.decode_slots)), rows])]
+    return {
+        "vision": is_vision.nonzero()[0],
+        "text": (~is_vision).nonzero()[0],
+        "sampled_vision": sampled.nonzero()[0],
+        "sampled_text": (~sampled).nonzero()[0],
+    }
 
 
 def chunk_rows(batch: ScheduledBatch) -> Iterator[tuple[PrefillChunk, int]]:

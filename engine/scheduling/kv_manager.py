@@ -311,6 +311,7 @@ class KVManager:
             request.cache_salt,
             request.rope_variant,
             request.both_ways,
+            request.num_prompt,
         )
 
     def free(self, request: Request) -> None:

@@ -26,12 +26,16 @@ class BlockHasher:
         block_size: tokens per block.
         model_key: identifies the weights: name, revision and architecture.
         secret: at most 64 bytes.
+        told_apart: ids of tokens whose keys and values in an answer are others than in a prompt.
     """
 
-    def __init__(self, block_size: int, model_key: str, secret: bytes = b"") -> None:
+    def __init__(
+        self, block_size: int, model_key: str, secret: bytes = b"", told_apart: Sequence[int] = ()
+    ) -> None:
         self.block_size = block_size
         self._model_key = model_key.encode()
         self._secret = secret
+        self._told_apart = told_apart
 
     def root(self, salt: str, rope_variant: int = 0) -> bytes:
         """The parent of a sequence's first block, for a tenant's salt and rotary frequencies."""
@@ -48,6 +52,7 @@ class BlockHasher:
         salt: str,
         rope_variant: int = 0,
         both_ways: Sequence[tuple[int, int]] = (),
+        num_prompt: int | None = None,
     ) -> None:
         """Append to ``hashes`` those of all full blocks of ``token_ids[:end]`` that it lacks.
 
@@ -55,11 +60,21 @@ class BlockHasher:
             token_ids: at least those tokens, and the rest of a range that attends both ways and reaches
                 into them.
             spans, rope_variant, both_ways: see :class:`~engine.request.Request`.
+            num_prompt: length of the prompt; None if there is no answer.
         """
         size = self.block_size
         start = len(hashes) * size
         last = max([end, *(stop for first, stop in both_ways if first < end)])
-        tokens = np.asarray(token_ids[start : max(start, last)], np.int32).tobytes()
+        numbers = np.asarray(token_ids[start : max(start, last)], np.int32)
+        if self._told_apart and num_prompt is not None:
+            answer = numbers[max(num_prompt - start, 0) :]
+            numbers = np.concatenate(
+                [
+                    numbers[: len(numbers) - len(answer)],
+                    np.where(np.isin(answer, self._told_apart), -1 - answer, answer),
+                ]
+            )
+        tokens = numbers.tobytes()
         # The first ones that don't end before the block: a long prompt may have a hundred images.
         next_range = next_span = 0
         for first in range(start, end - size + 1, size):

@@ -13,7 +13,12 @@ from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import LayerNorm, RMSNorm
 from engine.vision.mlp_config import MLPConfig
-from engine.vision.native_config import FramedMergerConfig, GatedMergerConfig, SquaresConfig
+from engine.vision.native_config import (
+    FramedMergerConfig,
+    GatedMergerConfig,
+    SquaresConfig,
+    TemporalMergerConfig,
+)
 
 _MERGER_NORM_EPS = 1e-5
 
@@ -180,3 +185,55 @@ class FramedMerger(nn.Module):
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [plain_slot(prefix + name, getattr(self, name)) for name in ("newline", "begin", "end")]
+
+
+class _NormedMLP(nn.Module):
+    """``norm(fc2(gelu(fc1(x))))``, whose inner width is that of the result."""
+
+    def __init__(self, in_features: int, out_features: int, eps: float, build: BuildContext) -> None:
+        super().__init__()
+        self.mlp = MLPConnector(in_features, MLPConfig("gelu"), out_features, build)
+        self.norm = LayerNorm(out_features, eps, build)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.mlp(x))
+
+
+class TemporalMerger(nn.Module):
+    """Merges squares of features by one MLP, then those at the same place of several frames by another one,
+    and projects the result to a row (Ernie 4.5 VL).
+
+    Args:
+        width: of a feature.
+        group: features of a square.
+    """
+
+    def __init__(
+        self, width: int, group: int, config: TemporalMergerConfig, out_features: int, build: BuildContext
+    ) -> None:
+        super().__init__()
+        self.group, self.frames = group, config.frames
+        inner = width * group
+        self.spatial = _NormedMLP(inner, inner, config.norm_eps, build)
+        self.temporal = _NormedMLP(inner * config.frames, inner, config.norm_eps, build)
+        self.proj = Linear(inner, out_features, build)
+        self.out_norm = RMSNorm(out_features, config.out_norm_eps, build)
+
+    def forward(self, x: torch.Tensor, grids: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """Rows ``(sum of ceil(t / frames) * h * w / group, out_features)``.
+
+        Args:
+            x: ``(sum of t * h * w, width)``, the features of items one after the other, frame by frame and
+                square by square.
+            grids: ``(t, h, w)`` of each item, in patches. An image, with ``t`` 1, stands for all frames; of
+                others ``t`` is a multiple of ``frames``.
+        """
+        squares = self.spatial(x.view(-1, self.group * x.shape[-1]))
+        sizes = [(t, h * w // self.group) for t, h, w in grids]
+        parts = squares.split([t * size for t, size in sizes])
+        steps = [
+            part.view(-1, self.frames if t > 1 else 1, size, part.shape[-1]).expand(-1, self.frames, -1, -1)
+            for part, (t, size) in zip(parts, sizes, strict=True)
+        ]
+        joined = torch.cat([step.transpose(1, 2).flatten(2).flatten(0, 1) for step in steps])
+        return self.out_norm(self.proj(self.temporal(joined)))

@@ -14,7 +14,14 @@ from engine.graphs import Capture
 from engine.kernels.patchify import HEADER, describe_image, patchify, patchify_described
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.prompt import MediaItem, PreparedMedia
-from engine.vision.connector import FramedMerger, GatedMerger, MLPConnector, PatchMerger, SquareMerger
+from engine.vision.connector import (
+    FramedMerger,
+    GatedMerger,
+    MLPConnector,
+    PatchMerger,
+    SquareMerger,
+    TemporalMerger,
+)
 from engine.vision.graphs import MAX_TOKENS, ImageSource
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.native_grid import FramePlan, plan_frame
@@ -48,6 +55,8 @@ class NativeVisionEncoder(nn.Module):
             self.merger = SquareMerger(width, config.squares, config.mlp, config.out_features, build)
         elif config.framed is not None:
             self.merger = FramedMerger(width, config.merge_size, config.framed, config.out_features, build)
+        elif config.temporal is not None:
+            self.merger = TemporalMerger(width, group, config.temporal, config.out_features, build)
         elif config.gated is not None:
             self.merger = GatedMerger(width, group, config.gated, config.out_features, build)
         elif config.mlp is not None:
@@ -86,7 +95,7 @@ class NativeVisionEncoder(nn.Module):
         plans = [self._plan(*entry.item.grid[1:]) for entry in media]
         if len(media) == 1 and media[0].pixels.ndim == 3 and self.tower.takes_image(self.cost(media[0].item)):
             states = self.tower.image_states(media[0].pixels, plans[0].alone[0])
-            return [self._merged(states, [tuple(media[0].item.grid[1:])])]
+            return [self._merged(states, [media[0].item.grid])]
         patches = _joined(
             [
                 self._reorder(self.patchify(self.pixels.to_device(entry.pixels)), entry, plan.order)
@@ -94,7 +103,7 @@ class NativeVisionEncoder(nn.Module):
             ]
         )
         frames = [plan for entry, plan in zip(media, plans, strict=True) for _ in range(entry.item.grid[0])]
-        grids = [tuple(entry.item.grid[1:]) for entry in media for _ in range(entry.item.grid[0])]
+        grids = [entry.item.grid for entry in media]
         rows = self._rows(patches, frames, grids).split([entry.item.num_tokens for entry in media])
         return [
             self._reorder(part, entry, plan.inverse)
@@ -168,13 +177,15 @@ class NativeVisionEncoder(nn.Module):
         return self._merged(states, grids)
 
     def _merged(self, states: Sequence[torch.Tensor], grids: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        """Rows of the tower's outputs."""
+        """Rows of the tower's outputs for items with ``grids``."""
         *kept, last = states
         # Kept outputs are in the order of the blocks, mergers in the order of the configuration.
         if self.config.squares is not None or self.config.framed is not None:
-            return self.merger(last, grids)
+            return self.merger(last, [tuple(grid[1:]) for grid in grids for _ in range(grid[0])])
         if self.tower.post_norm is not None:
             last = self.tower.post_norm(last)
+        if self.config.temporal is not None:
+            return self.merger(last, grids)
         layers = self.config.deepstack_layers
         mergers = [self.deepstack[layers.index(layer)] for layer in sorted(layers)]
         appended = [merger(x) for merger, x in zip(mergers, kept, strict=True)]

@@ -49,6 +49,21 @@ class FramedMergerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TemporalMergerConfig:
+    """The merger in :class:`engine.vision.connector.TemporalMerger`.
+
+    Attributes:
+        frames: consecutive frames of a video that rows are made of together.
+        norm_eps: of its layer norms.
+        out_norm_eps: of the RMSNorm of rows.
+    """
+
+    frames: int
+    norm_eps: float
+    out_norm_eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class NativeVisionConfig:
     """A tower of native resolution, and the part that turns its features into rows.
 
@@ -76,6 +91,8 @@ class NativeVisionConfig:
         gated: the merger of GLM, instead of the other ones.
         framed: the merger of HunyuanOCR, instead of the other ones: an image has rows of its own before its
             first and behind its last row, and one behind each line.
+        temporal: the merger of Ernie 4.5 VL, instead of the other ones: patches are of one frame, and squares
+            at the same place of several frames become a row.
     """
 
     tower: VisionConfig
@@ -95,6 +112,12 @@ class NativeVisionConfig:
     squares: SquaresConfig | None = None
     gated: GatedMergerConfig | None = None
     framed: FramedMergerConfig | None = None
+    temporal: TemporalMergerConfig | None = None
+
+    @property
+    def frames_per_row(self) -> int:
+        """Frames of a video that a row is made of."""
+        return self.temporal_patch_size * (1 if self.temporal is None else self.temporal.frames)
 
     def rows(self, grid: tuple[int, ...]) -> int:
         """Embedding rows of an item with ``grid`` ``(t, h, w)`` in patches."""
@@ -102,4 +125,7 @@ class NativeVisionConfig:
         side = self.merge_size if self.squares is None else self.squares.side
         if self.framed is not None:
             return t * (h // side * (w // side + 1) + 2)
+        if self.temporal is not None:
+            # An image takes the place of all frames.
+            t = -(-t // self.temporal.frames)
         return t * (h // side) * (w // side)

@@ -22,6 +22,8 @@ SIZES = {
     "qwen2-vl-7b": (400, 8291),
     "llava-1.5-7b": (576, 7051),
     "aya-vision-8b": (169, 8632),
+    # By its configuration.
+    "ernie-4.5-vl-28b-a3b": (400, 29399),
     "exaone-4.5-33b": (400, 33873),
     "gemma-3-4b": (256, 4300),
     "glm-4.1v-9b": (400, 10293),

@@ -210,6 +210,23 @@ def test_block_hashes():
     assert last() == changed[0]
 
 
+def test_block_hashes_tell_tokens_of_an_answer_from_those_of_a_prompt():
+    ids = [*range(10), 7, 3, 7, 7]
+
+    def hashes(num_prompt, told_apart=(7,), ids=ids):
+        found: list[bytes] = []
+        for end in (9, 14):  # As blocks become full.
+            hasher = BlockHasher(2, "m", told_apart=told_apart)
+            hasher.extend(found, ids[:end], end, [], "", num_prompt=num_prompt)
+        return found
+
+    whole = hashes(14)
+    assert hashes(14, told_apart=()) == hashes(3, told_apart=()) == hashes(None) == whole
+    assert hashes(13)[:6] == whole[:6] and hashes(13)[6] != whole[6]
+    assert hashes(10)[:5] == whole[:5] and hashes(10)[5] != whole[5]
+    assert hashes(8)[:5] == whole[:5] and hashes(7)[3] != whole[3] and hashes(7)[:3] == whole[:3]
+
+
 def test_the_hash_of_a_block_that_attends_to_later_tokens():
     ids, spans = list(range(20)), [MediaSpan(item(), 9, 3)]
 

@@ -10,7 +10,12 @@ from engine.prompt import MediaItem, MediaSpan
 
 
 def grid_positions(
-    num_tokens: int, spans: Sequence[MediaSpan], merge_size: int, *, tokens_per_second: float | None = None
+    num_tokens: int,
+    spans: Sequence[MediaSpan],
+    merge_size: int,
+    *,
+    tokens_per_second: float | None = None,
+    frames_per_step: int = 1,
 ) -> tuple[np.ndarray, int]:
     """Rotary positions of a prompt, as Qwen2-VL defines them.
 
@@ -22,6 +27,7 @@ def grid_positions(
     Args:
         merge_size: side of a merged square in patches.
         tokens_per_second: positions per second of an item that has times; None: one position per step.
+        frames_per_step: steps of a grid that rows are made of together; an image has one that stands for all.
 
     Returns:
         Positions ``(3, num_tokens)`` int64, and the offset: the later token ``i`` has the position
@@ -30,7 +36,7 @@ def grid_positions(
     """
     positions = np.empty((3, num_tokens), dtype=np.int64)
     index = current = 0
-    for span, offset, (t, h, w) in _grids(spans, merge_size):
+    for span, offset, (t, h, w) in _grids(spans, merge_size, frames_per_step):
         text = offset - index
         positions[:, index:offset] = current + np.arange(text)
         current += text
@@ -45,11 +51,12 @@ def grid_positions(
 
 
 def _grids(
-    spans: Sequence[MediaSpan], merge_size: int
+    spans: Sequence[MediaSpan], merge_size: int, frames_per_step: int
 ) -> Iterator[tuple[MediaSpan, int, tuple[int, int, int]]]:
     """Each unbroken run of rows: its span, its first index in the prompt, and its grid in merged squares."""
     for span in spans:
-        t, h, w = span.item.grid[0], span.item.grid[1] // merge_size, span.item.grid[2] // merge_size
+        frames, h, w = span.item.grid
+        t, h, w = -(-frames // frames_per_step), h // merge_size, w // merge_size
         if span.embed_index is None:
             yield span, span.offset, (t, h, w)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -47,6 +47,19 @@ _MAX_FPS = 1000.0
 VideoSize = Callable[[int, tuple[int, int], int, int, int, int], tuple[int, int]]
 VideoTimes = Callable[[Pace, int], tuple[float, ...]]
 VideoCap = Callable[[int, int, tuple[int, int], int, int], int]
+
+
+class Stamp(Protocol):
+    """Draws the time of a frame onto it."""
+
+    def check(self, size: tuple[int, int]) -> None:
+        """Refuse frames of ``(width, height)`` pixels that nothing can be drawn onto.
+
+        Raises:
+            InvalidRequest: naming the reason.
+        """
+
+    def __call__(self, frame: Image.Image, seconds: float) -> Image.Image: ...
 
 
 def smart_resize(
@@ -144,6 +157,9 @@ class VideoRules:
         bounds: the two bounds where the files state none.
         named_bounds: as of :class:`ImageRules`.
         normalisation: the same of the pixels.
+        frames: the least and the most frames of a file whose number follows from a rate, where the checkpoint
+            states none.
+        stamp: draws their times onto frames before they are resized; None if they are shown as they are.
     """
 
     size: VideoSize = frame_size
@@ -154,6 +170,8 @@ class VideoRules:
     bounds: tuple[int, int] = (128 * 28 * 28, 768 * 28 * 28)
     named_bounds: bool = True
     normalisation: Normalisation = CLIP_NORMALISATION
+    frames: tuple[int, int] = (4, 768)
+    stamp: Stamp | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +233,8 @@ class QwenProcessor:
         assert config.image_token_id is not None
         limit = config.max_position * (vision.patch_size * vision.merge_size) ** 2
         of_video = checkpoint.video_preprocessor_config
-        for source in (raw, of_video):
-            _check(source, vision)
+        _check(raw, vision, vision.temporal_patch_size)
+        _check(of_video, vision, vision.temporal_patch_size, vision.frames_per_row)
         require_same_colours(of_video, vision.normalisation, video.normalisation)
         capped = bool(of_video.get("cap_pixels_per_frame"))
         return cls(
@@ -229,7 +247,7 @@ class QwenProcessor:
             video,
             (raw.get("resample", 3), of_video.get("resample", 3)),
             _fps(options.get("fps", DEFAULT_FPS)),
-            _frame_rules(of_video, options, vision.temporal_patch_size),
+            _frame_rules(of_video, options, video, vision.frames_per_row),
             (of_video.get("max_video_tokens") or video.max_video_tokens) if capped else None,
             images=images,
         )
@@ -254,16 +272,18 @@ class QwenProcessor:
 
     def check_video(self, size: tuple[int, int], count: int) -> int:
         width, height = self._frame_size(size, count)
-        return self._rows(-(-count // self.vision.temporal_patch_size), height, width)
+        return self._rows(self._steps(count), height, width)
 
     def prepare_video(self, video: Video) -> PreparedMedia:
         temporal, target = self.vision.temporal_patch_size, self._frame_size(video.size, video.count)
-        resized = [resize(frame, target, self.resample[1]) for frame in video.frames]
-        # The last frame fills up the last temporal patch.
-        resized += [resized[-1]] * (-len(resized) % temporal)
-        pace = video.pace or Pace.of_rate(video.count, self.fps)
+        pace, frames = video.pace or Pace.of_rate(video.count, self.fps), video.frames
+        if self.video.stamp is not None:
+            frames = map(self.video.stamp, frames, pace.times)
+        resized = [resize(frame, target, self.resample[1]) for frame in frames]
+        # The last frame fills up the last rows.
+        resized += [resized[-1]] * (self._steps(len(resized)) * temporal - len(resized))
         times = self.video.times(pace, temporal) if self.video.times else ()
-        return self._media("video", np.stack(resized), len(resized) // temporal, video.size, times)
+        return self._media("video", np.stack(resized), self._steps(len(resized)), video.size, times)
 
     def with_options(self, options: Mapping[str, Any]) -> QwenProcessor:
         options = request_options(options, "min_pixels", "max_pixels")
@@ -314,6 +334,11 @@ class QwenProcessor:
         rows, size = self.vision.rows((t, h, w)), (w * patch, h * patch)
         return MediaItem.of_rows("image", key, self.image_token_id, rows, grid=(t, h, w), size=size)
 
+    def _steps(self, count: int) -> int:
+        """Temporal patches of ``count`` frames, which fill whole rows."""
+        frames = self.vision.frames_per_row
+        return -(-count // frames) * frames // self.vision.temporal_patch_size
+
     def _rows(self, t: int, height: int, width: int) -> int:
         """Embedding rows of ``t`` steps in time of frames with these sides in pixels."""
         patch = self.vision.patch_size
@@ -331,6 +356,8 @@ class QwenProcessor:
 
     def _frame_size(self, size: tuple[int, int], count: int) -> tuple[int, int]:
         temporal, (low, high) = self.vision.temporal_patch_size, self.video_pixels
+        if self.video.stamp is not None:
+            self.video.stamp.check(size)
         if self.max_video_tokens is not None:
             high = self.video.cap(count, self.factor**2, (low, high), self.max_video_tokens, temporal)
         return self.video.size(count, size, temporal, self.factor, low, high)
@@ -348,13 +375,14 @@ class QwenProcessor:
         return self.named(media) if self.names else media
 
 
-def _check(raw: Mapping[str, Any], vision: NativeVisionConfig) -> None:
+def _check(raw: Mapping[str, Any], vision: NativeVisionConfig, *temporal: int) -> None:
+    """Require the sides of the tower, and one of the numbers of frames ``temporal``."""
     require_steps(raw, "do_resize")
-    for field in ("patch_size", "merge_size", "temporal_patch_size"):
-        expected = getattr(vision, field)
-        if raw.get(field, expected) != expected:
+    sides = {"patch_size": (vision.patch_size,), "merge_size": (vision.merge_size,)}
+    for field, expected in {**sides, "temporal_patch_size": temporal}.items():
+        if raw.get(field, expected[0]) not in expected:
             raise CheckpointError(
-                f"preprocessor_config.json: {field} {raw[field]} differs from the tower's {expected}",
+                f"preprocessor_config.json: {field} {raw[field]} differs from the tower's {expected[-1]}",
                 param=field,
             )
 
@@ -379,12 +407,14 @@ def _lowered_bounds(configured: tuple[int, int], options: Mapping[str, Any]) -> 
     return min(options.get("min_pixels", configured[0]), high), high
 
 
-def _frame_rules(of_video: Mapping[str, Any], options: Mapping[str, Any], temporal: int) -> FrameRules:
+def _frame_rules(
+    of_video: Mapping[str, Any], options: Mapping[str, Any], video: VideoRules, temporal: int
+) -> FrameRules:
     fps = options.get("fps") or of_video.get("fps") or USUAL_FPS
     return FrameRules(
         _fps(fps),
-        min_frames=of_video.get("min_frames") or 4,
-        max_frames=of_video.get("max_frames") or 768,
+        min_frames=of_video.get("min_frames") or video.frames[0],
+        max_frames=of_video.get("max_frames") or video.frames[1],
         temporal=temporal,
     )
 

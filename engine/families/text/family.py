@@ -13,6 +13,7 @@ from engine.checkpoint.rules import (
     HUNYUAN_RULES,
     LFM2_RULES,
     MULTI_TOKEN_HEADS,
+    MULTI_TOKEN_LAYERS,
     SANDWICH_RULES,
     WeightRules,
     further_layers,
@@ -64,6 +65,13 @@ _RULES = {
     "Lfm2ForCausalLM": LFM2_RULES,
 }
 
+#: Of architectures whose files may have further tensors.
+_UNUSED = {
+    "Ernie4_5_MoeForCausalLM": MULTI_TOKEN_LAYERS,
+    "Qwen3_5ForCausalLM": MULTI_TOKEN_HEADS,
+    "Qwen3_5MoeForCausalLM": MULTI_TOKEN_HEADS,
+}
+
 
 def _text(raw: Json) -> tuple[Json, DecoderKind]:
     names = (name for stated in raw["architectures"] for name in with_head(stated))
@@ -79,8 +87,8 @@ def _weights(config: ModelConfig) -> WeightRules:
     if config.architecture == "Gemma4ForCausalLM":
         return WeightRules(language=GEMMA4_RULES, ignore=unused_keys(config.decoder.borrowing_layers))
     rules = _RULES.get(config.architecture, rules)
-    unused = (MULTI_TOKEN_HEADS,) if config.architecture.startswith("Qwen3_5") else ()
-    return WeightRules(language=rules, ignore=unused)
+    unused = _UNUSED.get(config.architecture)
+    return WeightRules(language=rules, ignore=() if unused is None else (unused,))
 
 
 def _retrieval(config: ModelConfig) -> RetrievalFormat:

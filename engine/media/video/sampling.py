@@ -57,7 +57,7 @@ def qwen2_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> li
         count = math.floor(min(max(total / info.fps * fps, rules.min_frames), most, total) / step) * step
     count = max(count, 1)
     _require(count, total)
-    return _arange(total, count)
+    return _arange(total / count, count)
 
 
 def qwen3_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> list[int]:
@@ -87,6 +87,31 @@ def uniform_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> 
     return [index * total // count for index in range(count)]
 
 
+def ernie_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> list[int]:
+    """Indices as Transformers' ``Ernie4_5_VLMoeVideoProcessor.sample_frames`` gives them.
+
+    That one's float arithmetic may add an index behind the last frame.
+
+    Raises:
+        InvalidRequest: the number of frames asked for is out of the model's bounds, or of the video's.
+    """
+    total, least, most = info.frames, rules.min_frames, rules.max_frames
+    if asked.num_frames is not None:
+        if not least <= asked.num_frames <= most:
+            raise InvalidRequest(
+                f"this model is shown {least} to {most} frames of a video, not num_frames {asked.num_frames}",
+                param="video",
+            )
+        _require(asked.num_frames, total)
+        count: float = asked.num_frames
+    else:
+        fps = asked.fps or rules.fps
+        assert fps is not None
+        count = min(max(total / info.fps * fps, least), most, total)
+    step = total / count
+    return [index for index in _arange(step, math.ceil(total / step)) if index < total]
+
+
 def middle_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> list[int]:
     """Indices as Transformers' ``InternVLVideoProcessor.sample_frames`` gives them with ``initial_shift``.
 
@@ -102,7 +127,7 @@ def middle_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> l
         count = min(rules.num_frames or total, total)
     _require(count, total)
     step = total / count
-    return _arange(total, count, start=step / 2)
+    return _arange(step, count, start=step / 2)
 
 
 #: Longest video, in seconds, that GLM-4.1V gets at the whole rate; longer videos get as many frames as it.
@@ -232,9 +257,9 @@ def _require(count: int, total: int) -> None:
         )
 
 
-def _arange(total: int, count: int, start: float = 0.0) -> list[int]:
-    """``torch.arange(start, total, total / count).int()`` on x86-64, to the bit, up to ``count`` numbers."""
-    step, index = total / count, np.arange(count)
+def _arange(step: float, count: int, start: float = 0.0) -> list[int]:
+    """``torch.arange(start, end, step).int()`` on x86-64, to the bit, up to ``count`` numbers."""
+    index = np.arange(count)
     first = index // _LANES * _LANES
     lanes = ((start + first * step).astype(np.float32) + (index - first) * step).astype(np.float32)
     exact = (start + index * step).astype(np.float32)

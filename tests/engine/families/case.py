@@ -61,29 +61,33 @@ class Inputs:
         model: the causal model to call.
         arguments: of its forward pass.
         answer_type: ``token_type_ids`` of an answer's tokens.
+        vision_ids: tokens that have experts of their own in a prompt, and not in an answer.
     """
 
     ids: list[int | None]
     model: Any
     arguments: Mapping[str, torch.Tensor]
     answer_type: int = 0
+    vision_ids: tuple[int, ...] = ()
 
     @torch.inference_mode()
-    def extended(self, tokens: Sequence[int], token_type: int = 0) -> Inputs:
-        """Return this prompt with text ``tokens`` behind it; with another type they are no part of it."""
+    def extended(self, tokens: Sequence[int], token_type: int = 0, *, answer: bool = False) -> Inputs:
+        """Return this prompt with text ``tokens`` behind it; with another type they are no part of it, nor as
+        an ``answer``."""
         more = torch.tensor([tokens])
         text = {
             "input_ids": more,
             "inputs_embeds": self.model.get_input_embeddings()(more),
             "attention_mask": torch.ones_like(more),
             "mm_token_type_ids": torch.zeros_like(more),
+            "moe_mm_token_type_ids": torch.tensor([[not answer and i in self.vision_ids for i in tokens]]),
             "token_type_ids": torch.full_like(more, token_type),
         }
         longer = {
             name: torch.cat([value, text[name]], dim=1) if name in text else value
             for name, value in self.arguments.items()
         }
-        return Inputs([*self.ids, *tokens], self.model, longer, self.answer_type)
+        return replace(self, ids=[*self.ids, *tokens], arguments=longer)
 
     @torch.inference_mode()
     def logprobs(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -91,7 +95,7 @@ class Inputs:
 
         Where a row of an image stands, NaN.
         """
-        longer = self.extended(tokens, self.answer_type).arguments
+        longer = self.extended(tokens, self.answer_type, answer=True).arguments
         table = self.model(**longer).logits[0].log_softmax(-1)
         return torch.tensor(
             [

@@ -16,6 +16,11 @@ from tests.engine.families.colpali import ColPaliReference, make_colpali
 from tests.engine.families.colqwen2 import ColQwen2Reference, make_colqwen2
 from tests.engine.families.deepseek_ocr2 import FRAME as DEEPSEEK_FRAME
 from tests.engine.families.deepseek_ocr2 import DeepseekReference, make_deepseek_ocr2
+from tests.engine.families.ernie4_5_vl import FPS as ERNIE_FPS
+from tests.engine.families.ernie4_5_vl import FRAME as ERNIE_FRAME
+from tests.engine.families.ernie4_5_vl import IMAGE as ERNIE_IMAGE
+from tests.engine.families.ernie4_5_vl import VIDEO as ERNIE_VIDEO
+from tests.engine.families.ernie4_5_vl import ErnieReference, make_ernie4_5_vl
 from tests.engine.families.gemma3 import FRAME as GEMMA3_FRAME
 from tests.engine.families.gemma3 import IMAGE as GEMMA3_IMAGE
 from tests.engine.families.gemma3 import Gemma3Reference, make_gemma3
@@ -437,6 +442,15 @@ CASES = [
         HunyuanReference,
         frame=HUNYUAN_FRAME,
         placeholder=lambda index, count: HUNYUAN_IMAGE,
+    ),
+    FamilyCase(
+        "ERNIE 4.5 VL",
+        make_ernie4_5_vl,
+        ErnieReference,
+        frame=ERNIE_FRAME,
+        placeholder=lambda index, count: ERNIE_IMAGE,
+        video=ERNIE_VIDEO,
+        options={"mm_processor_kwargs": {"fps": ERNIE_FPS}},
     ),
     FamilyCase(
         "Molmo 2",

@@ -61,6 +61,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "hunyuan_vl": (1,),
     "got_ocr2": (1,),
     "deepseek_ocr2": (1,),
+    "ernie4_5_vl": (1,),
     "molmo2": (1,),
     "colqwen2": (40100,),
     "colpali": (60023,),

@@ -29,6 +29,8 @@ from tests.engine.families.aya_vision import PATCH as AYA_PATCH
 from tests.engine.families.aya_vision import image_processor as image_processor_of_aya
 from tests.engine.families.aya_vision import make_aya_vision
 from tests.engine.families.colpali import make_colpali
+from tests.engine.families.ernie4_5_vl import image_processor as image_processor_of_ernie
+from tests.engine.families.ernie4_5_vl import make_ernie4_5_vl
 from tests.engine.families.gemma3 import PATCH as GEMMA3_PATCH
 from tests.engine.families.gemma3 import Gemma3Reference, make_gemma3
 from tests.engine.families.glm import GlmReference, make_glm
@@ -185,6 +187,11 @@ def hunyuan_vl(path: Path, images: Sequence[Image.Image], options: Mapping[str, 
     return _by_lines(image_processor_of_hunyuan().from_pretrained(path), images)
 
 
+def ernie4_5_vl(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    made = image_processor_of_ernie().from_pretrained(path)(list(images), return_tensors="pt")
+    return torch.as_tensor(made["pixel_values"]), [tuple(grid) for grid in made["image_grid_thw"].tolist()]
+
+
 def _by_lines(processor: Any, images: Sequence[Image.Image]) -> Patches:
     """Patches come line by line; the encoder takes them square by square of 2x2."""
     made = processor(images, return_tensors="pt")
@@ -314,6 +321,7 @@ ROWS = {
     "GOT-OCR 2, in tiles": Row(
         make_got_ocr2, TILED, got_ocr2, options={"crop_to_patches": True, "max_patches": 6}
     ),
+    "ERNIE 4.5 VL": Row(make_ernie4_5_vl, NATIVE, ernie4_5_vl),
     "HunyuanOCR": Row(partial(make_hunyuan_vl, hub=False), NATIVE, hunyuan_vl),
     "HunyuanOCR, hub": Row(partial(make_hunyuan_vl, hub=True), NATIVE, hunyuan_vl),
     "PaddleOCR-VL": Row(partial(make_paddleocr_vl, hub=False), NATIVE, paddleocr_vl),

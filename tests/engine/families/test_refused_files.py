@@ -15,6 +15,7 @@ import pytest
 
 from engine.errors import CheckpointError
 from tests.engine.families import minicpm_v_reference as minicpm_v
+from tests.engine.families.ernie4_5_vl import make_ernie4_5_vl
 from tests.engine.families.hunyuan_vl import make_hunyuan_vl
 from tests.engine.families.idefics import make_idefics3
 from tests.engine.families.llava_variants import make_llava_variant
@@ -30,6 +31,7 @@ MAKE: dict[str, Callable[[Path], object]] = {
     "LLaVA with SigLIP": partial(make_llava_variant, tower="siglip", processor="Siglip"),
     "LLaVA with Pixtral": partial(make_llava_variant, tower="pixtral", processor="Pixtral"),
     "LLaVA-OneVision": make_onevision,
+    "ERNIE 4.5 VL": make_ernie4_5_vl,
     "HunyuanOCR": partial(make_hunyuan_vl, hub=True),
     "Idefics3": make_idefics3,
     "Phi-3.5-vision": make_phi3_v,
@@ -89,6 +91,24 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
         (CONFIG, {"image_grid_pinpoints": [[32, 32]]}, "image_grid_pinpoints"),
         (VIDEOS, {"size": {"height": 31, "width": 32}}, "video_preprocessor_config.json: size"),
         (VIDEOS, {"image_std": [1, 1, 1]}, "image_std"),
+    ],
+    "ERNIE 4.5 VL": [
+        (CONFIG, {"text_config.use_bias": True}, "use_bias"),
+        (CONFIG, {"text_config.moe_norm_min": 0.1}, "moe_norm_min 0.1 should be at most"),
+        (CONFIG, {"text_config.moe_intermediate_size": [24]}, "moe_intermediate_size should be two sizes"),
+        (CONFIG, {"text_config.moe_intermediate_size": 24}, "moe_intermediate_size should be two sizes"),
+        (CONFIG, {"text_config.moe_k": 7}, "moe_k 7 should be at most moe_num_experts 6"),
+        (CONFIG, {"text_config.mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types should be"),
+        (CONFIG, {"text_config.mlp_layer_types": ["dense", "moe", "moe"]}, "mlp_layer_types should be"),
+        (CONFIG, {"text_config.rope_parameters.rope_type": "yarn"}, "rope type 'yarn' is not supported"),
+        (CONFIG, {"text_config.rope_parameters.mrope_section": [2, 4, 2]}, "two equal numbers"),
+        (CONFIG, {"text_config.rope_parameters.mrope_section": [4, 4, 0]}, "one above 0"),
+        (CONFIG, {"vision_config.temporal_merge_size": 4}, "temporal_merge_size 4 should be 2"),
+        (CONFIG, {"vision_config.in_channels": 1}, "3 channels"),
+        (IMAGES, {"temporal_patch_size": 2}, "temporal_patch_size 2 differs from the tower's 1"),
+        (VIDEOS, {"temporal_patch_size": 4}, "temporal_patch_size 4 differs from the tower's 2"),
+        (VIDEOS, {"font": "../Letters.ttf"}, "font '../Letters.ttf' should be the name"),
+        (VIDEOS, {"font": "config.json"}, "config.json is no font file"),
     ],
     "HunyuanOCR": [
         (CONFIG, {"vision_config.interpolate_mode": "nearest"}, "interpolate_mode 'nearest'"),

@@ -17,13 +17,18 @@ from transformers.image_processing_backends import TorchvisionBackend
 def imported(*names: str) -> list[Any]:
     """Import the modules ``names`` below ``transformers.models``, with an empty torchvision where there is
     none."""
-    parts = ["torchvision", *(f"torchvision.transforms{part}" for part in ("", ".v2", ".v2.functional"))]
+    ends = ("", ".functional", ".v2", ".v2.functional")
+    parts = ["torchvision", *(f"torchvision.transforms{end}" for end in ends)]
     stubs: dict[str, Any] = {part: ModuleType(part) for part in parts if not _installed(part)}
     if "torchvision.transforms.v2" in stubs:
         functional = stubs["torchvision.transforms.v2.functional"]
         # Of an annotation.
         functional.InterpolationMode = int
         stubs["torchvision.transforms.v2"].functional = functional
+    if "torchvision.transforms.functional" in stubs:
+        functional = stubs["torchvision.transforms.functional"]
+        functional.to_pil_image = lambda pixels: Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        functional.pil_to_tensor = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1)
     with mock.patch.dict(sys.modules, stubs):
         return [importlib.import_module(f"transformers.models.{name}") for name in names]
 

@@ -7,6 +7,7 @@ import torch
 
 from engine.errors import CheckpointError
 from engine.kernels.fp8 import FP8
+from tests.engine.families.ernie4_5_vl import make_ernie4_5_vl
 from tests.engine.families.qwen import make_qwen3_vl_moe
 from tests.engine.fp8_files import Scheme, quantise
 from tests.engine.tiny import make_text, rewrite_json, rewrite_tensors
@@ -34,6 +35,22 @@ def test_logits_are_those_of_the_dequantised_weights(tmp_path, scheme, kind):
     layer = decoder.layers[0].mlp.experts
     assert layer.gate_up_proj.weight.dtype == layer.down_proj.weight.dtype == FP8
     torch.testing.assert_close(logits(decoder), reference(path, exact), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_experts_of_images_are_counted_on_from_those_of_text(tmp_path, scheme):
+    path = make_ernie4_5_vl(tmp_path / "model")
+    ignored = r"mlp\.gate\.|shared_experts|vision_model"
+    exact = quantise(path, scheme, matrix=MATRIX, ignored=ignored)
+    layer, prefix = load(path).layers[1].mlp, "model.layers.1.mlp.experts."
+    for experts, first in ((layer.experts, 0), (layer.vision.experts, 6)):
+        assert experts.gate_up_proj.weight.dtype == experts.down_proj.weight.dtype == FP8
+        for expert in range(6):
+            stored = [
+                exact[f"{prefix}{first + expert}.{name}_proj.weight"] for name in ("gate", "up", "down")
+            ]
+            torch.testing.assert_close(matrix(experts.gate_up_proj, expert), torch.cat(stored[:2]))
+            torch.testing.assert_close(matrix(experts.down_proj, expert), stored[2])
 
 
 def blocked(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

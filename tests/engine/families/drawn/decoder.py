@@ -41,7 +41,7 @@ _DEFAULT_KV = {
     "glm_ocr": 8,
     "paddleocr_vl": 2,
     "ernie4_5": 2,
-    "ernie4_5_moe": 4,
+    **dict.fromkeys(("ernie4_5_moe", "ernie4_5_vl_moe"), 4),
     "exaone4": 32,
     "seed_oss": 8,
     "smollm3": 4,
@@ -64,7 +64,7 @@ _DEFAULT_HEAD_DIM = {
     "molmo2": 128,
 }
 _HAS_HEAD_DIM = (
-    *("ernie4_5_moe", "hunyuan_v1_dense", "hunyuan_vl"),
+    *("ernie4_5_moe", "ernie4_5_vl_moe", "hunyuan_v1_dense", "hunyuan_vl"),
     *("llama", "mistral", "mixtral", "qwen3_moe", "qwen3_vl_moe", "glm_ocr"),
     *("glm4_moe", "glm4v_moe"),
     *_DEFAULT_HEAD_DIM,
@@ -72,7 +72,7 @@ _HAS_HEAD_DIM = (
 #: Kinds that take no null for the number of KV heads.
 _COUNTED_KV = (
     *("mistral", "mixtral", "qwen3_moe", "qwen2_moe", "gemma"),
-    *("ernie4_5_moe", "glm4", "glm4_moe", "glm4v_moe"),
+    *("ernie4_5_moe", "ernie4_5_vl_moe", "glm4", "glm4_moe", "glm4v_moe"),
     *("exaone4", "ministral3", "glm_ocr", "lfm2", "molmo2", *DELTA_NETS, "qwen3_vl_moe"),
 )
 _BIASED = (
@@ -183,8 +183,8 @@ def _head_dim(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, *, f
     """
     heads = fields["num_attention_heads"]
     how = draw.variant("head dim spelled", ("derived", "stated", "null"), 0.4)
-    if kind == "qwen3_moe" and how == "null":
-        # Transformers' class divides by the null.
+    if kind in ("ernie4_5_vl_moe", "qwen3_moe") and how == "null":
+        # Transformers' classes multiply by the null.
         how = "stated"
     if kind in ("hunyuan_v1_dense", "hunyuan_vl"):
         # Their class derives nothing.

@@ -8,7 +8,7 @@ from tests.engine.families.drawn.choices import Draw
 
 #: Kinds whose router chooses among groups.
 GROUPED = ("glm4_moe", "glm4v_moe")
-ERNIE = ("ernie4_5_moe",)
+ERNIE = ("ernie4_5_moe", "ernie4_5_vl_moe")
 EXPERTS = (
     *("deepseek_ocr2", "granitemoe", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe"),
     *(*ERNIE, *GROUPED),
@@ -64,7 +64,17 @@ def _draw_biased(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
     }
     if draw.varies("shared experts stated", 0.5):
         fields["moe_num_shared_experts"] = draw.choice("shared experts", (0, 1, 3))
-    if draw.varies("sparse layers stated", 0.6):
+    if kind == "ernie4_5_vl_moe":
+        fields["moe_intermediate_size"] = [
+            draw.choice(f"expert intermediate {part}", sizes) for part in (0, 1)
+        ]
+        if draw.varies("layer types", 0.5):
+            rng = draw.stream("layer types")
+            types = [rng.choice(("sparse", "dense", "sparse")) for _ in range(layers)]
+            # Transformers saves no conversion of a model without experts.
+            types[rng.randrange(layers)] = "sparse"
+            fields["mlp_layer_types"] = types
+    elif draw.varies("sparse layers stated", 0.6):
         fields["moe_layer_start_index"] = draw.choice("first sparse layer", (0, 1, layers - 1))
         fields["moe_layer_interval"] = draw.choice("sparse step", (1, 1, 2))
         fields["moe_layer_end_index"] = draw.choice("last sparse layer", (-1, layers - 1, layers, 1))

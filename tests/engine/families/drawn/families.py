@@ -6,6 +6,7 @@ from tests.engine.families.drawn.aya_vision import AyaVisionFamily
 from tests.engine.families.drawn.checkpoint import Family
 from tests.engine.families.drawn.composed import MiniCPMVFamily, Phi3VFamily
 from tests.engine.families.drawn.deepseek_ocr2 import DeepseekFamily
+from tests.engine.families.drawn.ernie4_5_vl import ErnieFamily
 from tests.engine.families.drawn.gemma3 import Gemma3Family
 from tests.engine.families.drawn.gemma4 import Gemma4Family
 from tests.engine.families.drawn.glm import GlmFamily
@@ -49,6 +50,7 @@ _ALL: tuple[Family, ...] = (
     HunyuanFamily(),
     GotFamily(),
     DeepseekFamily(),
+    ErnieFamily(),
     MolmoFamily(),
     *(PaliGemmaFamily(kind) for kind in ("gemma", "gemma2")),
     ColQwen2Family(),

@@ -12,7 +12,7 @@ from tests.engine.tiny import DELTA_NETS
 
 #: Kinds of a decoder with images whose rotary type was never called by M-RoPE's name.
 _GLM = ("glm", "glm4", "glm4_moe", "glm4v", "glm4v_moe", "glm_ocr")
-_LATER = ("qwen3_vl", "qwen3_vl_moe", *DELTA_NETS, *_GLM, "paddleocr_vl", "hunyuan_vl")
+_LATER = ("qwen3_vl", "qwen3_vl_moe", *DELTA_NETS, *_GLM, "paddleocr_vl", "hunyuan_vl", "ernie4_5_vl_moe")
 #: The share of a head that rotates where the file does not say.
 _SHARES = {
     **dict.fromkeys(DELTA_NETS, 0.25),
@@ -73,6 +73,8 @@ def draw_rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, sect
     if kind in ("cohere2", "exaone4", "smollm3"):
         # Beside layers that don't rotate, frequencies by length are refused.
         scalings = _SCALINGS[:4]
+    if kind == "ernie4_5_vl_moe":
+        scalings = ("default",)
     scaling = draw.variant("rope scaling", scalings, 0.4)
     if kind in _HUNYUAN and draw.varies("rope of public files", 0.5):
         scaling = "dynamic"
@@ -84,6 +86,10 @@ def draw_rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, sect
         rope.update(_scaling(draw, kind, scaling, fields, rotated))
     if section:
         rope["mrope_section"] = _section(draw, rotated // 2)
+        if kind == "ernie4_5_vl_moe":
+            # Rows and columns have as many.
+            same = draw.stream("mrope section").randint(1, rotated // 4 - 1 if rotated > 8 else 1)
+            rope["mrope_section"] = [same, same, rotated // 2 - 2 * same]
         if kind == "hunyuan_vl":
             _four_axes(draw, rope, rotated // 2)
         if kind in ("qwen3_vl", "qwen3_vl_moe", *DELTA_NETS):
