@@ -195,6 +195,9 @@ def test_many_rows_are_left_to_torch(device, dtype):
     expected, summed = norm_linear_reference(x, residual, norm, 1e-3, weight, bias, activation="silu")
     assert_close(out, expected)
     assert torch.equal(total, summed)
+    out, total = norm_linear(x, residual, None, 0.0, weight, bias)
+    assert_close(out, torch.nn.functional.linear(summed, weight, bias))
+    assert torch.equal(total, summed)
 
 
 def test_no_rows(device):

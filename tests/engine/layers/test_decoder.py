@@ -22,6 +22,7 @@ from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
+from engine.layers.post_norm_layer import PostNormLayer
 from engine.weights.loader import fill_from_checkpoint
 from tests.engine.decoding import metadata, poisoned_caches, prefill_logits
 from tests.engine.tiny import TEXT_ARCHITECTURES, make_text, rewrite_json, spread
@@ -87,7 +88,8 @@ def test_norms_add_up_what_programs_computed_apart(tmp_path, monkeypatch, kind):
     decoder = load(path, max_model_len=64)
     for found, plain in zip(run(decoder, texts), expected, strict=True):
         torch.testing.assert_close(found, plain, atol=1e-4, rtol=0)
-    dense = [layer for layer in decoder.layers if isinstance(layer.mlp, GatedMLP)]
+    taking = [layer for layer in decoder.layers if not isinstance(layer, PostNormLayer)]
+    dense = [layer for layer in taking if isinstance(layer.mlp, GatedMLP)]
     attentions = [layer for layer in dense if layer.self_attn is not None]
     assert len(taken) == len(attentions) + len(dense)
 
