@@ -1,5 +1,7 @@
 """LangChain."""
 
+import re
+
 import pytest
 
 from tests.clients import cases
@@ -10,8 +12,10 @@ needs("langchain==1.5.2", "langchain-openai==1.7.4")
 from langchain.agents import create_agent  # noqa: E402
 from langchain_core.messages import HumanMessage  # noqa: E402
 from langchain_core.tools import tool  # noqa: E402
-from langchain_openai import ChatOpenAI, OpenAIEmbeddings  # noqa: E402
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings, custom_tool  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
+
+SUM = 'start: NUMBER (" + " NUMBER)+\nNUMBER: /[0-9]{1,2}/'
 
 
 class Facts(BaseModel):
@@ -69,6 +73,27 @@ def test_schema(model, method):
 def test_tools(model):
     (call,) = model.bind_tools([report]).invoke([asked(cases.REQUEST)]).tool_calls
     assert call["name"] == "report" and cases.is_right(call["args"])
+
+
+@custom_tool(format={"type": "grammar", "syntax": "lark", "definition": SUM})
+def add(text: str) -> str:
+    """Add numbers."""
+    return str(sum(map(int, text.split(" + "))))
+
+
+def test_tools_with_a_text_by_a_lark_grammar(base_url):
+    """The call, whole and streamed, and its result."""
+    model = ChatOpenAI(
+        model=cases.MODEL, base_url=base_url, api_key="EMPTY", temperature=0, use_responses_api=True
+    )
+    asks = model.bind_tools([add], tool_choice="required", parallel_tool_calls=False)
+    answer = asks.invoke(cases.GREETING)
+    (call,) = answer.tool_calls
+    assert call["name"] == "add" and re.fullmatch(r"\d{1,2}( \+ \d{1,2})+", call["args"]["__arg1"])
+    first, *rest = asks.stream(cases.GREETING)
+    assert sum(rest, first).tool_calls[0]["args"] == call["args"]
+    messages = [HumanMessage(cases.GREETING), answer, add.invoke(call)]
+    assert model.bind_tools([add]).invoke(messages).text
 
 
 def test_agent(model):
