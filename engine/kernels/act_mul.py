@@ -54,8 +54,8 @@ def act_rounded(x: torch.Tensor, activation: str, *, gated: bool) -> RoundedRows
 
     Args:
         x: ``(T, I)`` contiguous; with ``gated`` ``(T, 2 * I)``, see :func:`act_mul`.
-        activation: a key of :data:`~engine.kernels.activation.ACTIVATIONS`. Its result is rounded to the dtype of
-            ``x`` first.
+        activation: a key of :data:`~engine.kernels.activation.ACTIVATIONS`. With ``gated`` results are rounded to the
+            dtype of ``x`` first, as there.
     """
     run = use_triton(x) and reads_fp8(x.device)
     return (act_rounded_triton if run else act_rounded_reference)(x, activation, gated=gated)

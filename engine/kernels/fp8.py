@@ -271,13 +271,16 @@ def _load_activated(start, column, SIZE: tl.constexpr, ACTIVATION: tl.constexpr,
 
 @triton.jit
 def _activated(first, second, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
-    """Apply the activation, if there is one, and round to the dtype. That of zero is zero, so what is beyond a row
-    doesn't count."""
+    """Apply the activation, if there is one. That of zero is zero, so what is beyond a row doesn't count.
+
+    A gated result is rounded to the dtype as :func:`engine.kernels.act_mul.act_mul` rounds it. Otherwise the only
+    rounding is that to fp8.
+    """
     result = first
     if ACTIVATION != "":
-        result = activate(first.to(tl.float32), ACTIVATION).to(first.dtype)
+        result = activate(first.to(tl.float32), ACTIVATION)
     if GATED:
-        result = (result.to(tl.float32) * second.to(tl.float32)).to(first.dtype)
+        result = (result.to(first.dtype).to(tl.float32) * second.to(tl.float32)).to(first.dtype)
     return result
 
 
