@@ -15,9 +15,10 @@ from engine.kernels.rms_norm import HeadNorms, head_norms_reference, norm_argume
 from engine.kernels.rotary import (
     RotaryTable,
     load_angles,
+    load_pairs,
     norm_and_rotate_heads,
     rotary_reference,
-    rotate_heads,
+    store_rotated,
 )
 
 
@@ -81,7 +82,7 @@ def _write(blocks, block, offset, rows, scale: float) -> None:
 def rotary_kv_write_triton(q, k, v, positions, table, cache, slot_mapping, norms=None) -> None:
     borrowed = k is None
     if borrowed:
-        # Never accessed.
+        # Read and not used.
         k = v = q
     tokens, kv_heads, dim = k.shape
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
@@ -112,28 +113,36 @@ def _rotary_kv_write_kernel(
     HALF: tl.constexpr, SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, ADJACENT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per token. BORROWED: there are no keys and values to write."""
+    """One program per token. BORROWED: there are no keys and values to write; the pointers to them are those of the
+    queries."""
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
+    q_row, k_row = q_ptr + token * q_token, k_ptr + token * k_token
+    # Loads begin before the first is waited for, where they may.
+    if not NORM:
+        q = load_pairs(q_row, q_head, Q_HEADS, HALF, ADJACENT)
+        k = load_pairs(k_row, k_head, KV_HEADS, HALF, ADJACENT)
+    slot = tl.load(slot_ptr + token)
+    head = tl.arange(0, triton.next_power_of_2(KV_HEADS))[:, None]
+    column = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
+    mask = (head < KV_HEADS) & (column < DIM)
+    value = tl.load(v_ptr + token * v_token + head * v_head + column, mask=mask)
     angle = tl.arange(0, triton.next_power_of_2(HALF))
     cos, sin = load_angles(
         positions_ptr, cos_ptr, sin_ptr, token, axis_stride, position_stride, angle_stride,
         angle, angle < HALF, SECTION, INTERLEAVED,
     )  # fmt: skip
-    q_row = q_ptr + token * q_token
     if NORM:
         norm_and_rotate_heads(
             q_row, q_head, q_row, q_head, cos, sin, q_norm_ptr, eps, offset,
             Q_HEADS, DIM, HALF, ADJACENT, OFFSET, LAST,
         )  # fmt: skip
     else:
-        rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF, ADJACENT)
-    slot = tl.load(slot_ptr + token)
+        store_rotated(q, q_row, q_head, cos, sin, Q_HEADS, HALF, ADJACENT)
     if slot >= 0 and not BORROWED:
         place = slot // BLOCK_SIZE * BLOCK_STRIDE + slot % BLOCK_SIZE * DIM
-        k_row, k_target = k_ptr + token * k_token, k_cache_ptr + place
+        k_target = k_cache_ptr + place
         head_stride = BLOCK_SIZE * DIM
-        head = tl.arange(0, triton.next_power_of_2(KV_HEADS))[:, None]
         # Dimensions of a head that are not rotated.
         REST: tl.constexpr = DIM - 2 * HALF
         rotated, rotated_head = k_target, head_stride
@@ -146,20 +155,19 @@ def _rotary_kv_write_kernel(
                 KV_HEADS, DIM, HALF, ADJACENT, OFFSET, LAST,
             )  # fmt: skip
         else:
-            rotate_heads(k_row, k_head, rotated, rotated_head, cos, sin, KV_HEADS, HALF, ADJACENT)
+            store_rotated(k, rotated, rotated_head, cos, sin, KV_HEADS, HALF, ADJACENT)
         if FP8_CACHE:
             tl.debug_barrier()
         if REST > 0 and not FP8_CACHE and not NORM:
-            column = 2 * HALF + tl.arange(0, triton.next_power_of_2(REST))[None, :]
-            mask = (head < KV_HEADS) & (column < DIM)
-            rest = tl.load(k_row + head * k_head + column, mask=mask)
-            tl.store(k_target + head * head_stride + column, rest, mask=mask)
-        column = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
-        mask = (head < KV_HEADS) & (column < DIM)
-        value = tl.load(v_ptr + token * v_token + head * v_head + column, mask=mask)
+            behind = 2 * HALF + tl.arange(0, triton.next_power_of_2(REST))[None, :]
+            known = (head < KV_HEADS) & (behind < DIM)
+            rest = tl.load(k_row + head * k_head + behind, mask=known)
+            tl.store(k_target + head * head_stride + behind, rest, mask=known)
         if FP8_CACHE:
             key = tl.load(k_row + head * k_head + column, mask=mask, other=0.0)
             key = round_to_fp8(key, key_scale, k_cache_ptr.dtype.element_ty)
             tl.store(k_target + head * head_stride + column, key, mask=mask)
-            value = round_to_fp8(value, value_scale, v_cache_ptr.dtype.element_ty)
-        tl.store(v_cache_ptr + place + head * head_stride + column, value, mask=mask)
+            rounded = round_to_fp8(value, value_scale, v_cache_ptr.dtype.element_ty)
+        else:
+            rounded = value
+        tl.store(v_cache_ptr + place + head * head_stride + column, rounded, mask=mask)

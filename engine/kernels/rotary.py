@@ -123,8 +123,9 @@ def load_angles(
     SECTION: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Load the cosine and sine of each ``angle`` at one token's position, float32; 0 outside of ``mask``."""
-    axis = tl.zeros_like(angle).to(tl.int64)
-    if SECTION is not None:
+    if SECTION is None:
+        position = tl.load(positions_ptr + token * position_stride)
+    else:
         if INTERLEAVED:
             height = (angle % INTERLEAVED == INTERLEAVED - 2) & (angle < INTERLEAVED * SECTION[1])
             width = (angle % INTERLEAVED == INTERLEAVED - 1) & (angle < INTERLEAVED * SECTION[2])
@@ -134,7 +135,7 @@ def load_angles(
         axis = tl.where(height, 1, tl.where(width, 2, 0)).to(tl.int64)
         if len(SECTION) == 4:
             axis += angle >= SECTION[0] + SECTION[1] + SECTION[2]
-    position = tl.load(positions_ptr + axis * axis_stride + token * position_stride)
+        position = tl.load(positions_ptr + axis * axis_stride + token * position_stride)
     cos = tl.load(cos_ptr + position * angle_stride + angle, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + position * angle_stride + angle, mask=mask, other=0.0)
     return cos, sin
@@ -152,35 +153,46 @@ def _rotary_kernel(
     """One program per token."""
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
+    q_row, k_row = q_ptr + token * q_token, k_ptr + token * k_token
+    # All loads begin before the first is waited for.
+    q, k = (
+        load_pairs(q_row, q_head, Q_HEADS, HALF, ADJACENT),
+        load_pairs(k_row, k_head, K_HEADS, HALF, ADJACENT),
+    )
     angle = tl.arange(0, triton.next_power_of_2(HALF))
     cos, sin = load_angles(
         positions_ptr, cos_ptr, sin_ptr, token, axis_stride, position_stride, angle_stride,
         angle, angle < HALF, SECTION, INTERLEAVED,
     )  # fmt: skip
-    q_row, k_row = q_ptr + token * q_token, k_ptr + token * k_token
-    rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF, ADJACENT)
-    rotate_heads(k_row, k_head, k_row, k_head, cos, sin, K_HEADS, HALF, ADJACENT)
+    store_rotated(q, q_row, q_head, cos, sin, Q_HEADS, HALF, ADJACENT)
+    store_rotated(k, k_row, k_head, cos, sin, K_HEADS, HALF, ADJACENT)
 
 
 @triton.jit
-def rotate_heads(
-    in_ptr, in_head, out_ptr, out_head, cos, sin,
-    HEADS: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr,
+def load_pairs(in_ptr, in_head, HEADS: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr):
+    """Load the first and the second number of each pair of all heads of one token: ``(HEADS, HALF)``, padded."""
+    source, mask = _pairs(in_ptr, in_head, HEADS, HALF, ADJACENT)
+    other = source + (1 if ADJACENT else HALF)
+    return tl.load(source, mask=mask, other=0.0), tl.load(other, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rotated(
+    pairs, out_ptr, out_head, cos, sin, HEADS: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr
 ):  # fmt: skip
-    """Rotate all heads of one token from ``in_ptr`` to ``out_ptr``, which may be the same."""
+    """Rotate what :func:`load_pairs` has loaded, and store it."""
+    first, second = _rotated(pairs[0], pairs[1], cos, sin)
+    target, mask = _pairs(out_ptr, out_head, HEADS, HALF, ADJACENT)
+    tl.store(target, first, mask=mask)
+    tl.store(target + (1 if ADJACENT else HALF), second, mask=mask)
+
+
+@triton.jit
+def _pairs(ptr, head_stride, HEADS: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr):
+    """Return pointers to the first numbers of the pairs of all heads, and which there are."""
     head = tl.arange(0, triton.next_power_of_2(HEADS))[:, None]
     angle = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
-    mask = (head < HEADS) & (angle < HALF)
-    # From one pair to the next, and within a pair.
-    STEP: tl.constexpr = 2 if ADJACENT else 1
-    OTHER: tl.constexpr = 1 if ADJACENT else HALF
-    source = in_ptr + head * in_head + angle * STEP
-    first = tl.load(source, mask=mask, other=0.0)
-    second = tl.load(source + OTHER, mask=mask, other=0.0)
-    first, second = _rotated(first, second, cos, sin)
-    target = out_ptr + head * out_head + angle * STEP
-    tl.store(target, first, mask=mask)
-    tl.store(target + OTHER, second, mask=mask)
+    return ptr + head * head_stride + angle * (2 if ADJACENT else 1), (head < HEADS) & (angle < HALF)
 
 
 @triton.jit
@@ -189,7 +201,8 @@ def norm_and_rotate_heads(
     HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr, OFFSET: tl.constexpr,
     LAST: tl.constexpr,
 ):  # fmt: skip
-    """Do what :func:`rotate_heads` does with the norms of heads, and store what of them is not rotated.
+    """Rotate the norms of all heads of one token from ``in_ptr`` to ``out_ptr``, which may be the same, and store what
+    of them is not rotated.
 
     LAST: what is rotated is normed, in place of that.
     """
