@@ -31,7 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels.device import is_hopper
 from engine.kernels.launch import launch
-from engine.kernels.paged import LOG2E, KVCache, find_tile, query_tiles
+from engine.kernels.paged import LOG2E, KVCache, query_tiles
 from engine.kernels.ring import barriers, buffers, clear_tail, tma_load
 
 #: Rows of a program, half of them for each compute group; keys per tile; tiles in shared memory at a time.
@@ -39,7 +39,6 @@ _ROWS, _KEYS, _STAGES = 128, 128, 2
 #: Registers per thread: 168 for three groups of four warps use all registers of an SM. The compute groups
 #: take what the load warp gives up.
 _REGISTERS, _COMPUTE_REGISTERS, _LOAD_REGISTERS = 168, 240, 24
-_find_tile = gluon.jit(find_tile.fn)
 
 
 def supports(q: torch.Tensor, cache: KVCache) -> bool:
@@ -150,6 +149,28 @@ def _prefill_kernel(
             [4, 1],
             [COMPUTE_REGISTERS, LOAD_REGISTERS],
         )
+
+
+@gluon.jit
+def _find_tile(query_start_ptr, seq_lens_ptr, tile, sequences, TOKENS: gl.constexpr):
+    """Do what :func:`engine.kernels.paged.find_tile` does, by looking at 64 sequences at a time: their numbers come in
+    the time of one load. A search would wait for one load after the other, and the caches have lost the first."""
+    # All warps look at the same sequences, so that none waits for another.
+    lane = gl.arange(0, 64, gl.BlockedLayout([2], [32], [gl.num_warps()], [0]))
+    low, begin, end, length = 0, 0, 0, 0
+    for first in range(0, sequences, 64):
+        sequence = first + lane
+        start = gl.load(query_start_ptr + sequence, mask=sequence < sequences, other=0)
+        stop = gl.load(query_start_ptr + sequence + 1, mask=sequence < sequences, other=0)
+        seq_len = gl.load(seq_lens_ptr + sequence, mask=sequence < sequences, other=0)
+        reached = (sequence < sequences) & (start // TOKENS + sequence <= tile)
+        passed = (sequence + 1 < sequences) & (stop // TOKENS + sequence + 1 <= tile)
+        found = reached & (passed == 0)
+        low += gl.sum(gl.where(found, sequence, 0), axis=0)
+        begin += gl.sum(gl.where(found, start, 0), axis=0)
+        end += gl.sum(gl.where(found, stop, 0), axis=0)
+        length += gl.sum(gl.where(found, seq_len, 0), axis=0)
+    return low, begin, (tile - begin // TOKENS - low) * TOKENS, end - begin, length
 
 
 @gluon.jit

@@ -26,6 +26,13 @@ CASES = {
         "dim": 64,
     },
     "no groups": {"lengths": [457, 33], "queries": [200, 33], "heads": 4, "kv_heads": 4, "dim": 128},
+    "many sequences": {
+        "lengths": [5] * 66 + [300, 9],
+        "queries": [1] * 66 + [300, 0],
+        "heads": 4,
+        "kv_heads": 2,
+        "dim": 64,
+    },
     "many heads a group": {"lengths": [256, 9], "queries": [40, 9], "heads": 32, "kv_heads": 1, "dim": 64},
 }
 
