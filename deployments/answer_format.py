@@ -82,7 +82,12 @@ class AnswerFormat:
             reasoning = ReasoningParser(self._calls.tags, thinks=False)
         if calls is None and reasoning is None:
             return None
-        return AnswerParser(reasoning, calls, calls_in_thoughts=self._calls.anywhere)
+        return AnswerParser(
+            reasoning,
+            calls,
+            calls_in_thoughts=self._calls.anywhere,
+            trigger="" if calls is None else self._calls.layout.trigger,
+        )
 
     @property
     def _calls(self) -> ToolFormat:

@@ -82,7 +82,7 @@ class AnswerReader:
         if self._spelling is not None:
             self._thoughts[delta.index].add(delta, parser)
         if delta.finish_reason is not None:
-            events += parser.finish()
+            events += parser.finish(cut=delta.finish_reason != "stop" or delta.stop_reason is not None)
         for event in events:
             if isinstance(event, CallStart):
                 self._last_call[delta.index] = []

@@ -17,12 +17,18 @@ class AnswerParser:
         calls: splits tool calls; None if the request has no tools.
         calls_in_thoughts: whether tags mark calls, so that they are found within a thought too. Calls that
             only their place at the beginning marks are looked for behind the thought.
+        trigger: text with which a grammar lets nothing but calls begin; empty if there is none.
     """
 
     def __init__(
-        self, reasoning: ReasoningParser | None, calls: Parser | None, *, calls_in_thoughts: bool = True
+        self,
+        reasoning: ReasoningParser | None,
+        calls: Parser | None,
+        *,
+        calls_in_thoughts: bool = True,
+        trigger: str = "",
     ) -> None:
-        self._reasoning, self._calls = reasoning, calls
+        self._reasoning, self._calls, self._trigger = reasoning, calls, trigger
         self._calls_first = calls_in_thoughts
 
     @property
@@ -38,8 +44,19 @@ class AnswerParser:
     def feed(self, text: str) -> list[Event]:
         return self._pass([Text(text)] if text else [], finish=False)
 
-    def finish(self) -> list[Event]:
-        return self._pass([], finish=True)
+    def finish(self, *, cut: bool = False) -> list[Event]:
+        """Return the events of the text that was held back.
+
+        Args:
+            cut: a limit or a stop string has ended the answer. Of a call that has no name yet nothing is
+                shown then: its tags are no text.
+        """
+        events = self._pass([], finish=True)
+        if cut and self._trigger and events and isinstance(last := events[-1], Text):
+            visible, trigger, _ = last.text.partition(self._trigger)
+            if trigger:
+                return [*events[:-1], *([Text(visible.rstrip())] if visible.strip() else [])]
+        return events
 
     def _pass(self, events: list[Event], *, finish: bool) -> list[Event]:
         if self._calls_first:

@@ -656,6 +656,24 @@ def test_a_call_that_a_stop_string_cuts_is_no_whole_one(name, tool):
     assert read(whole - 1, None).finish_reason == "tool_calls"
 
 
+@pytest.mark.parametrize("name", [name for name, form in TOOL_FORMATS.items() if form.layout.trigger])
+def test_tags_of_a_call_that_was_cut_off_are_no_text(name):
+    """Wherever a limit cuts a call: none of its syntax is shown, and what was written before it is."""
+    words = Vocabulary("tokens")
+    found, use = AnswerFormat(words.special, TOOL_FORMATS[name]), read_tools(TOOLS, "required", False)
+    call, trigger = words.walk(found.constraint(use, None, "").text, 1).text, found.tools.layout.trigger
+    for said in ("", "I look."):
+        for end in range(len(trigger), len(call) + 1):
+            text, reader = said + call[:end], AnswerReader(lambda: found.parser(use, ""))
+            choice = FinishedChoice(0)
+            choice.add(reader.read(OutputDelta(0, text, [1], finish_reason="length")))
+            assert choice.text == said and choice.finish_reason == "length"
+    # A model that ends there itself has written text.
+    reader = AnswerReader(lambda: found.parser(use, ""))
+    (event,) = reader.read(OutputDelta(0, trigger, [1], finish_reason="stop")).events
+    assert event.text == trigger
+
+
 class Spelled:
     """Tokens by their texts."""
 
