@@ -389,10 +389,18 @@ def _types(schema: Schema) -> set[str]:
 
 def _within_64_bits(key: str, bound: Any) -> Any:
     """A bound that llguidance can follow: it refuses the least and the greatest integer of 64 bits and what
-    is beyond, and reads bounds as doubles. Numbers that are no integers get the narrower bound, too."""
+    is beyond, and reads bounds as doubles: one that is no double becomes the next one within. Numbers that
+    are no integers get the narrower bound, too."""
     if not isinstance(bound, int | float) or isinstance(bound, bool) or bound in (math.inf, -math.inf):
         return bound
-    return min(bound, INTEGER_BOUND) if key in ("maximum", "exclusiveMaximum") else max(bound, -INTEGER_BOUND)
+    upper = key in ("maximum", "exclusiveMaximum")
+    bound = min(bound, INTEGER_BOUND) if upper else max(bound, -INTEGER_BOUND)
+    if isinstance(bound, float) or abs(bound) > INTEGER_BOUND:
+        return bound
+    double = float(bound)
+    if int(double) > bound if upper else int(double) < bound:
+        double = math.nextafter(double, -math.inf if upper else math.inf)
+    return int(double)
 
 
 def _required(schema: Schema) -> Iterator[str]:
