@@ -55,7 +55,7 @@ class ModelConfig:
     @property
     def embedding_width(self) -> int:
         """Numbers per embedding row: the hidden size, and as many again for each deepstack layer."""
-        return self.decoder.hidden_size * (1 + self.decoder.num_deepstack)
+        return self.decoder.hidden_size * (1 + len(self.decoder.deepstack_layers))
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "got_ocr2": ("GotOcr2ForConditionalGeneration",),
     "hunyuan_vl": ("HunYuanVLForConditionalGeneration",),
+    "granite4_vision": ("Granite4VisionForConditionalGeneration",),
     "granite_docling": ("GraniteDoclingForConditionalGeneration",),
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
     "internvl": ("InternVLForConditionalGeneration", "QianfanOCRForConditionalGeneration"),

@@ -240,8 +240,8 @@ class Decoder(nn.Module):
                 :class:`~engine.layers.rotary.Rotary`.
             caches: one per layer: keys and values, or recurrent states.
             meta: the batch's sequences and their KV blocks.
-            deepstack: ``(n, T, hidden_size)`` added to the hidden states after each of the first ``n``
-                layers; zero at text positions.
+            deepstack: ``(n, T, hidden_size)`` added to the hidden states after each of the ``n`` layers
+                :attr:`DecoderConfig.deepstack_layers`; zero at text positions.
             rows: int64 ``(R,)``, the tokens whose hidden states are returned; None for all.
             ids: int64 ``(T,)``, the tokens, which models with inputs of each layer need.
             modalities: of all tokens and of ``rows``, for models with experts of images and videos; None if
@@ -266,8 +266,8 @@ class Decoder(nn.Module):
             inputs = None if given is None else given[:, index]
             of_tokens = {} if modalities is None else {"modalities": modalities[wanted is not None]}
             x, residual = layer(x, residual, positions, cache, own, wanted, inputs, **of_tokens)
-            if deepstack is not None and index < len(deepstack):
-                added = deepstack[index]
+            if deepstack is not None and index in self.config.deepstack_layers:
+                added = deepstack[self.config.deepstack_layers.index(index)]
                 x = whole(x) + (added if wanted is None else added.index_select(0, wanted))
         return self.norm.add(x, residual)[0]
 

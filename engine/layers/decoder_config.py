@@ -225,7 +225,7 @@ class DecoderConfig:
         layer_inputs: what each layer adds of a token beside attention and MLP; None if there is nothing.
         layer_scales: the output of each layer, residual included, is multiplied by a learned number.
         experts: the layers whose MLP is a mixture of experts; None if no layer's is.
-        num_deepstack: leading layers after which visual features are added (Qwen3-VL).
+        deepstack_layers: layers after which visual features are added, the first ones (Qwen3-VL) or any.
         projected_width: numbers of a vector that a projection with bias makes of each hidden state, for
             models that are trained to retrieve (ColQwen2); None if vectors are hidden states.
     """
@@ -282,7 +282,7 @@ class DecoderConfig:
     layer_inputs: LayerInputsConfig | None = None
     layer_scales: bool = False
     experts: ExpertsConfig | None = None
-    num_deepstack: int = 0
+    deepstack_layers: tuple[int, ...] = ()
     projected_width: int | None = None
 
     @property

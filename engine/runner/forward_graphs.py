@@ -50,7 +50,7 @@ class MediaRows(NamedTuple):
     Attributes:
         places: int64 ``(E,)``, the rows.
         embeds: ``(E, width)``, in place of the embeddings of tokens.
-        deepstack: ``(deepstack, E, width)``, added to the hidden states after the first layers.
+        deepstack: ``(deepstack, E, width)``, added to the hidden states after some layers.
     """
 
     places: torch.Tensor
@@ -69,7 +69,7 @@ class ForwardGraphs:
     Args:
         gather: fills the inputs of a pass from the arrays of the step.
         forward: inputs, metadata of the same tensors, the embedding rows of media ``(T, width)`` and what is
-            added after the first layers ``(deepstack, T, width)`` or None, to the hidden states of the
+            added after some layers ``(deepstack, T, width)`` or None, to the hidden states of the
             sampling rows ``(R, width)``, or of all rows ``(T, width)``.
         capture: see :class:`engine.graphs.Capture`.
         sizes: numbers of tokens to capture, ascending.

@@ -139,7 +139,7 @@ class ModelRunner:
                 step=self._buffer.numbers,
                 width=model.config.hidden_size,
                 dtype=self.dtype,
-                deepstack=model.config.num_deepstack,
+                deepstack=len(model.config.deepstack_layers),
                 max_seq_len=max_model_len,
                 all_rows=pooling,
                 both_ways=self._both_ways,

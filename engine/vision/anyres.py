@@ -20,11 +20,18 @@ class AnyresConfig:
         pinpoints: ``(height, width)`` in pixels of the tilings to choose from, multiples of a crop's side.
         max_tiles: features of more tiles are shrunk to the number of features of this many; None never
             shrinks them.
+        parts: of a row, equal ones, each of which a newline row has.
     """
 
     crops: CropVisionConfig
     pinpoints: Pinpoints
     max_tiles: int | None = None
+    parts: int = 1
+
+    @property
+    def side(self) -> int:
+        """Rows along a crop's side."""
+        return math.isqrt(self.crops.rows_per_crop)
 
     def tiles(self, size: tuple[int, int]) -> tuple[int, int]:
         """Tiles in a column and in a row for an image of ``(width, height)`` pixels."""
@@ -36,7 +43,7 @@ class AnyresConfig:
 
         They are those of the whole, then those of the tiles with a newline row after each line.
         """
-        shown = tiled_rows(size, self.tiles(size), self.crops.grid_side, self.max_tiles)
+        shown = tiled_rows(size, self.tiles(size), self.side, self.max_tiles)
         return self.crops.rows_per_crop + shown.rows * (shown.columns + 1)
 
 

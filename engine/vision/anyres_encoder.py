@@ -31,7 +31,7 @@ class AnyresVisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.crops = CropVisionEncoder(config.crops, build)
-        self.newline = build.parameter(config.crops.out_features)
+        self.newline = build.parameter(config.crops.out_features // config.parts)
 
     def cost(self, item: MediaItem) -> int:
         return self.crops.cost(item)
@@ -53,25 +53,29 @@ class AnyresVisionEncoder(nn.Module):
     def _rows(self, item: MediaItem, features: torch.Tensor) -> torch.Tensor:
         """Rows of one item from ``(crops, rows_per_crop, out_features)``."""
         if item.kind == "video":
-            side = -(-self.config.crops.grid_side // 2)
+            side = -(-self.config.side // 2)
             halved = _resized(self._as_grids(features), side, side)
-            return torch.cat([halved.flatten(0, 2), self.newline[None]])
+            return torch.cat([halved.flatten(0, 2), self._line_end()])
         if len(features) == 1:
-            return torch.cat([features[0], self.newline[None]])
+            return torch.cat([features[0], self._line_end()])
         return torch.cat([features[0], self._tiles(item, self._as_grids(features[1:]))])
 
+    def _line_end(self) -> torch.Tensor:
+        """The newline row ``(1, out_features)``."""
+        return self.newline.repeat(1, self.config.parts)
+
     def _as_grids(self, features: torch.Tensor) -> torch.Tensor:
-        return features.unflatten(1, (self.config.crops.grid_side, -1))
+        return features.unflatten(1, (self.config.side, -1))
 
     def _tiles(self, item: MediaItem, tiles: torch.Tensor) -> torch.Tensor:
         """Rows of ``(tiles, side, side, out_features)`` joined to one image, line by line."""
         _, down, along = item.grid
         image = tiles.unflatten(0, (down, along)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-        part = tiled_rows(item.size, (down, along), self.config.crops.grid_side, self.config.max_tiles)
+        part = tiled_rows(item.size, (down, along), self.config.side, self.config.max_tiles)
         image = image[part.top : part.top + part.height, part.left : part.left + part.width]
         if (part.rows, part.columns) != (part.height, part.width):
             image = _resized(image[None], part.rows, part.columns)[0]
-        ends = self.newline.expand(part.rows, 1, -1)
+        ends = self._line_end().expand(part.rows, 1, -1)
         return torch.cat([image, ends], dim=1).flatten(0, 1)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:

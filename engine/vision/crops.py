@@ -19,6 +19,7 @@ from engine.vision.connector import MLPConnector
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.pixel_shuffle import GatedShuffleConnector, PixelShuffleConnector, ShuffledMLPConnector
 from engine.vision.pixels import PixelInput, blank, unfit
+from engine.vision.query_windows import WindowConnector
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer import VisionTransformer
 from engine.vision.visual_vocabulary import VocabularyConnector
@@ -94,6 +95,8 @@ def _connector(config: CropVisionConfig, build: BuildContext) -> nn.Module:
     if config.averaged is not None:
         eps = config.tower.norm_eps
         return AveragingConnector(width, config.grid_side, config.averaged, eps, out, build)
+    if config.windows is not None:
+        return WindowConnector(config.windows, config.grid_side, out // len(config.windows.order), build)
     if config.vocabulary is not None:
         factor = config.pixel_shuffle or 1
         return VocabularyConnector(width, config.grid_side, factor, config.vocabulary, out, build)

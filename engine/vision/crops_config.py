@@ -38,6 +38,34 @@ class GatedSquares:
 
 
 @dataclass(frozen=True, slots=True)
+class QueryWindows:
+    """A connector of several projectors, each of which makes a row of each square of 2x2 features by learned
+    queries that attend within windows, to each other and to the features (Granite 4 Vision).
+
+    Attributes:
+        layers: the number of the feature, among those of a patch that lie beside each other, that each of the
+            first projectors reads.
+        spatial: the same of the last four. Their queries begin as one corner of each square each, those of
+            the others as its average.
+        order: the projectors whose results are a row's parts.
+        side: of a window's queries; a window has twice as many features along its side.
+        width: of a feature.
+        num_heads, num_blocks, intermediate_size, activation, norm_eps: of each projector's transformer.
+    """
+
+    layers: tuple[int, ...]
+    spatial: int
+    order: tuple[int, ...]
+    side: int
+    width: int
+    num_heads: int
+    num_blocks: int
+    intermediate_size: int
+    activation: str
+    norm_eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class CropVisionConfig:
     """A tower of fixed resolution, and a connector: an MLP, or a projection of shuffled pixels.
 
@@ -52,6 +80,7 @@ class CropVisionConfig:
         shuffled_mlp: whether a square becomes a row by a LayerNorm and the MLP, else by a single projection.
         gated: makes rows of shuffled squares; None without it.
         vocabulary: makes rows of shuffled squares; None without it.
+        windows: makes rows of squares; None without it.
         averaged: side, in patches, of the square whose average becomes one row; None averages nothing.
         bucketed_positions: whether a patch's learned position depends on its place relative to the image's
             size, as in towers that also take images of other sizes; else on its index.
@@ -69,6 +98,7 @@ class CropVisionConfig:
     shuffled_mlp: bool = False
     gated: GatedSquares | None = None
     vocabulary: VisualVocabulary | None = None
+    windows: QueryWindows | None = None
     averaged: int | None = None
     bucketed_positions: bool = False
 
@@ -85,6 +115,8 @@ class CropVisionConfig:
     def rows_per_crop(self) -> int:
         if self.pixel_shuffle is not None:
             return self.patches_per_crop // self.pixel_shuffle**2
+        if self.windows is not None:
+            return self.patches_per_crop // 4
         if self.averaged is not None:
             return self.patches_per_crop // self.averaged**2
         return self.patches_per_crop + self.tower.class_token - self.drop_first

@@ -79,7 +79,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> TilesVisionConfig:
 
 def _with_deepstack(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Tells the decoder of the features of several depths."""
-    decoder = replace(config.decoder, num_deepstack=len(config.vision.deepstack_layers))
+    decoder = replace(config.decoder, deepstack_layers=tuple(range(len(config.vision.deepstack_layers))))
     return replace(config, decoder=decoder)
 
 

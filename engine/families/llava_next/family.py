@@ -15,11 +15,16 @@ from engine.vision.anyres import AnyresConfig
 from engine.vision.crops_config import CropVisionConfig
 
 
-def _vision(raw: Json, processor: Json, hidden: int) -> AnyresConfig:
+def parse_anyres(raw: Json, processor: Json, hidden: int) -> AnyresConfig:
+    """The tower and the tilings of config.json (``raw``), for rows of ``hidden`` numbers.
+
+    Raises:
+        CheckpointError: naming the field that is not supported.
+    """
     crops = parse_vision(raw, processor, hidden)
     if not isinstance(crops, CropVisionConfig):
         raise CheckpointError(
-            "config.json: LLaVA-NeXT's tower should be clip_vision_model or siglip_vision_model",
+            "config.json: the tower should be clip_vision_model or siglip_vision_model",
             param="vision_config",
         )
     if crops.drop_first != crops.tower.class_token:
@@ -38,7 +43,7 @@ FAMILY = Family(
     architectures=("LlavaNextForConditionalGeneration",),
     reader=ConfigReader(
         text=nested_text("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "granite"),
-        vision=_vision,
+        vision=parse_anyres,
         image_token=token_field("image_token_index", "image_token_id", default=32000),
         end_tokens=(2,),
     ),

@@ -119,7 +119,7 @@ def _with_deepstack(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     raw, decoder = checkpoint.config, config.decoder
     return replace(
         config,
-        decoder=replace(decoder, num_deepstack=len(config.vision.deepstack_layers)),
+        decoder=replace(decoder, deepstack_layers=tuple(range(len(config.vision.deepstack_layers)))),
         extra={
             "vision_start": token_field("vision_start_token_id", default=151652)(raw, decoder),
             "vision_end": token_field("vision_end_token_id", default=151653)(raw, decoder),

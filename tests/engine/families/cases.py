@@ -37,6 +37,7 @@ from tests.engine.families.glm import GlmReference, make_glm
 from tests.engine.families.got_ocr2 import FRAME as GOT_FRAME
 from tests.engine.families.got_ocr2 import IMAGE as GOT_IMAGE
 from tests.engine.families.got_ocr2 import GotReference, make_got_ocr2
+from tests.engine.families.granite4_vision import Granite4VisionReference, make_granite4_vision
 from tests.engine.families.granite_docling import FRAME as DOCLING_FRAME
 from tests.engine.families.granite_docling import GraniteDoclingReference, make_granite_docling_tiles
 from tests.engine.families.hunyuan_vl import FRAME as HUNYUAN_FRAME
@@ -135,6 +136,16 @@ CASES = [
         "LLaVA-NeXT",
         make_llava_next,
         LlavaNextReference,
+        frame="USER: {} ASSISTANT:",
+        placeholder=lambda index, count: "<image>\n",
+        # Two tiles beside each other with padding, and three below each other.
+        single=((60, 44), (9, 300)),
+        several=(((90, 30), (33, 70)), ((20, 20), (64, 40), (41, 83))),
+    ),
+    FamilyCase(
+        "Granite 4 Vision",
+        make_granite4_vision,
+        Granite4VisionReference,
         frame="USER: {} ASSISTANT:",
         placeholder=lambda index, count: "<image>\n",
         # Two tiles beside each other with padding, and three below each other.
@@ -556,6 +567,7 @@ LIKE = {
     "PaliGemma": "PaliGemma 2",
     "SmolVLM": "Idefics3",
     "hunyuan_v1_dense": "HunyuanOCR",
+    "Granite 4 Vision": "LLaVA-NeXT",
     "Molmo 2 on OLMo": "Molmo 2",
     **dict.fromkeys(("cohere", "cohere2"), "Aya Vision"),
     "exaone4": "EXAONE 4.5",

@@ -26,6 +26,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "llava": (2, 5),
     "llava_onevision": (3, 1018),
     "lfm2_vl": (7,),
+    "granite4_vision": (3,),
     "llava_next": (14,),
     "mistral3": (9,),
     "lighton_ocr": (8,),

@@ -16,6 +16,7 @@ import pytest
 from engine.errors import CheckpointError
 from tests.engine.families import minicpm_v_reference as minicpm_v
 from tests.engine.families.ernie4_5_vl import make_ernie4_5_vl
+from tests.engine.families.granite4_vision import make_granite4_vision
 from tests.engine.families.hunyuan_vl import make_hunyuan_vl
 from tests.engine.families.idefics import make_idefics3
 from tests.engine.families.llava_variants import make_llava_variant
@@ -40,6 +41,7 @@ MAKE: dict[str, Callable[[Path], object]] = {
     "Qwen3-VL": make_qwen3_vl,
     "MiniCPM-V": minicpm_v.make,
     "Molmo 2": partial(make_molmo2, hub=True),
+    "Granite 4 Vision": make_granite4_vision,
 }
 CONFIG, IMAGES, VIDEOS = "config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 PROCESSOR = "processor_config.json"
@@ -164,6 +166,20 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
         (IMAGES, {"slice_mode": False}, "slice_mode"),
         (IMAGES, {"patch_size": 14}, "patch_size"),
         (IMAGES, {"image_feature_size": 64}, "image_feature_size"),
+    ],
+    "Granite 4 Vision": [
+        (CONFIG, {"downsample_rate": None}, "downsample_rate None"),
+        (CONFIG, {"downsample_rate": "1/4"}, "should be a half"),
+        (CONFIG, {"downsample_rate": "3/6"}, "windows that fill 8 patches"),
+        (CONFIG, {"deepstack_layer_map": None}, "deepstack_layer_map should be pairs"),
+        (CONFIG, {"deepstack_layer_map": [[1, 4]]}, "the first one among them"),
+        (CONFIG, {"deepstack_layer_map": [[1, 0], [2, 5]]}, "different layers"),
+        (CONFIG, {"spatial_target_layers": [1, 2, 3]}, "four spatial_target_layers"),
+        (CONFIG, {"spatial_target_layers": [1, 2, 3, 6]}, "layer 6 is behind the last"),
+        (CONFIG, {"spatial_vision_layer": 9}, "vision_feature_layer"),
+        (CONFIG, {"qformer_config.cross_attention_frequency": 2}, "cross_attention_frequency should be 1"),
+        (CONFIG, {"vision_config.hidden_size": 96}, "multiple of 64"),
+        (CONFIG, {"text_config.model_type": "llama"}, "'llama' is not supported"),
     ],
     "Molmo 2": [
         (CONFIG, {"text_config.qk_norm_type": "none"}, "qk_norm_type 'none'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,7 +167,7 @@ def test_deepstack_and_interleaved_positions_as_in_qwen3_vl(tmp_path):
         },
     )
     reference = spread(transformers.Qwen3VLTextModel(raw))
-    config = parse_decoder(raw.to_dict(), "qwen3_vl")
+    config = replace(parse_decoder(raw.to_dict(), "qwen3_vl"), deepstack_layers=(0, 1, 2))
     decoder = Decoder(config, BuildContext(CPU, torch.float32, SingleProcessGroup()))
     tensors = {name: value.contiguous() for name, value in reference.state_dict().items()}
     save_file({**tensors, "lm_head.weight": torch.eye(320, 64)}, tmp_path / "model.safetensors")

@@ -11,6 +11,7 @@ from tests.engine.families.drawn.gemma3 import Gemma3Family
 from tests.engine.families.drawn.gemma4 import Gemma4Family
 from tests.engine.families.drawn.glm import GlmFamily
 from tests.engine.families.drawn.got_ocr2 import GotFamily
+from tests.engine.families.drawn.granite4_vision import Granite4VisionFamily
 from tests.engine.families.drawn.granite_docling import GraniteDoclingFamily
 from tests.engine.families.drawn.hunyuan_vl import HunyuanFamily
 from tests.engine.families.drawn.idefics import IdeficsFamily
@@ -32,6 +33,7 @@ _ALL: tuple[Family, ...] = (
     LlavaFamily(),
     OnevisionFamily(),
     LlavaNextFamily(),
+    Granite4VisionFamily(),
     *(SquaresFamily(kind) for kind in ("Mistral3", "LightOnOcr")),
     Gemma3Family(),
     *(Gemma4Family(unified) for unified in (False, True)),

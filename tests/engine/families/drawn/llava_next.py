@@ -53,7 +53,7 @@ class LlavaNextFamily:
         clip = tower["model_type"] == "clip_vision_model"
         if not clip:
             tower["vision_use_head"] = False
-        pinpoints = _pinpoints(draw, side)
+        pinpoints = draw_pinpoints(draw, side)
         image = SPECIALS.index("<image>")
         raw: dict[str, Any] = {
             "model_type": "llava_next",
@@ -76,7 +76,7 @@ class LlavaNextFamily:
         model = write_model(draw, path, raw, architecture, renamed)
         draw_ends(draw, path, text, 2, 0)
         write_json(path / "config.json", {"architectures": [architecture], **raw})
-        _processor(draw, path, side, pinpoints)
+        write_tiles(draw, path, side, pinpoints)
         style = Style(
             "USER: {} ASSISTANT:",
             "</s>",
@@ -96,7 +96,7 @@ class LlavaNextFamily:
         )
 
 
-def _pinpoints(draw: Draw, side: int) -> list[list[int]]:
+def draw_pinpoints(draw: Draw, side: int) -> list[list[int]]:
     """Tilings in pixels, in any order."""
     rng = draw.stream("pinpoints")
     every = [[a * side, b * side] for a in range(1, 4) for b in range(1, 4)]
@@ -105,7 +105,7 @@ def _pinpoints(draw: Draw, side: int) -> list[list[int]]:
     return [[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [3 * side, side], [side, 3 * side]]
 
 
-def _processor(draw: Draw, path: Path, side: int, pinpoints: list[list[int]]) -> None:
+def write_tiles(draw: Draw, path: Path, side: int, pinpoints: list[list[int]]) -> None:
     """preprocessor_config.json, whose squares are the tower's."""
     square = {"height": side, "width": side}
     stated: dict[str, Any] = {
