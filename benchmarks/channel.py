@@ -34,17 +34,18 @@ from engine.prompt import EngineInput
 from engine.sampling_params import SamplingParams
 
 
-class _Steps:
+class Steps:
     """A stage whose answers get a token each at the same times, as those of an engine.
 
     Args:
-        tokens: of an answer.
+        tokens: of an answer; None: as many as its request asks for.
         step_s: seconds between two tokens.
     """
 
-    def __init__(self, tokens: int, step_s: float) -> None:
+    def __init__(self, tokens: int | None, step_s: float) -> None:
         self._tokens, self._step_s = tokens, step_s
-        self._running: dict[Mailbox, tuple[str, int]] = {}
+        # The request, the tokens that it has, and those that it gets.
+        self._running: dict[Mailbox, tuple[str, int, int]] = {}
 
     async def generate(
         self, request: Generation, media: Any, relay: Relay
@@ -52,7 +53,7 @@ class _Steps:
         mailbox = Mailbox(relay)
         if not self._running:
             asyncio.get_running_loop().call_later(self._step_s, self._step)
-        self._running[mailbox] = request.request_id, 0
+        self._running[mailbox] = request.request_id, 0, self._tokens or request.params.max_tokens or 1
         finished = False
         while not finished:
             update = await mailbox.get()
@@ -61,24 +62,31 @@ class _Steps:
             yield update
 
     def _step(self) -> None:
-        for mailbox, (name, count) in list(self._running.items()):
+        for mailbox, (name, count, most) in list(self._running.items()):
             count += 1
-            last = count == self._tokens
+            last = count == most
             delta = OutputDelta(0, " word", [300], finish_reason="length" if last else None)
             mailbox.put(StreamUpdate(name, [delta], Usage(1, count), finished=last))
             if last:
                 del self._running[mailbox]
             else:
-                self._running[mailbox] = name, count
+                self._running[mailbox] = name, count, most
         if self._running:
             asyncio.get_running_loop().call_later(self._step_s, self._step)
 
 
 class Replica(LanguageModelReplica):
-    def __init__(self, tokens: int, step_s: float) -> None:
+    """A replica without a model.
+
+    Args:
+        steps: in place of the model.
+        encoder: in place of a :class:`deployments.encoder.VisionEncoder`; None if there is none.
+    """
+
+    def __init__(self, steps: Steps, encoder: Any = None) -> None:
         prepare_process()
         self._held, self._outboxes = HeldRequests(), Outboxes()
-        self._stage = ServedModel(_Steps(tokens, step_s), self._outboxes)
+        self._stage = ServedModel(steps, self._outboxes, encoder)
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Nothing can change."""
@@ -141,7 +149,7 @@ async def run(options: argparse.Namespace) -> None:
         request_router_config={"request_router_class": LanguageModelRouter},
     )(Replica)
     handle = serve.run(
-        deployment.bind(options.tokens, options.step_ms / 1e3), name="bench", route_prefix=None
+        deployment.bind(Steps(options.tokens, options.step_ms / 1e3)), name="bench", route_prefix=None
     )
     ways = {"own call": _NoChannels, "channel": _NoLines, "line": Inbox}
     readers = {way: _reader(handle, inbox) for way, inbox in ways.items()}

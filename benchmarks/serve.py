@@ -13,6 +13,8 @@ How well running answers keep their pace while images arrive: ITL with ``--text-
 with the encoder's ``--duty-cycle`` and ``--batch-patches``, and the engine's ``--batched-tokens`` lowered,
 or with ``--encoder-gpu``.
 
+What a request costs beside the models, on any machine: ``--without-model --shape qwen2-vl-2b --tokens 8``.
+
 Several GPUs: ``--one-process --language-models 4`` has an encoder and a language model in one process on each
 of four, ``--encoder-gpu --encoders 2 --language-models 2`` has them apart.
 """
@@ -127,7 +129,7 @@ def serve_config(options: argparse.Namespace, path: str) -> dict[str, Any]:
     if options.gpu:
         engine |= {"gpu_memory_utilization": 0.7, "max_num_seqs": options.seqs}
         share = (1.0, 1.0) if options.encoder_gpu or options.one_process else (0.25, 0.75)
-    else:
+    elif not options.without_model:
         engine |= {"max_num_seqs": 16, "max_model_len": 512}
     model = {
         "name": options.shape,
@@ -149,7 +151,7 @@ def serve_config(options: argparse.Namespace, path: str) -> dict[str, Any]:
     app = {
         "name": "bench",
         "route_prefix": "/",
-        "import_path": "deployments.app:build",
+        "import_path": f"{'benchmarks.without_model' if options.without_model else 'deployments.app'}:build",
         "args": {"models": [model], "ingress": {"num_replicas": options.ingresses}},
     }
     quiet = {"log_level": "WARNING", "enable_access_log": False}
@@ -189,6 +191,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--engine-in-replica", action="store_true", help="the engine in the process that Ray Serve calls"
+    )
+    parser.add_argument(
+        "--without-model", action="store_true", help="nothing computes: what a request costs beside it"
     )
     parser.add_argument("--rates", default="4", help="requests a second, comma-separated")
     parser.add_argument("--requests", type=int, default=16, help="for each rate")
