@@ -57,8 +57,8 @@ class AnswerReader:
         self._spelling = spelling
         self._parsers: dict[int, AnswerParser | None] = {}
         self.parses = make_parser() is not None
-        # The JSON text of the last call of each choice that has called, in pieces.
-        self._last_call: dict[int, list[str]] = {}
+        # The JSON text of the last call of each choice that has called, in pieces; None if the call is free.
+        self._last_call: dict[int, list[str] | None] = {}
         self._thoughts: dict[int, ThoughtTokens] = {}
 
     @property
@@ -85,9 +85,9 @@ class AnswerReader:
             events += parser.finish(cut=delta.finish_reason != "stop" or delta.stop_reason is not None)
         for event in events:
             if isinstance(event, CallStart):
-                self._last_call[delta.index] = []
-            elif isinstance(event, CallArguments) and not event.is_free:
-                self._last_call[delta.index].append(event.text)
+                self._last_call[delta.index] = None if event.is_free else []
+            elif isinstance(event, CallArguments) and (pieces := self._last_call[delta.index]) is not None:
+                pieces.append(event.text)
         if not self._shows_thoughts:
             events = [event for event in events if not isinstance(event, Reasoning)]
         reason: str | None = delta.finish_reason
@@ -98,11 +98,11 @@ class AnswerReader:
 
     def _is_whole(self, index: int, parser: AnswerParser) -> bool:
         """Return whether the last call of a choice has its end."""
-        arguments = "".join(self._last_call[index])
-        if not arguments and parser.free_text is not None:
-            return parser.free_text == "whole"
+        pieces = self._last_call[index]
+        if pieces is None:
+            return parser.last_text_is_whole
         try:
-            return isinstance(json.loads(arguments), dict)
+            return isinstance(json.loads("".join(pieces)), dict)
         except (ValueError, RecursionError):
             return False
 

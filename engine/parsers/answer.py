@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from engine.parsers.events import Event, Parser, Text
 from engine.parsers.free_text import FreeTextCalls
 from engine.parsers.reasoning import ReasoningParser, ThoughtState
@@ -37,9 +35,9 @@ class AnswerParser:
         return "none" if self._reasoning is None else self._reasoning.state
 
     @property
-    def free_text(self) -> Literal["open", "whole"] | None:
-        """Whether the text of the last free call has its end; None if there was no such call."""
-        return self._calls.last if isinstance(self._calls, FreeTextCalls) else None
+    def last_text_is_whole(self) -> bool:
+        """The text of the last free call has its end."""
+        return isinstance(self._calls, FreeTextCalls) and self._calls.last_is_whole
 
     def feed(self, text: str) -> list[Event]:
         return self._pass([Text(text)] if text else [], finish=False)

@@ -87,11 +87,9 @@ class FreeTextCalls:
         self._texts: dict[int, FreeText] = {}
 
     @property
-    def last(self) -> Literal["open", "whole"] | None:
-        """Whether the last text has its end; None if there is none."""
-        if not self._texts:
-            return None
-        return "open" if self._texts[max(self._texts)].is_open else "whole"
+    def last_is_whole(self) -> bool:
+        """The last text has its end."""
+        return bool(self._texts) and not self._texts[max(self._texts)].is_open
 
     def feed(self, text: str) -> list[Event]:
         return self._with_text(self._calls.feed(text))

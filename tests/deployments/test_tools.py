@@ -656,6 +656,17 @@ def test_a_call_that_a_stop_string_cuts_is_no_whole_one(name, tool):
     assert read(whole - 1, None).finish_reason == "tool_calls"
 
 
+def test_a_call_behind_a_whole_one_may_be_cut():
+    use = read_tools([custom("say"), *TOOLS], None, None)
+    says = '<tool_call>\n{"name": "say", "arguments": {"input": "a"}}\n</tool_call>\n'
+    stops = '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>\n'
+    for whole, begun in ((says, stops[:-18]), (stops, says[:-21])):
+        for text, reason in ((whole, "tool_calls"), (whole + begun, "stop")):
+            reader = AnswerReader(lambda: HERMES.parser(use, ""))
+            read = reader.read(OutputDelta(0, text, [1], finish_reason="stop", stop_reason="x"))
+            assert read.finish_reason == reason, text
+
+
 @pytest.mark.parametrize("name", [name for name, form in TOOL_FORMATS.items() if form.layout.trigger])
 def test_tags_of_a_call_that_was_cut_off_are_no_text(name):
     """Wherever a limit cuts a call: none of its syntax is shown, and what was written before it is."""
