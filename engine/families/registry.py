@@ -75,6 +75,8 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "Ministral3ForCausalLM",
         "MistralForCausalLM",
         "MixtralForCausalLM",
+        "Olmo2ForCausalLM",
+        "Olmo3ForCausalLM",
         "Phi3ForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen2MoeForCausalLM",

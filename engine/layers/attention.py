@@ -64,7 +64,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (
                 HeadLayerNorms(part, self.head_dim, config.rms_norm_eps, build)
                 if config.qk_layer_norm
-                else HeadsNorm(part, config.rms_norm_eps, build)
+                else HeadsNorm(part, config.rms_norm_eps, config.norm_offset, build)
                 for part in self.qkv_proj.parts[:2]
             )
         self.norms_last = config.qk_norm_last

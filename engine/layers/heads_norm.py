@@ -14,7 +14,7 @@ from engine.layers.linear import FusedPart
 
 
 class HeadsNorm(nn.Module):
-    """Computes ``weight * x / sqrt(mean(x²) + eps)``, where the mean is over the heads of all ranks.
+    """Computes :func:`~engine.kernels.rms_norm.rms_norm`, where the mean is over the heads of all ranks.
 
     Each rank has as many heads as the others. Where there are more ranks than KV heads, each of these is on
     equally many ranks, which leaves the mean as it is.
@@ -23,19 +23,22 @@ class HeadsNorm(nn.Module):
         part: the projection that it norms.
     """
 
-    def __init__(self, part: FusedPart, eps: float, build: BuildContext) -> None:
+    def __init__(self, part: FusedPart, eps: float, offset: float | None, build: BuildContext) -> None:
         super().__init__()
-        self.tp, self.eps = build.tp, eps
+        self.tp, self.eps, self.offset = build.tp, eps, offset
         self.total, self.own = part.total, slice(part.start, part.start + part.size)
         self.weight = build.parameter(part.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Norm this rank's heads ``(T, heads * head_dim)``; it may be strided."""
         if self.tp.size == 1:
-            return rms_norm(x, self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps, offset=self.offset)
         wide = x.float()
         mean = self.tp.all_reduce(wide.square().mean(-1, keepdim=True)) / self.tp.size
-        return (wide * torch.rsqrt(mean + self.eps)).to(x.dtype) * self.weight
+        normed = wide * torch.rsqrt(mean + self.eps)
+        if self.offset is None:
+            return normed.to(x.dtype) * self.weight
+        return (normed * (self.weight.float() + self.offset)).to(x.dtype)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [WeightSlot(prefix + "weight", (self.total,), [((self.own,), self.weight.data)])]

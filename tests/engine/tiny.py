@@ -317,6 +317,8 @@ TEXT_ARCHITECTURES = (
     "ministral3",
     "mistral",
     "mixtral",
+    "olmo2",
+    "olmo3",
     "phi3",
     "phi3_longrope",
     "qwen2",
@@ -494,6 +496,13 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
             common |= {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
     elif kind == "exaone4":
         common |= {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+    elif kind == "olmo3":
+        common |= {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+        scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+        rope = {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+            "full_attention": {**scaling, "rope_theta": 10000.0},
+        }
     elif kind in ("ernie4_5", "glm", "glm4", "seed_oss"):
         common["head_dim"] = 32
     elif kind == "hunyuan_v1_dense":

@@ -46,6 +46,8 @@ DecoderKind = Literal[
     "mistral",
     "mixtral",
     "molmo2_text",
+    "olmo2",
+    "olmo3",
     "paddleocr_vl",
     "phi3",
     "qwen2",
@@ -61,6 +63,7 @@ DecoderKind = Literal[
     "smollm3",
 ]
 
+
 _COMMON: dict[str, Any] = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
@@ -71,6 +74,14 @@ _COMMON: dict[str, Any] = {
     "num_attention_heads": 32,
     "hidden_size": 4096,
     "rms_norm_eps": 1e-6,
+}
+_OLMO: dict[str, Any] = {
+    **_COMMON,
+    "vocab_size": 50304,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
 }
 _ERNIE: dict[str, Any] = {
     **_COMMON,
@@ -410,6 +421,16 @@ DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "qk_norm_type": "qwen3",
         "norm_after": False,
         "rope_scaling_layers": None,
+    },
+    "olmo2": _OLMO,
+    "olmo3": {
+        **_OLMO,
+        "rope_theta": 500_000.0,
+        # Whatever the file states for the other layers.
+        "rope_local_base_freq": 500_000.0,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+        "layer_types": None,
     },
     "paddleocr_vl": _ERNIE,
     "phi3": {

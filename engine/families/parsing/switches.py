@@ -80,6 +80,10 @@ def _qwen3_5(config: Json) -> dict[str, Any]:
     }
 
 
+#: Norms scale in float32.
+_OLMO: dict[str, Any] = {"post_norm": True, "qk_norm_whole": True, "norm_offset": 0.0}
+
+
 #: By kind, the fields of :class:`~engine.layers.decoder_config.DecoderConfig` that other kinds leave at their
 #: defaults.
 def _molmo2(config: Json) -> dict[str, Any]:
@@ -111,6 +115,8 @@ SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "hunyuan_vl_text": lambda config: {"qk_norm_last": True},
     "lfm2": lfm2_switches,
     "molmo2_text": _molmo2,
+    "olmo2": lambda config: _OLMO,
+    "olmo3": lambda config: _OLMO,
     "qwen3_5_moe_text": _qwen3_5,
     "qwen3_5_text": _qwen3_5,
     "granitemoe": _granite,

@@ -1,6 +1,6 @@
 """Language models without images: Cohere 1 and 2, Ernie 4.5, EXAONE 4, Gemma 1 to 4, GLM-4, Granite, Hunyuan,
-LFM2, Llama, Mistral, Ministral-3, Phi3, Qwen2, Qwen3, Qwen3.5, Seed-OSS, SmolLM3; with experts Ernie 4.5,
-Gemma 4, GLM-4.5, Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
+LFM2, Llama, Mistral, Ministral-3, OLMo 2 and 3, Phi3, Qwen2, Qwen3, Qwen3.5, Seed-OSS, SmolLM3; with experts
+Ernie 4.5, Gemma 4, GLM-4.5, Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ _KINDS: dict[str, DecoderKind] = {
     "Ministral3ForCausalLM": "ministral3",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
+    "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo3",
     "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen2MoeForCausalLM": "qwen2_moe",

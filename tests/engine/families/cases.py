@@ -497,7 +497,8 @@ CASES = [
             partial(make_text_model, kind=kind),
             TextReference,
             texts=TEXTS,
-            windows=kind in ("cohere2", "exaone4", "gemma2", "gemma3", "gemma4", "mistral", "mixtral"),
+            windows=kind
+            in ("cohere2", "exaone4", "gemma2", "gemma3", "gemma4", "mistral", "mixtral", "olmo3"),
             # Recurrent states of all slots come out of it.
             options={"kv_cache_bytes": 32 << 20} if kind in HYBRIDS else {},
         )
@@ -523,6 +524,8 @@ CASES = [
             "ministral3",
             "mistral",
             "mixtral",
+            "olmo2",
+            "olmo3",
             "phi3",
             "qwen2",
             "qwen2_moe",
@@ -569,6 +572,7 @@ LIKE = {
     "hunyuan_v1_dense": "HunyuanOCR",
     "Granite 4 Vision": "LLaVA-NeXT",
     "Molmo 2 on OLMo": "Molmo 2",
+    **dict.fromkeys(("olmo2", "olmo3"), "EXAONE 4.5"),
     **dict.fromkeys(("cohere", "cohere2"), "Aya Vision"),
     "exaone4": "EXAONE 4.5",
     "glm": "qwen3",

@@ -80,6 +80,11 @@ def make_text_model(path: Path, hub: bool, kind: str) -> None:
         # Public files have the spelling of Transformers 5.
         split_shards(path)
         return
+    if kind == "olmo3":
+        config = json.loads((path / "config.json").read_text())
+        full = config.pop("rope_parameters")["full_attention"]
+        config |= {"rope_theta": full.pop("rope_theta"), "rope_scaling": full}
+        (path / "config.json").write_text(json.dumps(config))
     if kind == "gemma3":
         config = json.loads((path / "config.json").read_text())
         ropes = config.pop("rope_parameters")

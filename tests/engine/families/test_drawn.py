@@ -38,6 +38,8 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "exaone4": (1,),
     "exaone4_5": (1,),
     "seed_oss": (1,),
+    "olmo2": (1,),
+    "olmo3": (1,),
     "smollm3": (1,),
     "hunyuan_v1_dense": (1,),
     "gemma4": (1,),

@@ -46,7 +46,7 @@ _DEFAULT_KV = {
     "seed_oss": 8,
     "smollm3": 4,
     "molmo2": 8,
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_vl", "deepseek_ocr2"), None),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_vl", "deepseek_ocr2", "olmo2", "olmo3"), None),
 }
 #: Numbers of a head where a config.json does not say, by the kinds that don't derive them.
 _DEFAULT_HEAD_DIM = {
@@ -78,7 +78,7 @@ _COUNTED_KV = (
 _BIASED = (
     *("llama", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", *DELTA_NETS),
     *("cohere", "cohere2", "gemma", "granite", "granitemoe", "glm4_moe", "hunyuan_v1_dense", "hunyuan_vl"),
-    *("molmo2", "deepseek_ocr2"),
+    *("molmo2", "deepseek_ocr2", "olmo2", "olmo3"),
 )
 #: Scalings whose functions in Transformers take no null for the size of a head.
 _SIZED = ("dynamic", "yarn", "longrope")
@@ -271,6 +271,13 @@ def _windows(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
         how = draw.variant("window spelled", ("null", "stated", "absent"), 0.6)
         if how != "absent":
             fields["sliding_window"] = window if how == "stated" else None
+        return
+    if kind == "olmo3":
+        fields["sliding_window"] = window
+        if draw.varies("layer types stated", 0.5):
+            rng = draw.stream("layer types")
+            kinds = ("sliding_attention", "full_attention")
+            fields["layer_types"] = [rng.choice(kinds) for _ in range(layers)]
         return
     if kind in ("cohere2", "exaone4"):
         fields["sliding_window"] = window

@@ -70,8 +70,8 @@ def draw_rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, sect
         _growing(draw, fields)
         return
     scalings = ("default", "longrope") if kind == "phi3" else _SCALINGS
-    if kind in ("cohere2", "exaone4", "smollm3"):
-        # Beside layers that don't rotate, frequencies by length are refused.
+    if kind in ("cohere2", "exaone4", "olmo3", "smollm3"):
+        # Beside layers with other angles, or without any, frequencies by length are refused.
         scalings = _SCALINGS[:4]
     if kind == "ernie4_5_vl_moe":
         scalings = ("default",)
@@ -95,8 +95,9 @@ def draw_rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, sect
         if kind in ("qwen3_vl", "qwen3_vl_moe", *DELTA_NETS):
             rope["mrope_interleaved"] = True
     theta = draw.choice("rope theta", (1e4, 5e5, 1e6, 1e3))
-    new = draw.varies("rope in the new spelling", 0.4)
-    name = "rope_type" if new else draw.choice("rope type's name", ("type", "rope_type"))
+    new = draw.varies("rope in the new spelling", 0.4) and kind != "olmo3"
+    # Transformers' default of OLMo 3 has this name, and wins where the file has the other.
+    name = "rope_type" if new or kind == "olmo3" else draw.choice("rope type's name", ("type", "rope_type"))
     if section and scaling == "default" and not new:
         rope[name] = "default" if kind in _LATER else draw.choice("mrope's name", ("mrope", "default"))
     elif scaling != "default" or new:
