@@ -12,7 +12,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "aya_vision": ("AyaVisionForConditionalGeneration", "Cohere2VisionForConditionalGeneration"),
     "colpali": ("ColPaliForRetrieval",),
     "colqwen2": ("ColQwen2ForRetrieval",),
-    "deepseek_ocr2": ("DeepseekOcr2ForConditionalGeneration",),
+    "deepseek_ocr2": ("DeepseekOCR2ForCausalLM", "DeepseekOcr2ForConditionalGeneration"),
     "ernie4_5_vl": (
         "Ernie4_5_VLMoeForConditionalGeneration",
         "Ernie4_5_VL_MoeForConditionalGeneration",

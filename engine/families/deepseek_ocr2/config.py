@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.families.parsing.fields import Json, integer, number, vision_activation
+from engine.families.parsing.fields import Json, integer, number, vision_activation, with_aliases
 from engine.families.parsing.processor import parse_normalisation, stated_size
 from engine.families.parsing.sam import parse_sam
 from engine.vision.normalisation import HALF_NORMALISATION, Normalisation
@@ -26,6 +26,17 @@ _DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
 }
 _DOWNSAMPLES = (512, 896)
+#: The second encoder of the publisher's files, of which they state the width alone.
+_PUBLISHED_ENCODER: dict[str, Any] = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "rope_theta": 1e6,
+}
+#: Fields of Transformers' files, and the publisher's names of them.
+_TOWER_ALIASES = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +76,7 @@ def parse_vision(raw: Json, processor: Json, hidden: int) -> DeepseekVisionConfi
     Raises:
         CheckpointError: naming the field that is not supported.
     """
-    vision = raw.get("vision_config") or {}
+    vision = _as_in_transformers(raw.get("vision_config") or {})
     stated = vision.get("sam_config") or {}
     reduced = stated.get("downsample_channels") or _DOWNSAMPLES
     encoder = _encoder(vision.get("encoder_config") or {})
@@ -93,6 +104,33 @@ def parse_vision(raw: Json, processor: Json, hidden: int) -> DeepseekVisionConfi
         out_features=hidden,
         normalisation=parse_normalisation(processor, HALF_NORMALISATION),
     )
+
+
+def published_text(raw: Json) -> Json:
+    """The decoder's fields in the publisher's config.json, as in Transformers' ``text_config``."""
+    text = raw.get("language_config")
+    if not isinstance(text, dict) or text.get("use_mla", True):
+        raise CheckpointError(
+            "config.json: language_config with use_mla false is missing", param="language_config"
+        )
+    layers = integer(text, "num_hidden_layers")
+    dense = integer({"first_k_dense_replace": 0, **text}, "first_k_dense_replace", least=0)
+    kinds = ["dense" if layer < dense else "sparse" for layer in range(layers)]
+    return {**text, "model_type": "deepseek_ocr2_text", "mlp_layer_types": kinds}
+
+
+def _as_in_transformers(vision: Json) -> Json:
+    """``vision_config`` with the fields of Transformers, if it has the publisher's."""
+    width = vision.get("width")
+    if not isinstance(width, dict):
+        return vision
+    encoder = with_aliases(width.get("qwen2-0-5b") or {}, {"hidden_size": "dim"})
+    encoder = {**_PUBLISHED_ENCODER, **encoder}
+    tower = with_aliases(width.get("sam_vit_b") or {}, _TOWER_ALIASES)
+    # The second convolution makes as many features as the encoder takes, whatever the file states.
+    first, *_ = tower.get("downsample_channels") or _DOWNSAMPLES
+    tower["downsample_channels"] = [first, encoder["hidden_size"]]
+    return {"sam_config": tower, "encoder_config": encoder}
 
 
 def _encoder(stated: Json) -> VisionConfig:

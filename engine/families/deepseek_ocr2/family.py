@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from engine.checkpoint.rules import DEEPSEEK_RULES, WeightRules
 from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
-from engine.families.deepseek_ocr2.config import parse_vision
+from engine.families.deepseek_ocr2.config import parse_vision, published_text
 from engine.families.deepseek_ocr2.processor import DeepseekProcessor
 from engine.families.family import Family
 from engine.families.parsing.defaults import DecoderKind
@@ -17,6 +17,7 @@ from engine.families.parsing.sam import sam_rules
 if TYPE_CHECKING:
     from engine.layers.build import BuildContext
 
+_PUBLISHED = "DeepseekOCR2ForCausalLM"
 #: The model was trained on an image and a task, without marks of who speaks.
 _TEMPLATE = """\
 {{- bos_token -}}
@@ -36,6 +37,8 @@ _TOKENS = {"image_token": "<image>"}
 
 
 def _text(raw: Json) -> tuple[Json, DecoderKind]:
+    if _PUBLISHED in (raw.get("architectures") or []):
+        raw = {**raw, "text_config": published_text(raw)}
     fields, kind = nested_text("deepseek_ocr2_text")(raw)
     # Transformers' class takes the share of the hidden size, whatever the file states.
     return {**fields, "head_dim": None}, kind
@@ -100,7 +103,7 @@ def _encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
 
 FAMILY = Family(
     name="deepseek_ocr2",
-    architectures=("DeepseekOcr2ForConditionalGeneration",),
+    architectures=("DeepseekOcr2ForConditionalGeneration", _PUBLISHED),
     reader=ConfigReader(
         text=_text,
         vision=parse_vision,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ SPECIALS = ("<pad>", "<bos>", "<eos>", "<image>")
 #: The class has 144 queries for a tile and 256 for a whole image, each of 4x4 patches.
 PATCH, TILE, WHOLE = 2, 96, 128
 FRAME = "<bos>{}"
+PUBLISHED = "DeepseekOCR2ForCausalLM"
+#: Where config.json is the publisher's.
+TRANSFORMERS_CONFIG = "transformers_config.json"
 
 
 def deepseek_tokenizer() -> PreTrainedTokenizerFast:
@@ -28,7 +32,7 @@ def sam_sizes() -> dict[str, Any]:
     """Fields of the tower: a block with windows, which don't divide either side, and one without."""
     return {
         "hidden_size": 16,
-        "mlp_dim": 24,
+        "mlp_dim": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 1,
         "output_channels": 8,
@@ -44,6 +48,7 @@ def make_deepseek_ocr2(
     path: Path,
     hub: bool = False,
     *,
+    published: bool = False,
     processor: dict[str, Any] | None = None,
     sam: dict[str, Any] | None = None,
     **text: Any,
@@ -51,6 +56,7 @@ def make_deepseek_ocr2(
     """A checkpoint as Transformers saves it, or in the layout of the public ones.
 
     Args:
+        published: config.json and the processor's file are like the publisher's.
         processor, sam: further fields of the image processor and of the tower.
         text: further fields of the decoder.
     """
@@ -97,7 +103,38 @@ def make_deepseek_ocr2(
     images.save_pretrained(path)
     if hub:
         as_on_the_hub(path, **images.to_dict())
+    if published:
+        as_published(path)
     return path
+
+
+def as_published(path: Path) -> None:
+    """Rewrite config.json; Transformers' own goes to another file. The tensors have the publisher's names."""
+    file = path / "config.json"
+    file.rename(path / TRANSFORMERS_CONFIG)
+    config = json.loads((path / TRANSFORMERS_CONFIG).read_text())
+    text, encoder, sam = (
+        config["text_config"],
+        *map(config["vision_config"].pop, ("encoder_config", "sam_config")),
+    )
+    kinds = text.pop("mlp_layer_types")
+    config["architectures"], config["model_type"] = [PUBLISHED], "deepseek_vl_v2"
+    config["language_config"] = {
+        **config.pop("text_config"),
+        "first_k_dense_replace": (*kinds, "sparse").index("sparse"),
+        "use_mla": False,
+    }
+    for name, field in (
+        ("heads", "num_attention_heads"),
+        ("layers", "num_hidden_layers"),
+        ("width", "hidden_size"),
+    ):
+        sam[name] = sam.pop(field)
+    # Its second width is not what the encoder takes.
+    sam["downsample_channels"] = [sam["downsample_channels"][0], 99]
+    encoder["dim"] = encoder.pop("hidden_size")
+    config["vision_config"] = {"model_type": "vision", "width": {"qwen2-0-5b": encoder, "sam_vit_b": sam}}
+    file.write_text(json.dumps(config))
 
 
 def image_processor() -> Any:
@@ -116,7 +153,9 @@ class DeepseekReference:
     def __init__(self, path: Path, **options: Any) -> None:
         self.options = options
         cls = transformers.DeepseekOcr2ForConditionalGeneration
-        self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
+        file = path / TRANSFORMERS_CONFIG
+        config = transformers.DeepseekOcr2Config.from_json_file(file) if file.exists() else None
+        self.model = cls.from_pretrained(path, config=config, dtype=torch.float32).eval()
         tower = self.model.config.vision_config.sam_config
         self.processor = transformers.DeepseekOcr2Processor(
             image_processor().from_pretrained(path),

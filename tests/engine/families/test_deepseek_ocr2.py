@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.errors import InvalidRequest
+from engine.errors import CheckpointError, InvalidRequest
 from engine.families.deepseek_ocr2 import encoder as deepseek_encoder
 from engine.inputs.messages import parse_messages
 from engine.model_parts import load_prompt_builder
@@ -29,6 +30,33 @@ from tests.engine.families.test_prepared_images import unfolded
 from tests.engine.rerun import rerun
 from tests.engine.tiny import picture
 
+#: Of the public model.
+_CONFIG: dict[str, Any] = {
+    "architectures": ["DeepseekOcr2ForConditionalGeneration"],
+    "model_type": "deepseek_ocr2",
+    "text_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 6848,
+        "max_position_embeddings": 8192,
+        "mlp_layer_types": ["dense"] + ["sparse"] * 11,
+        "moe_intermediate_size": 896,
+        "num_attention_heads": 10,
+        "num_experts_per_tok": 6,
+        "num_hidden_layers": 12,
+        "vocab_size": 129280,
+    },
+    "vision_config": {
+        "encoder_config": {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "rope_theta": 1000000.0,
+        },
+        "sam_config": {"model_type": "deepseek_ocr2_sam_vision_model"},
+    },
+}
 _TILE = {"height": TILE, "width": TILE}
 
 
@@ -38,33 +66,7 @@ def path(tmp_path_factory):
 
 
 def test_a_configuration_of_public_sizes_is_filled_up(tmp_path):
-    config = {
-        "architectures": ["DeepseekOcr2ForConditionalGeneration"],
-        "model_type": "deepseek_ocr2",
-        "text_config": {
-            "hidden_size": 1280,
-            "intermediate_size": 6848,
-            "max_position_embeddings": 8192,
-            "mlp_layer_types": ["dense"] + ["sparse"] * 11,
-            "moe_intermediate_size": 896,
-            "num_attention_heads": 10,
-            "num_experts_per_tok": 6,
-            "num_hidden_layers": 12,
-            "vocab_size": 129280,
-        },
-        "vision_config": {
-            "encoder_config": {
-                "hidden_size": 896,
-                "intermediate_size": 4864,
-                "num_attention_heads": 14,
-                "num_hidden_layers": 24,
-                "num_key_value_heads": 2,
-                "rope_theta": 1000000.0,
-            },
-            "sam_config": {"model_type": "deepseek_ocr2_sam_vision_model"},
-        },
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(_CONFIG))
     _, model = parse(tmp_path)
     vision, experts = model.vision, model.decoder.experts
     assert (vision.tile_side, vision.whole_side) == (768, 1024)
@@ -78,17 +80,65 @@ def test_a_configuration_of_public_sizes_is_filled_up(tmp_path):
     assert model.image_token_id == 128815 and not model.decoder.tie_word_embeddings
 
 
+def test_the_publishers_configuration_is_that_of_transformers(tmp_path):
+    text = _CONFIG["text_config"]
+    published = {
+        "architectures": ["DeepseekOCR2ForCausalLM"],
+        "candidate_resolutions": [[1024, 1024]],
+        "language_config": {
+            **{field: value for field, value in text.items() if field != "mlp_layer_types"},
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "topk_group": 1,
+            "topk_method": "greedy",
+            "use_mla": False,
+        },
+        "model_type": "deepseek_vl_v2",
+        "projector_config": {"input_dim": 896, "n_embed": 1280, "projector_type": "linear"},
+        "vision_config": {
+            "image_size": 1024,
+            "mlp_ratio": 3.7362,
+            "model_name": "deepencoderv2",
+            "model_type": "vision",
+            "width": {
+                "qwen2-0-5b": {"dim": 896},
+                "sam_vit_b": {
+                    "downsample_channels": [512, 1024],
+                    "global_attn_indexes": [2, 5, 8, 11],
+                    "heads": 12,
+                    "layers": 12,
+                    "width": 768,
+                },
+            },
+        },
+    }
+    found = []
+    for name, config in (("ours", _CONFIG), ("theirs", published)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        found.append(parse(tmp_path / name)[1])
+    assert found[0].vision == found[1].vision and found[0].decoder == found[1].decoder
+    assert found[1].image_token_id == 128815
+    (tmp_path / "theirs" / "config.json").write_text(
+        json.dumps({**published, "language_config": {**published["language_config"], "use_mla": True}})
+    )
+    with pytest.raises(CheckpointError, match="use_mla"):
+        parse(tmp_path / "theirs")
+
+
 def test_rows_of_tiles_and_the_whole_are_those_of_transformers(path, monkeypatch):
-    """With a layer over whole squares, whose tables are stretched for tiles; and captured, where 2 tiles are
-    few enough and 3 aren't."""
-    monkeypatch.setattr(deepseek_encoder, "_TILES", 2)
+    """With a layer over whole squares, whose tables are stretched for tiles; and captured, where the whole is
+    alone and tiles aren't."""
+    monkeypatch.setattr(deepseek_encoder, "_TILES", 1)
     monkeypatch.setattr(deepseek_encoder, "_WHOLES", 1)
-    sizes = ((60, 44), (97, 50), (30, 100))
+    sizes = ((60, 44), (97, 50))
     theirs, ours, vision = DeepseekReference(path), media_processor(path), encoder(path)
     images = [picture(*size, seed) for seed, size in enumerate(sizes)]
     media = [ours.prepare(image) for image in images]
     made = theirs.processor.image_processor(images, return_tensors="pt")
-    assert made["num_local_patches"].tolist() == [entry.item.grid[0] - 1 for entry in media] == [0, 2, 3]
+    assert made["num_local_patches"].tolist() == [entry.item.grid[0] - 1 for entry in media] == [0, 2]
     with torch.inference_mode():
         wanted = theirs.model.get_image_features(**made).pooler_output
     for rows, expected in zip(vision.encode(media), wanted, strict=True):

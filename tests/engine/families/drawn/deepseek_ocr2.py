@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.engine.families.deepseek_ocr2 import FRAME, SPECIALS, DeepseekReference, deepseek_tokenizer
+from tests.engine.families.deepseek_ocr2 import (
+    FRAME,
+    PUBLISHED,
+    SPECIALS,
+    DeepseekReference,
+    as_published,
+    deepseek_tokenizer,
+)
 from tests.engine.families.drawn.checkpoint import (
     Drawn,
     draw_ends,
@@ -30,7 +37,7 @@ class DeepseekFamily:
     """DeepSeek-OCR 2: a SAM tower, a second encoder of any heads, and experts behind dense layers."""
 
     name = "deepseek_ocr2"
-    architectures = (_ARCHITECTURE,)
+    architectures = (_ARCHITECTURE, PUBLISHED)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         tok = deepseek_tokenizer()
@@ -63,6 +70,11 @@ class DeepseekFamily:
         if draw.varies("background", 0.3):
             stated["background_color"] = [3, 200, 90]
         write_json(path / "preprocessor_config.json", stated)
+        kinds = text["mlp_layer_types"]
+        # The publisher states how many layers have no experts, and has a rotary base of its own.
+        publishable = kinds == sorted(kinds) and "rope_theta" in raw["vision_config"]["encoder_config"]
+        if publishable and draw.varies("publisher's names", 0.8):
+            as_published(path)
         kwargs = {"max_patches": draw.choice("most tiles", (1, 2))}
         return Drawn(
             path,
