@@ -1,4 +1,4 @@
-"""Attention cases: decode, prefill and both mixed over the paged cache, and vision."""
+"""Attention cases: decode, prefill and both mixed over the paged cache, vision, and windows of images."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
 from engine.kernels.dispatch import decode_attention, paged_attention, vision_attention
 from engine.kernels.fp8 import FP8
+from engine.kernels.grid_attention import grid_attention, grid_attention_reference
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.paged_attention import paged_attention_reference
 from engine.kernels.rotary import RotaryTable
@@ -33,6 +35,9 @@ TINY_MIXED = [(2, 40, 20, 40, 4, 2, 16)]
 #: (images, patches of each, heads, head size)
 VISION = [(1, 1600, 16, 80), (1, 10764, 16, 80), (16, 1600, 16, 80), (8, 729, 16, 72)]
 TINY_VISION = [(1, 36, 2, 80), (3, 16, 2, 80)]
+#: (images, patches of a side, of a window's side, heads, head size)
+GRID = [(1, 64, 64, 12, 64), (6, 48, 48, 12, 64), (1, 64, 14, 12, 64), (6, 48, 14, 12, 64)]
+TINY_GRID = [(2, 5, 5, 2, 16), (1, 5, 3, 2, 16)]
 #: Last tokens of a long prompt that are compared; the reference holds all their scores at once.
 COMPARED = 256
 
@@ -52,6 +57,9 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
     for sizes in TINY_VISION if tiny else VISION:
         label = "{}x{}, heads {}, D {}".format(*sizes)
         yield Case("vision", label, partial(vision, device, *sizes))
+    for sizes in TINY_GRID if tiny else GRID:
+        label = "{}x{}², windows of {}², heads {}, D {}".format(*sizes)
+        yield Case("grid_attention", label, partial(grids, device, *sizes))
 
 
 class Paged:
@@ -181,6 +189,23 @@ def vision(device, images, patches, heads, dim) -> Problem:
     peers: dict[str, Work] = {"sdpa per image": per_image}
     run = partial(vision_attention, q, k, v, bounds, counters=counters, **options)
     return Problem(run, check, operations, compute=True, peers=peers)
+
+
+def grids(device, images, side, window, heads, dim) -> Problem:
+    fused = torch.randn((images * side**2, 3 * heads, dim), device=device, dtype=dtype_on(device))
+    q, k, v = fused.split(heads, dim=1)
+    table = torch.randn((triton.cdiv(4 * window, 8) * 8, dim), device=device, dtype=fused.dtype)
+    empty = torch.randn((2, heads, dim), device=device, dtype=fused.dtype)
+    options = {"side": side, "window": window, "scale": dim**-0.5}
+
+    def reference(dtype: torch.dtype) -> torch.Tensor:
+        wide = (x.to(dtype) for x in (q, k, v, q @ table.T))
+        return grid_attention_reference(*wide, empty.to(dtype).unbind(), **options)
+
+    run = partial(grid_attention, q, k, v, table, empty.unbind(), **options)
+    operations = 4.0 * images * side**2 * window**2 * heads * dim
+    peers: dict[str, Work] = {"sdpa with its scores": partial(reference, q.dtype)}
+    return Problem(run, lambda: (run(), reference(torch.float32)), operations, compute=True, peers=peers)
 
 
 def sdpa_peers(q, k, v, *, causal: bool) -> dict[str, Work]:

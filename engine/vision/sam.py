@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.kernels.fp8 import RoundedRows
+from engine.kernels.grid_attention import grid_attention
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.linear import Linear, qkv_linear
 from engine.layers.matrix_formats import Formats
 from engine.layers.mlp import MLP
 from engine.layers.norm import LayerNorm
-from engine.vision.relative_attention import relative_attention
 from engine.vision.sam_config import SamConfig
 from engine.vision.view_graphs import Stage
 
@@ -58,59 +58,40 @@ class SamAttention(nn.Module):
         self.rel_pos_h, self.rel_pos_w = (
             build.parameter(length, config.head_dim) if config.relative_positions else None for _ in range(2)
         )
+        # Made after loading, by the side of what they are for.
+        self._tables: dict[int, torch.Tensor] = {}
 
-    def forward(self, x: torch.Tensor | RoundedRows, views: int, side: int) -> torch.Tensor:
-        """Map ``views`` grids of ``side`` by ``side`` patches ``(N, hidden_size)`` to as many outputs."""
-        qkv = self.qkv(x).view(views, side, side, -1)
-        if self.window is None:
-            out = self._attended(qkv)
-        else:
-            out = self._within_windows(qkv, self.window)
-        return self.proj(out.flatten(0, 2))
+    def forward(self, x: torch.Tensor | RoundedRows, side: int) -> torch.Tensor:
+        """Map the patches ``(N, hidden_size)`` of images of ``side`` by ``side`` to as many outputs."""
+        q, k, v = self.qkv(x).unflatten(-1, (3 * self.heads, self.head_dim)).split(self.heads, dim=1)
+        # Places of a window without a patch count as patches of zeros, whose keys and values are the biases.
+        empty = None
+        if self.qkv.bias is not None:
+            _, keys, values = self.qkv.bias.view(3, self.heads, self.head_dim)
+            empty = keys, values
+        window = self.window or side
+        out = grid_attention(
+            q, k, v, self._table(window), empty, side=side, window=window, scale=self.head_dim**-0.5
+        )
+        return self.proj(out.flatten(1))
 
-    def _within_windows(self, qkv: torch.Tensor, window: int) -> torch.Tensor:
-        """:meth:`_attended` in each window. Those at the right and at the bottom hold further patches of
-        zeros, whose queries, keys and values are the biases, and which count as others do."""
-        views, side = qkv.shape[:2]
-        along = -(-side // window)
-        if along * window > side:
-            bias = self.qkv.bias
-            empty = qkv.new_zeros(qkv.shape[-1]) if bias is None else bias
-            padded = empty.expand(views, along * window, along * window, -1).contiguous()
-            padded[:, :side, :side] = qkv
-            qkv = padded
-        split = qkv.view(views, along, window, along, window, -1).transpose(2, 3)
-        out = self._attended(split.flatten(0, 2)).view(views, along, along, window, window, -1)
-        whole = out.transpose(2, 3).reshape(views, along * window, along * window, -1)
-        return whole[:, :side, :side]
-
-    def _attended(self, qkv: torch.Tensor) -> torch.Tensor:
-        """Map grids ``(grids, side, side, 3 * width)`` to what attention within each makes of it, ``width``
-        numbers of a patch."""
-        side = qkv.shape[1]
-        q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
-        tables = None
-        if self.rel_pos_h is not None and self.rel_pos_w is not None:
-            tables = _distances(self.rel_pos_h, side), _distances(self.rel_pos_w, side)
-        out = relative_attention(q, k, v, tables, scale=self.head_dim**-0.5)
-        return out.flatten(2).unflatten(1, (side, side))
+    def _table(self, window: int) -> torch.Tensor | None:
+        """The table of :func:`~engine.kernels.grid_attention.grid_attention`, stretched where it was made for
+        larger images."""
+        if self.rel_pos_h is None or self.rel_pos_w is None:
+            return None
+        if window not in self._tables:
+            halves: list[torch.Tensor] = [self.rel_pos_h, self.rel_pos_w]
+            length = 2 * window - 1
+            if len(halves[0]) != length:
+                halves = [F.interpolate(half.T[None], size=length, mode="linear")[0].T for half in halves]
+            table = torch.cat(halves)
+            self._tables[window] = F.pad(table, (0, 0, 0, -len(table) % 8))
+        return self._tables[window]
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         tables = {"rel_pos_h": self.rel_pos_h, "rel_pos_w": self.rel_pos_w}
         return [plain_slot(prefix + name, table) for name, table in tables.items() if table is not None]
-
-
-def _distances(table: torch.Tensor, side: int) -> torch.Tensor:
-    """The vectors of all pairs of a query's place and a key's along a ``side``: ``(side, side, head_dim)``.
-
-    Args:
-        table: ``(distances, head_dim)``, stretched where it was made for another side.
-    """
-    length = 2 * side - 1
-    if len(table) != length:
-        table = F.interpolate(table.T[None], size=length, mode="linear")[0].T
-    places = torch.arange(side, device=table.device)
-    return table[places[:, None] - places + side - 1]
 
 
 class SamBlock(nn.Module):
@@ -126,11 +107,11 @@ class SamBlock(nn.Module):
         )
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, views: int, side: int
+        self, x: torch.Tensor, residual: torch.Tensor | None, side: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rounded = self.attn.qkv.takes_rounded(x)
         normed, residual = (self.norm1.add_rounded if rounded else self.norm1.add)(x, residual)
-        attended = self.attn(normed, views, side)
+        attended = self.attn(normed, side)
         rounded = self.mlp.takes_rounded(attended)
         normed, residual = (self.norm2.add_rounded if rounded else self.norm2.add)(attended, residual)
         return self.mlp(normed), residual
@@ -178,23 +159,23 @@ class SamTower(nn.Module):
         self.reduce2 = Convolution(first, second, build, stride=2)
         self._positions: dict[int, torch.Tensor] = {}
 
-    def stages(self, views: int, side: int) -> list[Stage]:
-        """The parts of a pass over ``views`` grids of ``side`` by ``side`` patches: the first takes patches,
-        the last returns features."""
+    def stages(self, side: int) -> list[Stage]:
+        """The parts of a pass over images of ``side`` by ``side`` patches: the first takes patches, the last
+        returns features."""
         count = len(self.blocks)
         ends = [*range(_BLOCKS, count, _BLOCKS), count]
-        return [partial(self._part, first, end, views, side) for first, end in pairwise([0, *ends])]
+        return [partial(self._part, first, end, side) for first, end in pairwise([0, *ends])]
 
-    def _part(self, first: int, end: int, views: int, side: int, given: Any) -> Any:
+    def _part(self, first: int, end: int, side: int, given: Any) -> Any:
         """Run the blocks from ``first`` to before ``end``, and what comes before the first and behind the
         last of all."""
         state: _State = given if first else (self._embed(given, side), None)
         for block in self.blocks[first:end]:
-            state = block(*state, views, side)
+            state = block(*state, side)
         if end < len(self.blocks):
             return state
         x, residual = state
-        return self._reduce((x if residual is None else x + residual).view(views, side, side, -1))
+        return self._reduce((x if residual is None else x + residual).view(-1, side, side, x.shape[-1]))
 
     def _embed(self, patches: torch.Tensor, side: int) -> torch.Tensor:
         x = self.patch_embed(patches)

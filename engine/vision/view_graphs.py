@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,15 +18,12 @@ class ViewGraphs:
     """A pass over images of one size in stages, replayed where it was captured for so many images.
 
     Args:
-        stages: of a number of images, the parts of the pass. The first takes their patches
-            ``(images * patches, patch_dim)``.
+        stages: the parts of the pass. The first takes patches ``(images * patches, patch_dim)``.
         patches: of an image.
         pause: called between two stages.
     """
 
-    def __init__(
-        self, stages: Callable[[int], list[Stage]], *, patches: int, pause: Callable[[], None]
-    ) -> None:
+    def __init__(self, stages: Sequence[Stage], *, patches: int, pause: Callable[[], None]) -> None:
         self._stages, self._patches, self._pause = stages, patches, pause
         self._given: torch.Tensor | None = None
         self._replays: dict[int, list[Replay]] = {}
@@ -35,7 +32,7 @@ class ViewGraphs:
         """The last stage's result. The next call may overwrite it."""
         images = len(patches) // self._patches
         if self._given is None or images not in self._replays:
-            return self._eager(patches, images)
+            return self._eager(patches)
         self._given[: len(patches)] = patches
         first, *rest = self._replays[images]
         result = first()
@@ -44,8 +41,8 @@ class ViewGraphs:
             result = replay()
         return result
 
-    def _eager(self, patches: torch.Tensor, images: int) -> Any:
-        first, *rest = self._stages(images)
+    def _eager(self, patches: torch.Tensor) -> Any:
+        first, *rest = self._stages
         result = first(patches)
         for stage in rest:
             self._pause()
@@ -62,7 +59,7 @@ class ViewGraphs:
         for images in range(most, 0, -1):
             replays: list[Replay] = []
             state: Any = given[: images * self._patches]
-            for stage in self._stages(images):
+            for stage in self._stages:
                 replays.append(capture(partial(stage, state)))
                 state = replays[-1]()
             self._replays[images] = replays

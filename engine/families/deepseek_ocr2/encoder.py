@@ -115,7 +115,7 @@ class DeepseekVisionEncoder(nn.Module):
         across = side // self.config.tower.patch_size
         rows = self.config.tower.rows(across)
         return ViewGraphs(
-            lambda views: [*self.tower.stages(views, across), *self.encoder.stages(rows)],
+            [*self.tower.stages(across), *self.encoder.stages(rows)],
             patches=across**2,
             pause=lambda: self.tower.pause(),
         )

@@ -35,9 +35,7 @@ class GotVisionEncoder(nn.Module):
         self.tower = SamTower(config.tower, build)
         self.connector = Linear(config.out_features, config.out_features, build)
         side = config.tower.grid_side
-        self.views = ViewGraphs(
-            lambda views: self.tower.stages(views, side), patches=side**2, pause=lambda: self.tower.pause()
-        )
+        self.views = ViewGraphs(self.tower.stages(side), patches=side**2, pause=lambda: self.tower.pause())
 
     def cost(self, item: MediaItem) -> int:
         return item.grid[0] * self.config.tower.grid_side**2

@@ -163,6 +163,15 @@ def vision(heads: int, dim: int, tokens: int, images: int = 1) -> None:
     vision_attention_triton(q, k, v, bounds, max_len=tokens, scale=0.1)
 
 
+def grid(heads: int, dim: int, side: int, window: int) -> None:
+    from engine.kernels.grid_attention import grid_attention_triton
+
+    q, k, v = tensor(side**2, 3 * heads, dim).split(heads, dim=1)
+    products = tensor(side**2, heads, triton.cdiv(4 * window, 8) * 8)
+    empty = tensor(heads, dim), tensor(heads, dim)
+    grid_attention_triton(q, k, v, products, empty, side=side, window=window, scale=0.1)
+
+
 def image(heads: int, dim: int, tokens: int, images: int = 1) -> None:
     from engine.kernels.image_attention import image_attention_gluon
     from engine.kernels.image_plan import possible_plans
@@ -587,6 +596,9 @@ CASES: list[Callable[[], None]] = [
     lambda: prefill(28, 4, 128),
     lambda: vision(16, 80, 1600),
     lambda: image(16, 80, 1600),
+    # SAM's blocks over whole images, and over windows that don't divide them.
+    lambda: grid(12, 64, 64, 64),
+    lambda: grid(12, 64, 64, 14),
     *(partial(gated, rows, 1536, 8960, "silu") for rows in (512, 4096)),
     partial(activated, 4096, 1280, 5120, "gelu_pytorch_tanh"),
     partial(several_ranks, 1, 4),
@@ -619,6 +631,9 @@ MORE_CASES: list[Callable[[], None]] = [
     lambda: vision(16, 72, 1024),
     *(partial(several_ranks, rows, 8) for rows in (1, 512)),
     lambda: image(16, 64, 1600),
+    lambda: grid(12, 64, 48, 48),
+    lambda: grid(12, 64, 48, 14),
+    lambda: grid(16, 80, 64, 64),
     lambda: image(16, 128, 1600),
     partial(gated, 512, 1536, 8960, "gelu_pytorch_tanh", bias=True),
     *(partial(activated, 4096, 1280, 5120, activation) for activation in ("silu", "gelu", "quick_gelu")),
