@@ -83,10 +83,12 @@ class SplitExperts(ExpertsMLP):
         """Compute :meth:`after_norm` of tokens of which some are an image's or a video's."""
         normed, total, routing = self.gate.after_norm(norm, whole(x), residual)
         text, vision = modalities.text, modalities.vision
-        of_text = replace(routing, logits=routing.logits.index_select(0, text))
         out = torch.zeros_like(normed)
-        out.index_copy_(0, text, self.experts(normed.index_select(0, text), of_text))
-        out.index_copy_(0, vision, self.vision(normed.index_select(0, vision)))
+        if len(text):
+            of_text = replace(routing, logits=routing.logits.index_select(0, text))
+            out.index_copy_(0, text, self.experts(normed.index_select(0, text), of_text))
+        if len(vision):
+            out.index_copy_(0, vision, self.vision(normed.index_select(0, vision)))
         return self._with_shared(out, normed), total
 
     def rehearse(self, counts: Iterable[int]) -> None:

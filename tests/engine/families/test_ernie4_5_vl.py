@@ -80,33 +80,31 @@ def test_chosen_frames_are_those_of_transformers():
     assert 50 < refused < 500
 
 
-@pytest.mark.parametrize(
-    ("frames", "rate", "asked"),
-    [
-        (5, 25, VideoOptions()),
-        (77, NTSC, VideoOptions()),
-        (61, FILM, VideoOptions(fps=5.0)),
-        (40, 1, VideoOptions(num_frames=17)),
-    ],
-)
-def test_times_are_drawn_onto_frames_of_files_as_by_transformers(model, frames, rate, asked):
+def test_times_are_drawn_onto_frames_of_files_as_by_transformers(model):
     """To the bit, before frames are resized; their number may be odd."""
-    data = clip(frames, Fraction(rate), size=(64, 96))
     preparation = MediaPreparation(media_processor(model.path), processes=1)
+    reference, vision = ErnieReference(model.path), encoder(model.path)
     try:
-        source = MediaSource(0, "here", "video", data=data, video=asked)
-        media = preparation.prepare(preparation.for_prompt([source]), source, [data])
+        for count, rate, asked in (
+            (5, 25, VideoOptions()),
+            (77, NTSC, VideoOptions()),
+            (61, FILM, VideoOptions(fps=5.0)),
+            (40, 1, VideoOptions(num_frames=17)),
+        ):
+            data = clip(count, Fraction(rate), size=(64, 96))
+            source = MediaSource(0, "here", "video", data=data, video=asked)
+            media = preparation.prepare(preparation.for_prompt([source]), source, [data])
+
+            def choose(metadata: VideoMetadata, asked: VideoOptions = asked, **_: Any) -> np.ndarray:
+                return np.array(chosen(metadata, asked))
+
+            frames, metadata = read_video_pyav(io.BytesIO(data), choose)
+            patches, grid = reference.video([Image.fromarray(frame) for frame in frames], metadata)
+            assert media.item.grid == tuple(grid[0].tolist())
+            ours = vision.patchify(torch.from_numpy(media.pixels.copy()))
+            torch.testing.assert_close(ours, patches, atol=0, rtol=0)
     finally:
         preparation.close()
-
-    def choose(metadata: VideoMetadata, **_: Any) -> np.ndarray:
-        return np.array(chosen(metadata, asked))
-
-    found, metadata = read_video_pyav(io.BytesIO(data), choose)
-    patches, grid = ErnieReference(model.path).video([Image.fromarray(frame) for frame in found], metadata)
-    assert media.item.grid == tuple(grid[0].tolist())
-    ours = encoder(model.path).patchify(torch.from_numpy(media.pixels.copy()))
-    torch.testing.assert_close(ours, patches, atol=0, rtol=0)
 
 
 def test_hours_and_minutes_are_drawn_as_by_transformers(model):
