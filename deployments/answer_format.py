@@ -118,7 +118,7 @@ class AnswerFormat:
                 )
             thought = Thought(self.reasoning, self.begins_inside(prompt), thinking_budget)
         if use.choice != "none":
-            if structured is not None and use.choice == "required":
+            if structured is not None and use.choice == "required" and not structured.is_json:
                 raise InvalidRequest(
                     "An answer that must call a tool can't follow another constraint too.",
                     param="tool_choice",
@@ -126,6 +126,9 @@ class AnswerFormat:
             if structured is None:
                 return self._of_calls(use, thought)
             body = _expression(structured)
+            if use.choice == "required":
+                # There is no text that could have the form. Agents send theirs with every turn.
+                return self._of_calls(use, thought)
             # Without a trigger, calls can't be told from an answer of that form; and a grammar can't be
             # embedded in another. Then the form wins, and nothing is called.
             if body is not None and self._calls.layout.trigger:

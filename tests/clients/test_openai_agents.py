@@ -65,6 +65,16 @@ async def test_schema(agent):
     assert made.final_output == Facts(**cases.FACTS)
 
 
+async def test_schema_behind_a_required_call(agent):
+    """The SDK sends the form with both turns, and lets the model choose in the second."""
+    settings = ModelSettings(temperature=0, max_tokens=100, tool_choice="required", parallel_tool_calls=False)
+    made = await Runner.run(
+        agent(output_type=Facts, tools=[function_tool(cases.report)], model_settings=settings),
+        asked(cases.REQUEST),
+    )
+    assert made.new_items[0].type == "tool_call_item" and isinstance(made.final_output, Facts)
+
+
 async def check_loop(agent):
     made = await Runner.run(agent(tools=[function_tool(cases.report)]), asked(cases.REQUEST))
     kinds = [item.type for item in made.new_items]

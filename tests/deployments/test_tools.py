@@ -185,8 +185,11 @@ def test_constraints():
     assert budget is not None and "max_tokens=16" in budget.text
     for free in (budget, HERMES.constraint(NO_TOOLS, StructuredSpec(kind="regex", text="a+"), "")):
         assert free is not None and free.kind == "grammar" and not free.holds_json
+    assert HERMES.constraint(required, schema, "") == HERMES.constraint(required, None, "")
     with pytest.raises(InvalidRequest, match="must call a tool"):
-        HERMES.constraint(required, schema, "")
+        HERMES.constraint(required, StructuredSpec(kind="regex", text="a+"), "")
+    with pytest.raises(InvalidRequest, match="keyword not"):
+        HERMES.constraint(required, StructuredSpec(kind="json_schema", text='{"not": {}}'), "")
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,20 @@ async def test_a_regex_that_no_grammar_follows_is_refused(client):
     assert refused.value.param == "tools" and "look-around" in refused.value.message
 
 
+async def test_a_required_call_beside_a_form_of_the_text(client):
+    """Agents that answer in a form send it with every turn, also while they must call."""
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "S", "schema": {"type": "integer"}, "strict": True},
+    }
+    alone = await ask(client, tools=TOOLS, tool_choice="required")
+    made = await ask(client, tools=TOOLS, tool_choice="required", response_format=form)
+    calls = [
+        [call.function.to_dict() for call in each.choices[0].message.tool_calls] for each in (alone, made)
+    ]
+    assert calls[0] == calls[1]
+
+
 async def test_functions_are_answered_in_their_own_form(client):
     given = {"model": "pocket", "messages": HELLO, "max_tokens": 200, "temperature": 0}
     made = await client.chat.completions.create(
