@@ -24,7 +24,13 @@ from engine.kernels.vision_attention import vision_attention_reference
 
 BLOCK = 16
 #: (sequences, context, query heads, KV heads, head size)
-DECODE = [(32, 4096, 32, 8, 128), (1, 1024, 32, 8, 128), (64, 1024, 12, 2, 128), (64, 1024, 28, 4, 128)]
+DECODE = [
+    (32, 4096, 32, 8, 128),
+    (1, 1024, 32, 8, 128),
+    (64, 1024, 12, 2, 128),
+    (64, 1024, 28, 4, 128),
+    (64, 1024, 32, 32, 128),
+]
 TINY_DECODE = [(2, 40, 4, 2, 16)]
 #: (tokens, query heads, KV heads, head size)
 PREFILL = [(2**power, 32, 8, 128) for power in range(9, 15)]

@@ -4,8 +4,11 @@ Operations with several kernels, chosen in :mod:`engine.kernels.dispatch`; the f
 decides::
 
     operation         kernel                      condition                           file
-    decode_attention  decode_attention_triton     Triton                              decode_attention.py
-                      decode_attention_reference  otherwise                           decode_attention.py
+    decode_attention  decode_attention_reference  not Triton                          decode_attention.py
+                      decode_attention_gluon      Hopper, 16-bit, KV cache in fp8 of  fp8_attention.py
+                                                  heads of 64 or 128, at most eight
+                                                  query heads share one
+                      decode_attention_triton     otherwise                           decode_attention.py
     paged_attention   paged_attention_reference   not Triton                          paged_attention.py
                       prefill_attention_gluon     Hopper, 16-bit, no window or cap,   prefill_attention.py
                                                   causal, blocks without other

@@ -13,6 +13,8 @@ kernel has produced q (PDL), so it is processed first.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -35,10 +37,10 @@ from engine.kernels.paged import (
 from engine.kernels.paged_attention import paged_attention_reference
 from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.rms_norm import inverse_rms, norm_arguments, scaled_by_norm
-from engine.kernels.rotary import load_angles
+from engine.kernels.rotary import load_rotation, rotated
 from engine.kernels.tile import AttentionTile
 
-_MAX_SPLITS = 32
+MAX_SPLITS = 32
 #: From this many programs per SM on, keys are not split.
 _MANY_PROGRAMS = 2
 
@@ -93,7 +95,7 @@ def choose_tile(
 def num_splits(programs: int, sms: int, max_seq_len: int, keys: int) -> int:
     """Return the programs per sequence and KV head: enough for two programs on every SM."""
     enough = -(-_MANY_PROGRAMS * sms // max(programs, 1))
-    return max(1, min(enough, _MAX_SPLITS, -(-max_seq_len // keys)))
+    return max(1, min(enough, MAX_SPLITS, -(-max_seq_len // keys)))
 
 
 def _num_merged(group: int, dim: int, warps: int) -> int:
@@ -102,7 +104,7 @@ def _num_merged(group: int, dim: int, warps: int) -> int:
         return max(4, warps)
     per_split = triton.next_power_of_2(group) * triton.next_power_of_2(dim)
     # 128 of a thread's 255 registers: twice as many spill.
-    return max(8, min(_MAX_SPLITS, 128 * 32 * warps // per_split))
+    return max(8, min(MAX_SPLITS, 128 * 32 * warps // per_split))
 
 
 def decode_attention_triton(
@@ -110,16 +112,7 @@ def decode_attention_triton(
 ):  # fmt: skip
     """See :func:`engine.kernels.dispatch.decode_attention`."""
     sequences, heads, dim = q.shape
-    kv_heads = cache.kv_heads
-    borrowed = k is None
-    if borrowed:
-        # Never accessed.
-        k = v = q
-    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == meta.block_tables.stride(-1) == 1
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if sequences == 0:
-        return out
-    group = heads // kv_heads
+    kv_heads, group = cache.kv_heads, heads // cache.kv_heads
     tile = choose_tile(
         dim,
         group,
@@ -129,7 +122,35 @@ def decode_attention_triton(
         meta.max_seq_len,
         fp8_cache=cache.is_fp8,
     )
-    splits = tile.splits
+    out, arguments = decode_arguments(
+        q, k, v, positions, table, cache, meta, tile.splits, scale=scale, norms=norms, window=window, cap=cap
+    )
+    if sequences > 0:
+        launch(
+            _decode_kernel, (sequences, kv_heads, tile.splits), **arguments,
+            FP8_CACHE=cache.is_fp8, ROWS=tile.rows, KEYS=tile.keys,
+            MERGED=_num_merged(group, dim, tile.warps),
+            # A single warp has no registers for a prefetched tile; and of borrowed keys an earlier layer of this
+            # pass has written the last.
+            PREFETCH=tile.warps > 1 and k is not None,
+            num_warps=tile.warps, num_stages=tile.stages, **pdl_options(q),
+        )  # fmt: skip
+    return out
+
+
+def decode_arguments(
+    q, k, v, positions, table, cache, meta, splits: int, *, scale, norms, window, cap
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Allocate the result of :func:`engine.kernels.dispatch.decode_attention`, and return it with the arguments of its
+    kernels that no tile decides."""
+    sequences, heads, dim = q.shape
+    kv_heads = cache.kv_heads
+    borrowed = k is None
+    if borrowed:
+        # Never accessed.
+        k = v = q
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == meta.block_tables.stride(-1) == 1
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Without a split these are never accessed; any tensor does.
     partial = stats = counters = out
     if splits > 1:
@@ -139,35 +160,19 @@ def decode_attention_triton(
         if counters is None:
             counters = torch.zeros((sequences, kv_heads), dtype=torch.int32, device=q.device)
         assert counters.is_contiguous() and counters.numel() >= sequences * kv_heads
-    launch(
-        _decode_kernel, (sequences, kv_heads, splits),
-        q_ptr=q, k_ptr=k, v_ptr=v, **norm_arguments(norms, q), **table.arguments(positions),
-        k_cache_ptr=cache.keys, v_cache_ptr=cache.values, slot_ptr=meta.slot_mapping,
-        table_ptr=meta.block_tables, seq_lens_ptr=meta.seq_lens,
-        out_ptr=out, partial_ptr=partial, stats_ptr=stats, counters_ptr=counters,
-        splits=splits, scale=scale * cache.key_scale * LOG2E, window=window or 0,
-        key_scale=cache.key_scale, value_scale=cache.value_scale,
-        q_token=q.stride(0), q_head=q.stride(1), k_token=k.stride(0), k_head=k.stride(1),
-        v_token=v.stride(0), v_head=v.stride(1), table_row=meta.block_tables.stride(0),
-        KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size, BLOCK_STRIDE=cache.block_stride,
-        FP8_CACHE=cache.is_fp8, BORROWED=borrowed,
-        ROWS=tile.rows, KEYS=tile.keys, WINDOW=window is not None, SPLIT=splits > 1,
-        CAP=(cap or 0.0) * LOG2E,
-        MERGED=_num_merged(group, dim, tile.warps),
-        # A single warp has no registers for a prefetched tile; and of borrowed keys an earlier layer of this
-        # pass has written the last.
-        PREFETCH=tile.warps > 1 and not borrowed,
-        num_warps=tile.warps, num_stages=tile.stages, **pdl_options(q),
-    )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _rotate(x, partner, cos, sin):
-    """Rotate ``x`` against ``partner``; ``sin`` carries the sign. Rounds where torch rounds."""
-    product = (x.to(tl.float32) * cos).to(x.dtype).to(tl.float32)
-    other = (partner.to(tl.float32) * sin).to(x.dtype).to(tl.float32)
-    return (product + other).to(x.dtype)
+    return out, {
+        "q_ptr": q, "k_ptr": k, "v_ptr": v, **norm_arguments(norms, q), **table.arguments(positions),
+        "k_cache_ptr": cache.keys, "v_cache_ptr": cache.values, "slot_ptr": meta.slot_mapping,
+        "table_ptr": meta.block_tables, "seq_lens_ptr": meta.seq_lens,
+        "out_ptr": out, "partial_ptr": partial, "stats_ptr": stats, "counters_ptr": counters,
+        "splits": splits, "scale": scale * cache.key_scale * LOG2E, "window": window or 0,
+        "key_scale": cache.key_scale, "value_scale": cache.value_scale,
+        "q_token": q.stride(0), "q_head": q.stride(1), "k_token": k.stride(0), "k_head": k.stride(1),
+        "v_token": v.stride(0), "v_head": v.stride(1), "table_row": meta.block_tables.stride(0),
+        "KV_HEADS": kv_heads, "GROUP": heads // kv_heads, "DIM": dim,
+        "BLOCK_SIZE": cache.block_size, "BLOCK_STRIDE": cache.block_stride,
+        "BORROWED": borrowed, "WINDOW": window is not None, "SPLIT": splits > 1, "CAP": (cap or 0.0) * LOG2E,
+    }  # fmt: skip
 
 
 # ``splits`` differs between batch sizes; specialising on it would compile the kernel again at start-up.
@@ -203,18 +208,10 @@ def _decode_kernel(
     # The previous kernel writes q, k and v. What is read before the wait was there before this pass.
     newest = tl.load(seq_lens_ptr + sequence) - 1
     cached = newest + 1 if BORROWED else newest
-    rotated = column < 2 * HALF
-    cos, sin = load_angles(
-        positions_ptr, cos_ptr, sin_ptr, sequence, axis_stride, position_stride, angle_stride,
-        column // 2 if ADJACENT else column % HALF, rotated, SECTION, INTERLEAVED,
+    cos, sin, partner = load_rotation(
+        column, positions_ptr, cos_ptr, sin_ptr, sequence, axis_stride, position_stride, angle_stride, dtype,
+        HALF, SECTION, INTERLEAVED, ADJACENT,
     )  # fmt: skip
-    cos = tl.where(rotated, cos.to(dtype).to(tl.float32), 1.0)
-    sin = sin.to(dtype).to(tl.float32)
-    # The first of a pair, and its distance from the other one.
-    OTHER: tl.constexpr = 1 if ADJACENT else HALF
-    first = column % 2 == 0 if ADJACENT else column < HALF
-    sin = tl.where(first, -sin, sin)
-    partner = tl.where(rotated, tl.where(first, column + OTHER, column - OTHER), column)
     slot = tl.load(slot_ptr + sequence)
     if NORM:
         q_norm = tl.load(q_norm_ptr + column, mask=in_head, other=0.0)
@@ -262,7 +259,7 @@ def _decode_kernel(
         inverse = inverse_rms(q, 1, eps, DIM)
         q = scaled_by_norm(q, inverse, q_norm[None, :], offset, OFFSET)
         q_partner = scaled_by_norm(q_partner, inverse, q_norm_partner[None, :], offset, OFFSET)
-    q = _rotate(q, q_partner, cos[None, :], sin[None, :])
+    q = rotated(q, q_partner, cos[None, :], sin[None, :])
     if NORM and LAST:
         q = scaled_by_norm(q, inverse_rms(q, 1, eps, DIM), q_norm[None, :], offset, OFFSET)
 
@@ -273,7 +270,7 @@ def _decode_kernel(
             inverse_k = inverse_rms(k, 0, eps, DIM)
             k = scaled_by_norm(k, inverse_k, k_norm, offset, OFFSET)
             k_partner = scaled_by_norm(k_partner, inverse_k, k_norm_partner, offset, OFFSET)
-        new_k, new_v = _rotate(k, k_partner, cos, sin), v
+        new_k, new_v = rotated(k, k_partner, cos, sin), v
         if NORM and LAST:
             new_k = scaled_by_norm(new_k, inverse_rms(new_k, 0, eps, DIM), k_norm, offset, OFFSET)
         if FP8_CACHE:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from engine.kernels import (
     expert_gemm,
+    fp8_attention,
     fp8_mma,
     gemm_activation,
     image_attention,
@@ -44,6 +45,7 @@ from engine.kernels.fp8 import (
     scaled_gemm,
     supports_scaled,
 )
+from engine.kernels.fp8_attention import decode_attention_gluon
 from engine.kernels.fp8_mma import fp8_mma_gluon
 from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
 from engine.kernels.gemv import gemv_sum_triton, gemv_triton
@@ -127,7 +129,9 @@ def decode_attention(
     Returns:
         ``(S, Hq, D)`` in the dtype of ``q``.
     """
-    run = decode_attention_triton if use_triton(q) else decode_attention_reference
+    run = decode_attention_reference
+    if use_triton(q):
+        run = decode_attention_gluon if fp8_attention.supports(q, cache) else decode_attention_triton
     return run(q, k, v, positions, table, cache, meta, scale=scale, norms=norms, window=window, cap=cap)
 
 

@@ -107,7 +107,7 @@ def fp8_mma_gluon(x, weight, bias=None, *, activation=None, scale, row_scale=Non
 
 
 @gluon.jit
-def _halves(words, LAYOUT: gl.constexpr, AXIS: gl.constexpr):
+def halves_of_words(words, LAYOUT: gl.constexpr, AXIS: gl.constexpr):
     """Convert words of four fp8 numbers along ``AXIS`` to fp16: the first two of each, and the others, in LAYOUT."""
     a, b, c, d = gl.inline_asm_elementwise(
         """{
@@ -126,7 +126,7 @@ def _halves(words, LAYOUT: gl.constexpr, AXIS: gl.constexpr):
 
 @gluon.jit
 def _rounded_halves(words, inverse, LAYOUT: gl.constexpr, AXIS: gl.constexpr):
-    """Multiply words of four bf16 numbers by ``inverse`` and round them to fp8; then as :func:`_halves`."""
+    """Multiply words of four bf16 numbers by ``inverse`` and round them to fp8; then as :func:`halves_of_words`."""
     a, b, c, d = gl.inline_asm_elementwise(
         """{
         .reg .b16 low, high;
@@ -254,8 +254,8 @@ def _fp8_mma_kernel(
                 x = _rounded_halves(whole[slot], inverse, INPUTS, 1)
             else:
                 known = (x_share + first < words) & (x_part // PARTS < rows)
-                x = _halves(gl.load(x_source + first, mask=known, other=0), INPUTS, 1)
-            numbers = _halves(slots[0], WEIGHTS, 2)
+                x = halves_of_words(gl.load(x_source + first, mask=known, other=0), INPUTS, 1)
+            numbers = halves_of_words(slots[0], WEIGHTS, 2)
             sums = mma_v2(numbers[0], x[0], sums)
             sums = mma_v2(numbers[1], x[1], sums)
             slots = slots[1:] + (_load_words(source, share, first + DEPTH * STEP, words),)

@@ -141,6 +141,35 @@ def load_angles(
     return cos, sin
 
 
+@triton.jit
+def load_rotation(
+    column, positions_ptr, cos_ptr, sin_ptr, token, axis_stride, position_stride, angle_stride, dtype: tl.constexpr,
+    HALF: tl.constexpr, SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, ADJACENT: tl.constexpr,
+):  # fmt: skip
+    """Return what :func:`rotated` needs for the dimensions ``column`` of a token's heads of ``dtype``: cosines, sines
+    with their signs, float32, and the other dimensions of their pairs."""
+    in_pair = column < 2 * HALF
+    cos, sin = load_angles(
+        positions_ptr, cos_ptr, sin_ptr, token, axis_stride, position_stride, angle_stride,
+        column // 2 if ADJACENT else column % HALF, in_pair, SECTION, INTERLEAVED,
+    )  # fmt: skip
+    cos = tl.where(in_pair, cos.to(dtype).to(tl.float32), 1.0)
+    sin = sin.to(dtype).to(tl.float32)
+    # The first of a pair, and its distance from the other one.
+    OTHER: tl.constexpr = 1 if ADJACENT else HALF
+    first = column % 2 == 0 if ADJACENT else column < HALF
+    partner = tl.where(in_pair, tl.where(first, column + OTHER, column - OTHER), column)
+    return cos, tl.where(first, -sin, sin), partner
+
+
+@triton.jit
+def rotated(x, partner, cos, sin):
+    """Rotate ``x`` against ``partner``; ``sin`` carries the sign. Rounds where torch rounds."""
+    product = (x.to(tl.float32) * cos).to(x.dtype).to(tl.float32)
+    other = (partner.to(tl.float32) * sin).to(x.dtype).to(tl.float32)
+    return (product + other).to(x.dtype)
+
+
 # The stride between axes is the number of tokens; specialising on it would compile the kernel again and
 # again.
 @triton.jit(do_not_specialize=["axis_stride"])

@@ -60,9 +60,9 @@ def test_every_kernel_of_the_engine_is_measured():
         "tile",
     }
     measured = {case.kernel for case in kernels.all_cases(torch.device("cpu"), tiny=True)}
-    attention = {"paged_decode", "paged_prefill", "paged_mixed", "vision"}
+    attention = {"paged_decode", "fp8_decode", "paged_prefill", "paged_mixed", "vision"}
     attention_files = {"decode_attention", "paged_attention", "prefill_attention", "vision_attention"}
-    attention_files.add("image_attention")
+    attention_files |= {"fp8_attention", "image_attention"}
     assert (names - attention_files) | attention <= measured
     assert measured == {case.kernel for case in kernels.all_cases(torch.device("cpu"), tiny=False)}
 
