@@ -159,6 +159,9 @@ def _fp8_decode_kernel(
     table = table_ptr + sequence * table_row
     keys = _keys(k_cache_ptr + head_place, table, DIM, BLOCK_SIZE, SUMS, KEYS)
     values = _values(v_cache_ptr + head_place, table, DIM, BLOCK_SIZE, SUMS, KEYS)
+    if BORROWED:
+        # An earlier kernel of this pass has written the last keys.
+        _wait_for_previous(PDL)
     # The last tile, which may have less keys, comes first: as a rule it has been loaded when the previous kernel ends.
     k_place = _place(
         keys, _load_blocks(keys, last, end, BLOCK_SIZE), last, BLOCK_SIZE, BLOCK_STRIDE, DIM, STEP
@@ -184,7 +187,8 @@ def _fp8_decode_kernel(
         HALF, SECTION, INTERLEAVED, ADJACENT,
     )  # fmt: skip
     rotation = (first_rotation, second_rotation)
-    _wait_for_previous(PDL)
+    if not BORROWED:
+        _wait_for_previous(PDL)
     if split >= used:
         return
 
