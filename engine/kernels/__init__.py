@@ -17,6 +17,9 @@ decides::
                                                   tokens (512 or 1024 where rows
                                                   are many), KV cache in the
                                                   model's dtype
+                      single_attention_gluon      several sequences, KV cache as for  fp8_attention.py
+                      of those with one new       decode_attention_gluon
+                      token
                       paged_attention_triton      otherwise                           paged_attention.py
     vision_attention  vision_attention_reference  not Triton                          vision_attention.py
                       image_attention_gluon       Hopper, 16-bit, heads of 64, 80 or  image_attention.py

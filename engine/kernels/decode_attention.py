@@ -37,7 +37,7 @@ from engine.kernels.paged import (
 from engine.kernels.paged_attention import paged_attention_reference
 from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.rms_norm import inverse_rms, norm_arguments, scaled_by_norm
-from engine.kernels.rotary import load_rotation, rotated
+from engine.kernels.rotary import load_rotation, not_rotated, rotated
 from engine.kernels.tile import AttentionTile
 
 MAX_SPLITS = 32
@@ -139,18 +139,24 @@ def decode_attention_triton(
 
 
 def decode_arguments(
-    q, k, v, positions, table, cache, meta, splits: int, *, scale, norms, window, cap
+    q, k, v, positions, table, cache, meta, splits: int, *, scale, norms, window, cap, out=None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Allocate the result of :func:`engine.kernels.dispatch.decode_attention`, and return it with the arguments of its
-    kernels that no tile decides."""
-    sequences, heads, dim = q.shape
-    kv_heads = cache.kv_heads
+    """Return the result of :func:`engine.kernels.dispatch.decode_attention`, not computed yet, and the arguments of its
+    kernels that no tile decides.
+
+    Args:
+        table: None: nothing is rotated.
+        out: see :func:`engine.kernels.dispatch.paged_attention`.
+    """
+    _, heads, dim = q.shape
+    sequences, kv_heads = len(meta.seq_lens), cache.kv_heads
     borrowed = k is None
     if borrowed:
         # Never accessed.
         k = v = q
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == meta.block_tables.stride(-1) == 1
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    rotation = not_rotated(q) if table is None else table.arguments(positions)
     # Without a split these are never accessed; any tensor does.
     partial = stats = counters = out
     if splits > 1:
@@ -161,7 +167,7 @@ def decode_arguments(
             counters = torch.zeros((sequences, kv_heads), dtype=torch.int32, device=q.device)
         assert counters.is_contiguous() and counters.numel() >= sequences * kv_heads
     return out, {
-        "q_ptr": q, "k_ptr": k, "v_ptr": v, **norm_arguments(norms, q), **table.arguments(positions),
+        "q_ptr": q, "k_ptr": k, "v_ptr": v, **norm_arguments(norms, q), **rotation,
         "k_cache_ptr": cache.keys, "v_cache_ptr": cache.values, "slot_ptr": meta.slot_mapping,
         "table_ptr": meta.block_tables, "seq_lens_ptr": meta.seq_lens,
         "out_ptr": out, "partial_ptr": partial, "stats_ptr": stats, "counters_ptr": counters,

@@ -18,6 +18,8 @@ tests of this kernel need a Hopper GPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -80,19 +82,30 @@ def decode_attention_gluon(
     q, k, v, positions, table, cache, meta, *, scale, norms=None, window=None, cap=None
 ):  # fmt: skip
     """See :func:`engine.kernels.dispatch.decode_attention`; for what :func:`supports` admits."""
-    sequences, kv_heads = len(q), cache.kv_heads
+    limits = {"scale": scale, "norms": norms, "window": window, "cap": cap}
+    return _launch(q, k, v, positions, table, cache, meta, limits)
+
+
+def single_attention_gluon(q, cache, meta, *, scale, window=None, cap=None, out=None):
+    """Compute :func:`engine.kernels.dispatch.paged_attention` for the sequences that have one new token; for what
+    :func:`supports` admits. The rows of others are not written."""
+    limits = {"scale": scale, "norms": None, "window": window, "cap": cap, "out": out}
+    return _launch(q, None, None, None, None, cache, meta, limits)
+
+
+def _launch(q, k, v, positions, table, cache, meta, limits: dict[str, Any]) -> torch.Tensor:
+    sequences, kv_heads = len(meta.seq_lens), cache.kv_heads
     rows = 8 if q.shape[1] <= 8 * kv_heads else 16
     registers, warps_of_sm = _FEW_ROWS if rows == 8 else _MANY_ROWS
     programs, resident = sequences * kv_heads, warps_of_sm * num_sms(q.device)
     warps = choose_warps(programs, resident)
     splits = num_splits(programs, warps, resident, meta.max_seq_len)
-    out, arguments = decode_arguments(
-        q, k, v, positions, table, cache, meta, splits, scale=scale, norms=norms, window=window, cap=cap
-    )
+    out, arguments = decode_arguments(q, k, v, positions, table, cache, meta, splits, **limits)
     if sequences > 0:
         launch(
-            _fp8_decode_kernel, (sequences, kv_heads, splits), **arguments, ROWS=rows, KEYS=_KEYS, WARPS=warps,
-            num_warps=warps, maxnreg=registers, **pdl_options(q),
+            _fp8_decode_kernel, (sequences, kv_heads, splits), **arguments, query_start_ptr=meta.query_start,
+            MIXED=meta.max_query_len > 1, ROWS=rows, KEYS=_KEYS, WARPS=warps, num_warps=warps,
+            maxnreg=registers, **pdl_options(q),
         )  # fmt: skip
     return out
 
@@ -120,15 +133,16 @@ def _value_layout(warps, words, pairs):
 def _fp8_decode_kernel(
     q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, eps, offset, positions_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, table_ptr,
     seq_lens_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr, splits, scale, window,
-    key_scale, value_scale, q_token, q_head, k_token, k_head, v_token, v_head, axis_stride, position_stride, angle_stride, table_row,
+    key_scale, value_scale, q_token, q_head, k_token, k_head, v_token, v_head, axis_stride, position_stride, angle_stride, table_row, query_start_ptr,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, BLOCK_STRIDE: gl.constexpr,
     BORROWED: gl.constexpr, NORM: gl.constexpr, OFFSET: gl.constexpr, LAST: gl.constexpr,
     HALF: gl.constexpr, SECTION: gl.constexpr, INTERLEAVED: gl.constexpr, ADJACENT: gl.constexpr,
-    WINDOW: gl.constexpr, SPLIT: gl.constexpr, CAP: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+    MIXED: gl.constexpr, WINDOW: gl.constexpr, SPLIT: gl.constexpr, CAP: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One program per sequence, KV head and split; arguments as in :mod:`engine.kernels.decode_attention`.
 
     Args:
+        MIXED: sequences may have more new tokens, or none; of these nothing is computed.
         ROWS: a multiple of 8, not less than GROUP.
         KEYS: that a warp handles at a time, a multiple of 16.
     """
@@ -144,13 +158,18 @@ def _fp8_decode_kernel(
     # The previous kernel writes q, k and v. What is read before the wait was there before this pass.
     newest = gl.load(seq_lens_ptr + sequence) - 1
     slot = gl.load(slot_ptr + sequence)
+    token = sequence
+    single = sequence >= 0
+    if MIXED:
+        token = gl.load(query_start_ptr + sequence).to(gl.int64)
+        single = gl.load(query_start_ptr + sequence + 1) - token == 1
     # This program's share of the visible keys in the cache; the first ``used`` splits have one.
-    cached = newest + 1 if BORROWED else newest
+    cached = gl.where(single, newest + 1 if BORROWED else newest, 0)
     start = 0
     if WINDOW:
         start = gl.maximum(newest - window + 1, 0) // STEP * STEP
     share = gl.maximum(gl.cdiv(gl.cdiv(cached - start, STEP), splits), 1) * STEP
-    used = gl.maximum(gl.cdiv(cached - start, share), 1)
+    used = gl.where(single, gl.maximum(gl.cdiv(cached - start, share), 1), 0)
     start = start + split * share
     end = gl.minimum(start + share, cached)
     last = gl.maximum((end - 1) // STEP * STEP, start)
@@ -178,15 +197,18 @@ def _fp8_decode_kernel(
     OF_QUERIES: gl.constexpr = gl.SliceLayout(0, QUERIES)
     pair = gl.arange(0, DIM // 2, layout=gl.SliceLayout(1, OF_QUERIES))[:, None]
     column = pair // 2 * 4 + pair % 2
-    first_rotation = _load_rotation(
-        column, positions_ptr, cos_ptr, sin_ptr, sequence, axis_stride, position_stride, angle_stride, dtype,
-        HALF, SECTION, INTERLEAVED, ADJACENT,
-    )  # fmt: skip
-    second_rotation = _load_rotation(
-        column + 2, positions_ptr, cos_ptr, sin_ptr, sequence, axis_stride, position_stride, angle_stride, dtype,
-        HALF, SECTION, INTERLEAVED, ADJACENT,
-    )  # fmt: skip
-    rotation = (first_rotation, second_rotation)
+    if HALF > 0:
+        first_rotation = _load_rotation(
+            column, positions_ptr, cos_ptr, sin_ptr, token, axis_stride, position_stride, angle_stride, dtype,
+            HALF, SECTION, INTERLEAVED, ADJACENT,
+        )  # fmt: skip
+        second_rotation = _load_rotation(
+            column + 2, positions_ptr, cos_ptr, sin_ptr, token, axis_stride, position_stride, angle_stride, dtype,
+            HALF, SECTION, INTERLEAVED, ADJACENT,
+        )  # fmt: skip
+        rotation = (first_rotation, second_rotation)
+    else:
+        rotation = column
     if not BORROWED:
         _wait_for_previous(PDL)
     if split >= used:
@@ -194,9 +216,11 @@ def _fp8_decode_kernel(
 
     # Queries; the new token's key and value go to the cache, and are the first of the first split's softmax.
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, OF_QUERIES))[None, :]
-    q_row = q_ptr + sequence * q_token + (kv_head * GROUP + row) * q_head
+    q_row = q_ptr + token * q_token + (kv_head * GROUP + row) * q_head
     in_group = (row < GROUP) & (pair >= 0)
-    q0, q1 = _load_heads(q_row, q_norm_ptr, column, rotation, in_group, eps, offset, DIM, NORM, OFFSET, LAST)
+    q0, q1 = _load_heads(
+        q_row, q_norm_ptr, column, rotation, in_group, eps, offset, DIM, NORM, OFFSET, LAST, HALF > 0
+    )
 
     OF_ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
     row_max = gl.full([WARPS, ROWS], float("-inf"), gl.float32, OF_ROW)
@@ -206,7 +230,7 @@ def _fp8_decode_kernel(
     if not BORROWED:
         k_row = k_ptr + sequence * k_token + kv_head * k_head
         k0, k1 = _load_heads(
-            k_row, k_norm_ptr, column, rotation, pair >= 0, eps, offset, DIM, NORM, OFFSET, LAST
+            k_row, k_norm_ptr, column, rotation, pair >= 0, eps, offset, DIM, NORM, OFFSET, LAST, HALF > 0
         )
         # Attention sees the rounded ones, as later steps do.
         k0, k1 = _round_to_fp8(k0, key_scale, fp8), _round_to_fp8(k1, key_scale, fp8)
@@ -261,6 +285,7 @@ def _fp8_decode_kernel(
     out_row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, RESULT))[None, :]
     out_word = gl.arange(0, DIM // 4, layout=gl.SliceLayout(1, RESULT))[:, None]
     first_head = sequence * (KV_HEADS * GROUP) + kv_head * GROUP
+    out_head = token * (KV_HEADS * GROUP) + kv_head * GROUP
     out_part = (first_head + out_row) * splits + split
     for number in gl.static_range(4):
         column = _dimension(out_word, WORDS, number)
@@ -268,7 +293,7 @@ def _fp8_decode_kernel(
         result = gl.sum(acc[number] * weight, axis=0)
         if used == 1:
             scaled = result / total * value_scale
-            gl.store(out_ptr + (first_head + out_row) * DIM + column, scaled.to(dtype), mask=in_group)
+            gl.store(out_ptr + (out_head + out_row) * DIM + column, scaled.to(dtype), mask=in_group)
         else:
             gl.store(partial_ptr + out_part * DIM + column, result, mask=in_group)
     if SPLIT:
@@ -283,18 +308,9 @@ def _fp8_decode_kernel(
             if gl.atomic_add(counter, 1, sem="acq_rel") == used - 1:
                 gl.store(counter, 0)
                 _merge(
-                    partial_ptr,
-                    stats_ptr,
-                    out_ptr,
-                    first_head,
-                    splits,
-                    used,
-                    value_scale,
-                    GROUP,
-                    DIM,
-                    ROWS,
-                    WARPS,
-                )
+                    partial_ptr + first_head * splits * DIM, stats_ptr + first_head * splits * 2,
+                    out_ptr + out_head * DIM, splits, used, value_scale, GROUP, DIM, ROWS, WARPS,
+                )  # fmt: skip
 
 
 @gluon.jit
@@ -366,25 +382,28 @@ def _dimension(row, WORDS: gl.constexpr, number: gl.constexpr):
 @gluon.jit
 def _load_heads(
     row_ptr, norm_ptr, column, rotation, mask, eps, offset,
-    DIM: gl.constexpr, NORM: gl.constexpr, OFFSET: gl.constexpr, LAST: gl.constexpr,
+    DIM: gl.constexpr, NORM: gl.constexpr, OFFSET: gl.constexpr, LAST: gl.constexpr, ROTATED: gl.constexpr,
 ):  # fmt: skip
     """Load heads, norm and rotate them: the dimensions ``column``, and those two further on. LAST: norms come behind the
     rotation."""
-    cos0, sin0, partner0 = rotation[0]
-    cos1, sin1, partner1 = rotation[1]
     x0 = gl.load(row_ptr + column, mask=mask, other=0.0)
     x1 = gl.load(row_ptr + column + 2, mask=mask, other=0.0)
-    other0 = gl.load(row_ptr + partner0, mask=mask, other=0.0)
-    other1 = gl.load(row_ptr + partner1, mask=mask, other=0.0)
+    if ROTATED:
+        cos0, sin0, partner0 = rotation[0]
+        cos1, sin1, partner1 = rotation[1]
+        other0 = gl.load(row_ptr + partner0, mask=mask, other=0.0)
+        other1 = gl.load(row_ptr + partner1, mask=mask, other=0.0)
     if NORM:
         norm0, norm1 = gl.load(norm_ptr + column), gl.load(norm_ptr + column + 2)
     if NORM and not LAST:
         inverse = _inverse_rms(x0, x1, eps, DIM)
         x0 = _scaled_by_norm(x0, inverse, norm0, offset, OFFSET)
         x1 = _scaled_by_norm(x1, inverse, norm1, offset, OFFSET)
-        other0 = _scaled_by_norm(other0, inverse, gl.load(norm_ptr + partner0), offset, OFFSET)
-        other1 = _scaled_by_norm(other1, inverse, gl.load(norm_ptr + partner1), offset, OFFSET)
-    x0, x1 = _rotated(x0, other0, cos0, sin0), _rotated(x1, other1, cos1, sin1)
+        if ROTATED:
+            other0 = _scaled_by_norm(other0, inverse, gl.load(norm_ptr + partner0), offset, OFFSET)
+            other1 = _scaled_by_norm(other1, inverse, gl.load(norm_ptr + partner1), offset, OFFSET)
+    if ROTATED:
+        x0, x1 = _rotated(x0, other0, cos0, sin0), _rotated(x1, other1, cos1, sin1)
     if NORM and LAST:
         inverse = _inverse_rms(x0, x1, eps, DIM)
         x0 = _scaled_by_norm(x0, inverse, norm0, offset, OFFSET)
@@ -544,7 +563,7 @@ def _paired(even, odd, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _merge(
-    partial_ptr, stats_ptr, out_ptr, first_head, splits, used, value_scale,
+    partial_ptr, stats_ptr, out_ptr, splits, used, value_scale,
     GROUP: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Merge the ``used`` splits of a group of heads by their maxima and sums."""
@@ -553,7 +572,7 @@ def _merge(
     ROW: gl.constexpr = gl.SliceLayout(1, PARTS)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, STATS))[:, None]
     each = gl.arange(0, 32, layout=gl.SliceLayout(0, STATS))[None, :]
-    stat = stats_ptr + ((first_head + row) * splits + each) * 2
+    stat = stats_ptr + (row * splits + each) * 2
     known = (row < GROUP) & (each < used)
     maxima = gl.load(stat, mask=known, other=float("-inf"))
     row_sums = gl.load(stat + 1, mask=known, other=0.0)
@@ -568,7 +587,7 @@ def _merge(
     acc = gl.zeros([ROWS, DIM], gl.float32, PARTS)
     for first in range(0, used, 4):
         for i in gl.static_range(4):
-            part = (first_head + row) * splits + first + i
+            part = row * splits + first + i
             there = (row < GROUP) & (first + i < used)
             weight = gl.exp2(gl.load(stats_ptr + part * 2, mask=there, other=float("-inf")) - top)
             values = gl.load(
@@ -576,5 +595,5 @@ def _merge(
             )
             acc += values * weight[:, None]
     result = acc / gl.where(in_group, total, 1.0) * value_scale
-    target = out_ptr + (first_head + row)[:, None] * DIM + column
+    target = out_ptr + row[:, None] * DIM + column
     gl.store(target, result.to(out_ptr.dtype.element_ty), mask=in_group)

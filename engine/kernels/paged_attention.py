@@ -97,8 +97,12 @@ def choose_tile(head_dim: int, group: int, itemsize: int) -> AttentionTile:
     return AttentionTile(max(rows, 64), 64, 4, 2)
 
 
-def paged_attention_triton(q, cache, meta, *, scale, window=None, cap=None, out=None):
-    """See :func:`engine.kernels.dispatch.paged_attention`."""
+def paged_attention_triton(q, cache, meta, *, scale, window=None, cap=None, out=None, singles=True):
+    """See :func:`engine.kernels.dispatch.paged_attention`.
+
+    Args:
+        singles: compute sequences with one new token, too.
+    """
     tokens, heads, dim = q.shape
     kv_heads, sequences = cache.kv_heads, meta.seq_lens.shape[0]
     assert q.stride(-1) == 1 and meta.block_tables.stride(-1) == 1
@@ -116,7 +120,7 @@ def paged_attention_triton(q, cache, meta, *, scale, window=None, cap=None, out=
         sequences=sequences, scale=scale * cache.key_scale * LOG2E, value_scale=cache.value_scale, window=window or 0,
         q_token=q.stride(0), q_head=q.stride(1), table_row=meta.block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size, BLOCK_STRIDE=cache.block_stride,
-        FP8_CACHE=cache.is_fp8, ROWS=tile.rows, KEYS=tile.keys, TOKENS=tokens_per_tile, WINDOW=window is not None,
+        FP8_CACHE=cache.is_fp8, SINGLES=singles, ROWS=tile.rows, KEYS=tile.keys, TOKENS=tokens_per_tile, WINDOW=window is not None,
         GAPS=meta.gaps, CAP=(cap or 0.0) * LOG2E,
         num_warps=tile.warps, num_stages=tile.stages, **pdl_options(q),
     )  # fmt: skip
@@ -129,7 +133,7 @@ def _attention_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, query_start_ptr, seq_lens_ptr, key_ends_ptr, out_ptr,
     sequences, scale, value_scale, window, q_token, q_head, table_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_STRIDE: tl.constexpr,
-    FP8_CACHE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
+    FP8_CACHE: tl.constexpr, SINGLES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
     GAPS: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per query tile and KV head. TOKENS: query tokens per tile. CAP: of the scores, in units of
@@ -144,6 +148,8 @@ def _attention_kernel(
     sequence, begin, first_token, count, length = find_tile(
         query_start_ptr, seq_lens_ptr, tile, sequences, TOKENS
     )
+    if not SINGLES:
+        count = tl.where(count == 1, 0, count)
     if first_token >= count:
         return
 

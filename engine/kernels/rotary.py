@@ -59,6 +59,15 @@ class RotaryTable:
         }  # fmt: skip
 
 
+def not_rotated(q: torch.Tensor) -> dict[str, Any]:
+    """Return what :meth:`RotaryTable.arguments` does, for a kernel that rotates nothing. ``q`` stands in for what is
+    not accessed."""
+    return {
+        "positions_ptr": q, "cos_ptr": q, "sin_ptr": q, "axis_stride": 0, "position_stride": 0, "angle_stride": 0,
+        "HALF": 0, "SECTION": None, "INTERLEAVED": 0, "ADJACENT": False,
+    }  # fmt: skip
+
+
 def rotary(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: RotaryTable) -> None:
     """Rotate ``q`` and ``k`` in place by their tokens' positions.
 

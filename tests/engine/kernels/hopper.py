@@ -423,7 +423,7 @@ def fp8_cache(sequences: int) -> None:
     """Write and prefill with keys and values in fp8, and decode ``sequences``."""
     from engine.kernels.decode_attention import decode_attention_triton
     from engine.kernels.fp8 import FP8
-    from engine.kernels.fp8_attention import decode_attention_gluon
+    from engine.kernels.fp8_attention import decode_attention_gluon, single_attention_gluon
     from engine.kernels.kv_write import rotary_kv_write_triton
     from engine.kernels.paged_attention import paged_attention_triton
 
@@ -436,7 +436,9 @@ def fp8_cache(sequences: int) -> None:
     meta = metadata([1] * sequences, 1000, 4096)
     for decode_attention in (decode_attention_gluon, decode_attention_triton):
         decode_attention(q[new], k[new], v[new], positions[:, new], table, cache, meta, scale=0.1)
-    paged_attention_triton(q, cache, metadata([64], 1000, 1000), scale=0.1)
+    mixed = metadata([60, 1, 1, 1, 1], 1000, 1000)
+    single_attention_gluon(q, cache, mixed, scale=0.1)
+    paged_attention_triton(q, cache, mixed, scale=0.1, singles=False)
 
 
 def delta_net(tokens: list[int]) -> None:

@@ -9,9 +9,14 @@ import torch
 
 from engine.kernels import fp8_attention as module
 from engine.kernels.decode_attention import decode_attention_reference
-from engine.kernels.dispatch import decode_attention
+from engine.kernels.dispatch import decode_attention, paged_attention
 from engine.kernels.fp8 import FP8
-from engine.kernels.fp8_attention import choose_warps, decode_attention_gluon, num_splits
+from engine.kernels.fp8_attention import (
+    choose_warps,
+    decode_attention_gluon,
+    num_splits,
+    single_attention_gluon,
+)
 from engine.kernels.paged import KVCache
 from engine.kernels.paged_attention import paged_attention_reference
 from engine.kernels.rms_norm import HeadNorms
@@ -159,6 +164,27 @@ def test_borrowed_keys(hopper, shape):
     )
     assert_close(found, expected)
     assert torch.equal(bits(written), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("shape", ["groups of seven", "groups of nine", "64", "window", "tiny blocks"])
+def test_single_tokens_beside_prompts(hopper, shape, splits, monkeypatch):
+    """Of a batch of sequences with one new token, several or none, those with one are computed apart."""
+    monkeypatch.setattr(module, "num_splits", lambda *_: splits)
+    kind, queries = SHAPES[shape], [1, 2, 0, 1, 18, 1, 1, 60, 1, 300]
+    sizes = {"kv_heads": kind.kv_heads, "dim": kind.dim, "block_size": kind.block_size}
+    paged = PagedProblem(hopper, torch.float32, lengths=LENGTHS, queries=queries, written=LENGTHS, **sizes)
+    keys, values = (paged.cache.keys / KEY_SCALE).to(FP8), (paged.cache.values / VALUE_SCALE).to(FP8)
+    cache = KVCache(keys, values, KEY_SCALE, VALUE_SCALE)
+    q = torch.randn(sum(queries), kind.heads, kind.dim, device=hopper, dtype=torch.bfloat16)
+    options = {"scale": 0.15, "window": kind.window}
+    expected = paged_attention_reference(q, cache, paged.meta, **options)
+    found = single_attention_gluon(q, cache, paged.meta, **options, out=torch.full_like(q, torch.nan))
+    single = torch.tensor(queries).repeat_interleave(torch.tensor(queries)) == 1
+    assert_close(found[single], expected[single])
+    assert found[~single].isnan().all()
+    assert_close(paged_attention(q, cache, paged.meta, **options), expected)
 
 
 @pytest.mark.gpu
