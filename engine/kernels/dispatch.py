@@ -176,10 +176,9 @@ def paged_attention(
         elif meta.max_query_len > SHORT_PROMPT and not crowded and not meta.many_sequences:
             return prefill_attention_gluon(q, cache, meta, scale=scale, paired=paired, out=out)
     limits = {"scale": scale, "window": window, "cap": cap}
-    # A tile of 64 rows for one token reads keys at half the rate.
-    apart = (
-        meta.max_query_len > 1 and len(meta.seq_lens) > 1 and len(q) > 0 and fp8_attention.supports(q, cache)
-    )
+    # A tile of 64 rows for one token reads keys at less than half the memory's rate.
+    apart = meta.max_query_len > 1 and len(meta.seq_lens) > 1 and meta.key_ends is None and len(q) > 0
+    apart = apart and fp8_attention.supports(q, cache)
     if apart:
         out = single_attention_gluon(q, cache, meta, **limits, out=out)
     return paged_attention_triton(q, cache, meta, **limits, out=out, singles=not apart)

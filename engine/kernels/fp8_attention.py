@@ -1,4 +1,4 @@
-"""Attention of a decode step over keys and values in fp8, for Hopper GPUs: half the bytes in half the time.
+"""Attention of a decode step over keys and values in fp8, for Hopper GPUs: half the bytes in about half the time.
 
 It computes what :mod:`engine.kernels.decode_attention` does. There the compiler passes numbers through shared memory
 and converts them one after the other, which takes longer than reading them. Here a thread loads 16 bytes of a key, or
@@ -45,6 +45,9 @@ _KEYS = 16
 #: Registers of a thread, and warps that fit on an SM then: of up to eight query heads, and of more. With 168 eight
 #: heads' keys are read more slowly.
 _FEW_ROWS, _MANY_ROWS = (128, 16), (168, 12)
+#: Without PDL: words on their way need room in L1, of which there is little on an SM as long as it runs a program with
+#: much shared memory. Programs that fill the GPU read faster if they start after those.
+_ALONE: dict[str, Any] = {"PDL": False}
 _wait_for_previous = gluon.jit(wait_for_previous.fn)
 _round_to_fp8 = gluon.jit(round_to_fp8.fn)
 _beside_fp8 = gluon.jit(beside_fp8.fn)
@@ -88,7 +91,7 @@ def decode_attention_gluon(
 
 def single_attention_gluon(q, cache, meta, *, scale, window=None, cap=None, out=None):
     """Compute :func:`engine.kernels.dispatch.paged_attention` for the sequences that have one new token; for what
-    :func:`supports` admits. The rows of others are not written."""
+    :func:`supports` admits, and each token sees the keys up to its own. The rows of others are not written."""
     limits = {"scale": scale, "norms": None, "window": window, "cap": cap, "out": out}
     return _launch(q, None, None, None, None, cache, meta, limits)
 
@@ -105,7 +108,7 @@ def _launch(q, k, v, positions, table, cache, meta, limits: dict[str, Any]) -> t
         launch(
             _fp8_decode_kernel, (sequences, kv_heads, splits), **arguments, query_start_ptr=meta.query_start,
             MIXED=meta.max_query_len > 1, ROWS=rows, KEYS=_KEYS, WARPS=warps, num_warps=warps,
-            maxnreg=registers, **pdl_options(q),
+            maxnreg=registers, **(_ALONE if warps == 1 else pdl_options(q)),
         )  # fmt: skip
     return out
 
