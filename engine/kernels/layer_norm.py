@@ -10,7 +10,7 @@ import triton.language as tl
 from engine.kernels.device import use_triton
 from engine.kernels.fp8 import RoundedRows, quantise_rows_reference, reads_fp8, rounding_warps, store_rounded
 from engine.kernels.launch import launch
-from engine.kernels.pdl import launch_dependents_of_one_row, pdl_options, wait_for_previous
+from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.split_sums import (
     Pair,
     SplitSums,
@@ -136,10 +136,6 @@ def _layer_norm_kernel(
     """
     column = tl.arange(0, BLOCK)
     mask = column < SIZE
-    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    if SHIFT:
-        bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    launch_dependents_of_one_row(PDL)
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     dtype = total_ptr.dtype.element_ty
@@ -155,10 +151,10 @@ def _layer_norm_kernel(
     wide = total.to(tl.float32)
     centred = tl.where(mask, wide - tl.sum(wide, axis=0) / SIZE, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / SIZE + eps)
-    wide = centred * scale * weight
+    normed = centred * scale * tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     if SHIFT:
-        wide += bias
-    normed = wide.to(dtype)
+        normed += tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    normed = normed.to(dtype)
     if ROUND:
         store_rounded(normed.to(tl.float32), row, column, SIZE, mask, out_ptr, row_scale_ptr)
     else:
