@@ -133,6 +133,7 @@ def linears(dtype: torch.dtype, inputs: int) -> None:
         rms_norm(sums, scales[0], 1e-6, added)
         for after in (None, scales[1]):
             rms_norm(Addend(sums, scales[0], 1e-6), after, 1e-6, added)
+        rms_norm(Addend(sums, None, 0.0, multiplier=0.5), None, 0.0, added, factor=scales[0, :1])
         add_layer_norm_triton(Pair(sums, sums), added, scales[0], None, 1e-6)
         for activation in ACTIVATIONS:
             dispatch.linear(x, weight, bias, activation=activation, counters=counters, scale=scale)
