@@ -8,9 +8,9 @@ instruction, exactly. Only the order in which a product adds up decides which di
 * A thread's words of a key are four numbers each. The first two of all words are one product's inputs, the other two
   are those of a second one; queries are loaded in that order.
 * Of values a product takes pairs of keys. A word of one and a word of the next one are four such pairs, which four
-  products take, so each has a quarter of the dimensions. Values are the left operand, probabilities the right one:
-  the registers that scores come in are those that a right operand is taken from, and a row of 16 dimensions is full
-  where one of 16 queries would be empty.
+  products take, so each has a quarter of the dimensions.
+* Keys and values are left operands of 16 rows, queries and probabilities right ones of 8 columns: of 16 rows of
+  queries most would be empty. Probabilities come out of one product as the transpose of what the next one takes.
 
 Each warp of a program has keys and a softmax of its own; they are merged at the end. Gluon has no interpreter, so the
 tests of this kernel need a Hopper GPU.
@@ -160,7 +160,8 @@ def _fp8_decode_kernel(
     split = gl.program_id(2)
     # The previous kernel writes q, k and v. What is read before the wait was there before this pass.
     newest = gl.load(seq_lens_ptr + sequence) - 1
-    slot = gl.load(slot_ptr + sequence)
+    if not BORROWED:
+        slot = gl.load(slot_ptr + sequence)
     token = sequence
     single = sequence >= 0
     if MIXED:
