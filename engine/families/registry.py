@@ -57,6 +57,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "text": (
         "CohereForCausalLM",
         "Cohere2ForCausalLM",
+        "Cohere2MoeForCausalLM",
         "Ernie4_5ForCausalLM",
         "Ernie4_5_MoeForCausalLM",
         "Exaone4ForCausalLM",

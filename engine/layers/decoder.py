@@ -166,7 +166,7 @@ class Decoder(nn.Module):
         width, eps = config.hidden_size, config.rms_norm_eps
         self.norm = (
             LayerNorm(width, eps, build, shift=False)
-            if config.parallel
+            if config.layer_norms
             else RMSNorm(width, eps, build, offset=config.norm_offset)
         )
         tied = self.embed_tokens if config.tie_word_embeddings else None

@@ -192,7 +192,8 @@ class DecoderConfig:
         norm_offset: added to the weights of all norms, which checkpoints of Gemma up to 3 store less one;
             None to round before scaling, see :func:`~engine.kernels.rms_norm.rms_norm`.
         parallel: attention and MLP of a layer have one input, see
-            :class:`~engine.layers.parallel_layer.ParallelLayer`; norms are LayerNorms without shift.
+            :class:`~engine.layers.parallel_layer.ParallelLayer`.
+        layer_norms: norms are LayerNorms without shift; of such models alone.
         post_norm: norms come after attention and MLP alone, see
             :class:`~engine.layers.post_norm_layer.PostNormLayer`.
         sandwich: norms after attention and MLP as well, before their results are added to the residual.
@@ -255,6 +256,7 @@ class DecoderConfig:
     windows: tuple[int | None, ...] = ()
     norm_offset: float | None = None
     parallel: bool = False
+    layer_norms: bool = False
     post_norm: bool = False
     sandwich: bool = False
     embedding_multiplier: float = 1.0

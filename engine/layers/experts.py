@@ -118,6 +118,7 @@ class ExpertsMLP(nn.Module):
         self.shared_expert = None
         if config.shared_size is not None:
             self.shared_expert = GatedMLP(hidden, config.shared_size, activation, build.at("shared_expert"))
+        self.averaged = config.averaged
         self.shared_expert_gate = Linear(hidden, 1, build, bias=False) if config.shared_gate else None
 
     def idle_parameters(self) -> int:
@@ -139,6 +140,8 @@ class ExpertsMLP(nn.Module):
             if self.shared_expert_gate is not None:
                 shared = shared * self.shared_expert_gate(x).sigmoid()
             out = out + shared
+        if self.averaged:
+            out = out / 2
         return out if self.tp.size == 1 else self.tp.all_reduce(out)
 
     def after_norm(

@@ -20,6 +20,7 @@ class ExpertsConfig:
         vision_size: intermediate size of one of the experts, as many, that tokens of images and videos have
             instead, chosen by a router of their own; None if all tokens have the same ones.
         vision_tokens: ids of these tokens, those around an item's rows included.
+        averaged: the sum of the experts and the shared expert is halved.
         beside_mlp: these layers have a plain MLP as well; see :mod:`engine.layers.parallel_experts`.
     """
 
@@ -30,4 +31,5 @@ class ExpertsConfig:
     shared_gate: bool = False
     vision_size: int | None = None
     vision_tokens: tuple[int, ...] = ()
+    averaged: bool = False
     beside_mlp: bool = False

@@ -299,6 +299,7 @@ MINISTRAL_ROPE = {
 TEXT_ARCHITECTURES = (
     "cohere",
     "cohere2",
+    "cohere2_moe",
     "ernie4_5",
     "ernie4_5_moe",
     "exaone4",
@@ -398,6 +399,18 @@ _EXPERTS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         "use_qk_norm": True,
         "attention_bias": True,
+    },
+    "cohere2_moe": {
+        "logit_scale": 3.0,
+        "head_dim": 16,
+        "sliding_window": 7,
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "prefix_dense_intermediate_size": 48,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 2,
     },
     "granitemoe": {"num_local_experts": 6, "num_experts_per_tok": 3},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 9},
@@ -539,7 +552,7 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
         common["original_max_position_embeddings"] = 64
     common |= _EXPERTS.get(kind, {})
     names = {"llama3": "Llama", "phi3_longrope": "Phi3", "granitemoe": "GraniteMoe"}
-    names |= {"glm4_moe": "Glm4Moe", "ernie4_5_moe": "Ernie4_5_Moe"}
+    names |= {"glm4_moe": "Glm4Moe", "cohere2_moe": "Cohere2Moe", "ernie4_5_moe": "Ernie4_5_Moe"}
     names |= {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
     names |= {"ernie4_5": "Ernie4_5", "seed_oss": "SeedOss", "smollm3": "SmolLM3"}
     names["hunyuan_v1_dense"] = "HunYuanDenseV1"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.errors import CheckpointError
-from engine.families.parsing.cohere import cohere_fields
+from engine.families.parsing.cohere import cohere_fields, cohere_moe_fields
 from engine.families.parsing.defaults import DEFAULTS, DecoderKind
 from engine.families.parsing.experts import parse_experts
 from engine.families.parsing.fields import Json, activation, flag, integer, number
@@ -65,6 +65,8 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         config["rope_parameters"] = defaults["rope_parameters"]
     heads = integer(config, "num_attention_heads")
     layers, positions = integer(config, "num_hidden_layers"), integer(config, "max_position_embeddings")
+    if kind == "cohere2_moe":
+        config = cohere_moe_fields(config, layers)
     if kind == "cohere2" or (kind == "exaone4" and config["sliding_window"] is not None):
         config = window_rotates(config, layers)
     head_dim = _head_dim(config, kind, heads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from engine.families.parsing.cohere import COHERE2_DEFAULTS, COHERE_DEFAULTS
+from engine.families.parsing.cohere import COHERE2_DEFAULTS, COHERE2_MOE_DEFAULTS, COHERE_DEFAULTS
 from engine.families.parsing.experts import (
     DEEPSEEK_EXPERTS,
     ERNIE_EXPERTS,
@@ -19,6 +19,7 @@ from engine.families.parsing.lfm2 import LFM2_DEFAULTS
 DecoderKind = Literal[
     "cohere",
     "cohere2",
+    "cohere2_moe",
     "deepseek_ocr2_text",
     "ernie4_5",
     "ernie4_5_moe",
@@ -183,6 +184,7 @@ _HUNYUAN: dict[str, Any] = {
 DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
     "cohere": COHERE_DEFAULTS,
     "cohere2": COHERE2_DEFAULTS,
+    "cohere2_moe": COHERE2_MOE_DEFAULTS,
     "deepseek_ocr2_text": {
         **_COMMON,
         **DEEPSEEK_EXPERTS,

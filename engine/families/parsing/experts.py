@@ -67,6 +67,8 @@ def parse_experts(config: Json, layers: int) -> ExpertsConfig | None:
     """
     if "moe_num_experts" in config:
         return _biased_experts(config, layers)
+    if "expert_selection_fn" in config:
+        return _cohere_experts(config, layers)
     if "topk_method" in config:
         return _scaled_experts(config, layers)
     if "n_routed_experts" in config:
@@ -145,7 +147,7 @@ def _biased_experts(config: Json, layers: int) -> ExpertsConfig | None:
             f"config.json: {field} should be two sizes, for text and for media, not {sizes!r}", param=field
         )
     size, *others = (integer({field: size}, field) for size in sizes)
-    sparse = _typed_layers(config, layers) if vision else _layers_between(config, layers)
+    sparse = typed_layers(config, layers) if vision else _layers_between(config, layers)
     if not sparse:
         return None
     shared = integer(config, "moe_num_shared_experts", least=0)
@@ -154,7 +156,7 @@ def _biased_experts(config: Json, layers: int) -> ExpertsConfig | None:
     )
 
 
-def _typed_layers(config: Json, layers: int) -> tuple[int, ...]:
+def typed_layers(config: Json, layers: int) -> tuple[int, ...]:
     """The layers that ``mlp_layer_types`` calls sparse; all but the first where it is missing."""
     types = config["mlp_layer_types"]
     if types is None:
@@ -185,13 +187,34 @@ def _scaled_experts(config: Json, layers: int) -> ExpertsConfig | None:
                 f"{served!r} is",
                 param=field,
             )
-    sparse = _typed_layers(config, layers)
+    sparse = typed_layers(config, layers)
     if not sparse:
         return None
     router = _router(config, "n_routed_experts", renormalise=False)
     router = replace(router, scaling=number(config, "routed_scaling_factor"))
     size = integer(config, "moe_intermediate_size")
     return ExpertsConfig(router, size, sparse, shared_size=size * integer(config, "n_shared_experts"))
+
+
+def _cohere_experts(config: Json, layers: int) -> ExpertsConfig | None:
+    """Read Cohere's experts: shares of those that are chosen, or sigmoids, and the shared expert's part."""
+    scoring, joined = config["expert_selection_fn"], config["shared_expert_combination_strategy"]
+    for field, value, known in (
+        ("expert_selection_fn", scoring, ("softmax", "sigmoid")),
+        ("shared_expert_combination_strategy", joined, ("average", "sum")),
+    ):
+        if value not in known:
+            raise CheckpointError(f"config.json: {field} {value!r} is not supported", param=field)
+    sparse = typed_layers(config, layers)
+    if not sparse:
+        return None
+    # A softmax over the chosen ones is one over all, divided by their sum.
+    renormalise = scoring == "softmax" or flag(config, "norm_topk_prob")
+    router = replace(_router(config, "num_experts", renormalise=renormalise), scoring=scoring)
+    size = integer(config, "moe_intermediate_size")
+    shared = integer(config, "num_shared_experts", least=0) * size
+    averaged = bool(shared) and joined == "average"
+    return ExpertsConfig(router, size, sparse, shared_size=shared or None, averaged=averaged)
 
 
 def _experts_beside_mlps(config: Json, layers: int) -> ExpertsConfig:

@@ -38,7 +38,7 @@ _ALL_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "yarn", "lla
 #: Kinds whose neighbouring dimensions rotate against each other.
 _GLM = ("glm", "glm4", "glm4v_text", "glm_ocr_text")
 _ERNIE = ("ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe_text")
-_ADJACENT = ("cohere", "cohere2", *_ERNIE, *_GLM)
+_ADJACENT = ("cohere", "cohere2", "cohere2_moe", *_ERNIE, *_GLM)
 #: The share of a head that rotates, by the kinds that rotate a part where the file states none.
 _SHARES = {
     **dict.fromkeys(_QWEN3_5, 0.25),

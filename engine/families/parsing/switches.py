@@ -100,6 +100,7 @@ def _molmo2(config: Json) -> dict[str, Any]:
 SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "cohere": cohere_switches,
     "cohere2": cohere_switches,
+    "cohere2_moe": cohere_switches,
     "exaone4": lambda config: {"post_norm": True},
     "gemma": _gemma,
     "gemma2": _gemma2,

@@ -1,11 +1,12 @@
 """Language models without images: Cohere 1 and 2, Ernie 4.5, EXAONE 4, Gemma 1 to 4, GLM-4, Granite, Hunyuan,
 LFM2, Llama, Mistral, Ministral-3, OLMo 2 and 3, Phi3, Qwen2, Qwen3, Qwen3.5, Seed-OSS, SmolLM3; with experts
-Ernie 4.5, Gemma 4, GLM-4.5, Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
+Cohere 2, Ernie 4.5, Gemma 4, GLM-4.5, Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
 
 from __future__ import annotations
 
 from engine.checkpoint.rules import (
     DECODER_RULES,
+    DEEPSEEK_RULES,
     ERNIE_RULES,
     EXPERT_RULES,
     GEMMA4_RULES,
@@ -29,6 +30,7 @@ from engine.families.retrieval import QWEN3_PAIRS, RetrievalFormat, qwen3_query
 _KINDS: dict[str, DecoderKind] = {
     "CohereForCausalLM": "cohere",
     "Cohere2ForCausalLM": "cohere2",
+    "Cohere2MoeForCausalLM": "cohere2_moe",
     "Ernie4_5ForCausalLM": "ernie4_5",
     "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
     "Exaone4ForCausalLM": "exaone4",
@@ -62,6 +64,7 @@ _KINDS: dict[str, DecoderKind] = {
 
 #: Of architectures with names of their own.
 _RULES = {
+    "Cohere2MoeForCausalLM": DEEPSEEK_RULES,
     "Ernie4_5_MoeForCausalLM": ERNIE_RULES,
     "HunYuanDenseV1ForCausalLM": HUNYUAN_RULES,
     "Lfm2ForCausalLM": LFM2_RULES,

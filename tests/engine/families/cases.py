@@ -510,13 +510,24 @@ CASES = [
             TextReference,
             texts=TEXTS,
             windows=kind
-            in ("cohere2", "exaone4", "gemma2", "gemma3", "gemma4", "mistral", "mixtral", "olmo3"),
+            in (
+                "cohere2",
+                "cohere2_moe",
+                "exaone4",
+                "gemma2",
+                "gemma3",
+                "gemma4",
+                "mistral",
+                "mixtral",
+                "olmo3",
+            ),
             # Recurrent states of all slots come out of it.
             options={"kv_cache_bytes": 32 << 20} if kind in HYBRIDS else {},
         )
         for kind in (
             "cohere",
             "cohere2",
+            "cohere2_moe",
             "ernie4_5",
             "ernie4_5_moe",
             "exaone4",
@@ -585,7 +596,7 @@ LIKE = {
     "Granite 4 Vision": "LLaVA-NeXT",
     "Molmo 2 on OLMo": "Molmo 2",
     **dict.fromkeys(("olmo2", "olmo3"), "EXAONE 4.5"),
-    **dict.fromkeys(("cohere", "cohere2"), "Aya Vision"),
+    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), "Aya Vision"),
     "exaone4": "EXAONE 4.5",
     "glm": "qwen3",
     "glm4": "qwen3",

@@ -33,6 +33,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "gemma3": (1,),
     "cohere": (1,),
     "cohere2": (1,),
+    "cohere2_moe": (1,),
     "ernie4_5": (1,),
     "ernie4_5_moe": (1,),
     "exaone4": (1,),

@@ -14,6 +14,7 @@ from tests.engine.tiny import DELTA_NETS, TRANSFORMERS
 _DEFAULT_KV = {
     "cohere": None,
     "cohere2": None,
+    "cohere2_moe": None,
     "lfm2": 8,
     "llama": None,
     "phi3": None,
@@ -50,6 +51,7 @@ _DEFAULT_KV = {
 }
 #: Numbers of a head where a config.json does not say, by the kinds that don't derive them.
 _DEFAULT_HEAD_DIM = {
+    "cohere2_moe": 128,
     "qwen3": 128,
     "qwen3_vl": 128,
     "qwen3_5": 256,
@@ -77,7 +79,17 @@ _COUNTED_KV = (
 )
 _BIASED = (
     *("llama", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", *DELTA_NETS),
-    *("cohere", "cohere2", "gemma", "granite", "granitemoe", "glm4_moe", "hunyuan_v1_dense", "hunyuan_vl"),
+    *(
+        "cohere",
+        "cohere2",
+        "cohere2_moe",
+        "gemma",
+        "granite",
+        "granitemoe",
+        "glm4_moe",
+        "hunyuan_v1_dense",
+        "hunyuan_vl",
+    ),
     *("molmo2", "deepseek_ocr2", "olmo2", "olmo3"),
 )
 #: Scalings whose functions in Transformers take no null for the size of a head.
@@ -116,10 +128,11 @@ def draw_decoder(
     head_dim = _heads(draw, kind, fields, width_of)
     _biases(draw, kind, fields)
     _windows(draw, kind, fields)
+    if kind in ("cohere", "cohere2", "cohere2_moe"):
+        fields["layer_norm_eps"] = fields.pop("rms_norm_eps")
     if kind in EXPERTS:
         draw_experts(draw, kind, fields)
-    if kind in ("cohere", "cohere2"):
-        fields["layer_norm_eps"] = fields.pop("rms_norm_eps")
+    if kind in ("cohere", "cohere2", "cohere2_moe"):
         fields["logit_scale"] = draw.choice("logit scale", (2.0, 0.25, 5 / 6))
         draw.spelled(fields, "layer_norm_eps", "logit_scale")
     if kind in ("granite", "granitemoe"):
@@ -279,7 +292,7 @@ def _windows(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
             kinds = ("sliding_attention", "full_attention")
             fields["layer_types"] = [rng.choice(kinds) for _ in range(layers)]
         return
-    if kind in ("cohere2", "exaone4"):
+    if kind in ("cohere2", "cohere2_moe", "exaone4"):
         fields["sliding_window"] = window
         if kind == "exaone4" and draw.varies("no windows", 0.3):
             fields |= {"sliding_window": None, "layer_types": ["full_attention"] * layers}

@@ -11,7 +11,7 @@ GROUPED = ("glm4_moe", "glm4v_moe")
 ERNIE = ("ernie4_5_moe", "ernie4_5_vl_moe")
 EXPERTS = (
     *("deepseek_ocr2", "granitemoe", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe"),
-    *(*ERNIE, *GROUPED),
+    *(*ERNIE, *GROUPED, "cohere2_moe"),
 )
 
 
@@ -22,6 +22,9 @@ def draw_experts(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
         return
     if kind in ERNIE:
         _draw_biased(draw, kind, fields)
+        return
+    if kind == "cohere2_moe":
+        _draw_cohere(draw, fields)
         return
     if kind == "deepseek_ocr2":
         _draw_scaled(draw, fields)
@@ -51,6 +54,26 @@ def draw_experts(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
         fields["decoder_sparse_step"] = draw.choice("sparse step", (1, 2))
     if draw.varies("dense layers stated", 0.4):
         fields["mlp_only_layers"] = draw.choice("dense layers", ([], [0], [layers - 1]))
+
+
+def _draw_cohere(draw: Draw, fields: dict[str, Any]) -> None:
+    """Add the experts of Cohere 2, the first layers without any, and the pattern of these layers' windows."""
+    experts = draw.choice("experts", (2, 5, 8))
+    fields |= {
+        "num_experts": experts,
+        "num_experts_per_tok": draw.choice("experts of a token", [n for n in (1, 2, 3) if n <= experts]),
+        "num_shared_experts": draw.choice("shared experts", (0, 1, 2)),
+        "shared_expert_combination_strategy": draw.choice("shared experts' part", ("average", "sum")),
+        "expert_selection_fn": draw.choice("scores", ("softmax", "sigmoid")),
+        "norm_topk_prob": draw.choice("renormalise", (True, True, False)),
+        "first_k_dense_replace": draw.choice("dense layers", (0, 1, 1)),
+        "prefix_dense_sliding_window_pattern": draw.choice("pattern of dense layers", (1, 2)),
+    }
+    if draw.varies("dense size stated", 0.5):
+        fields["prefix_dense_intermediate_size"] = draw.choice("dense size", (24, 40))
+    if draw.varies("RMS norms", 0.4):
+        fields["rms_norm_eps"] = draw.choice("eps of RMS norms", (1e-5, 1e-3))
+    draw.spelled(fields, "num_shared_experts", "norm_topk_prob")
 
 
 def _draw_biased(draw: Draw, kind: str, fields: dict[str, Any]) -> None:

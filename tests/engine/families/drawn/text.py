@@ -6,9 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from tokenizers import processors
 
-from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, same_weights, write_json, write_model
+from tests.engine.families.drawn.checkpoint import (
+    Drawn,
+    Unavailable,
+    draw_ends,
+    same_weights,
+    write_json,
+    write_model,
+)
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.gemma3 import draw_gemma2_decoder, draw_gemma3_decoder
@@ -23,6 +31,7 @@ _TOKENS = 224
 ARCHITECTURES = {
     "cohere": "CohereForCausalLM",
     "cohere2": "Cohere2ForCausalLM",
+    "cohere2_moe": "Cohere2MoeForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
     "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
     "exaone4": "Exaone4ForCausalLM",
@@ -70,6 +79,8 @@ class TextFamily:
         return (ARCHITECTURES[self.kind],)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
+        if not hasattr(transformers, ARCHITECTURES[self.kind]):
+            raise Unavailable(f"this release of Transformers has no {self.kind}")
         tok = tokenizer(
             ["<pad>", "<s>", "</s>", "<end>"], bos_token="<s>", eos_token="</s>", pad_token="<pad>"
         )
