@@ -445,7 +445,8 @@ CASES = [
         single=((60, 44), (97, 50)),
         several=(((90, 30), (33, 70)),),
         options={"max_model_len": 1024},
-        few_tokens=100,
+        # Transformers' own model in bfloat16 is up to 0.11 off: tokens have other experts.
+        tolerance=0.15,
     ),
     FamilyCase(
         "DeepSeek-OCR 2, publisher's names",
@@ -455,7 +456,8 @@ CASES = [
         placeholder=lambda index, count: "<image>\n",
         several=(((20, 24), (33, 30)),),
         options={"max_model_len": 1024},
-        few_tokens=100,
+        # Transformers' own model in bfloat16 is up to 0.11 off: tokens have other experts.
+        tolerance=0.15,
     ),
     FamilyCase(
         "HunyuanOCR",
