@@ -164,9 +164,13 @@ class DeepseekReference:
         )
 
     def inputs(self, prompt: CasePrompt) -> Inputs:
-        made = self.processor(
-            text=[prompt.text], images=list(prompt.pictures) or None, return_tensors="pt", **self.options
-        )
+        if prompt.pictures:
+            made = self.processor(
+                text=[prompt.text], images=list(prompt.pictures), return_tensors="pt", **self.options
+            )
+        else:
+            # Some releases of the processor take no text without an image.
+            made = self.processor.tokenizer([prompt.text], return_tensors="pt")
         ids, embeds = made["input_ids"], self.model.get_input_embeddings()(made["input_ids"])
         if prompt.pictures:
             # The tower runs once for a prompt, not once for each token of its answer.
