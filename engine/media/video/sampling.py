@@ -232,7 +232,8 @@ def molmo2_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> l
         count = asked.num_frames or rules.num_frames or info.frames
         if rules.fps is not None and info.fps > rules.fps:
             count = min(count, int(info.duration * rules.fps))
-    return _arange(info.frames, max(min(count, info.frames), 1))
+    count = max(min(count, info.frames), 1)
+    return _arange(info.frames / count, count)
 
 
 def _paired(indices: list[int]) -> list[int]:
