@@ -23,6 +23,7 @@ from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
+from engine.layers.parallel_layer import ParallelLayer
 from engine.layers.post_norm_layer import PostNormLayer
 from engine.weights.loader import fill_from_checkpoint
 from tests.engine.decoding import metadata, poisoned_caches, prefill_logits
@@ -91,7 +92,9 @@ def test_norms_add_up_what_programs_computed_apart(tmp_path, monkeypatch, kind):
         torch.testing.assert_close(found, plain, atol=1e-4, rtol=0)
     taking = [layer for layer in decoder.layers if not isinstance(layer, PostNormLayer)]
     dense = [layer for layer in taking if isinstance(layer.mlp, GatedMLP)]
-    attentions = [layer for layer in dense if layer.self_attn is not None]
+    # A parallel layer's attention is behind no experts: its sums reach the next norm.
+    before_norms = [layer for layer in taking if layer in dense or isinstance(layer, ParallelLayer)]
+    attentions = [layer for layer in before_norms if layer.self_attn is not None]
     assert len(taken) == len(attentions) + len(dense)
 
 
