@@ -29,7 +29,6 @@ from engine.parsers.regex_nodes import (
     Repeat,
     character,
     character_range,
-    first_of,
     read_regex,
 )
 
@@ -79,6 +78,8 @@ _TOKEN = re.compile(
 _STRING_ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}|x([0-9a-fA-F]{2}))')
 #: Brackets within brackets, and terminals within terminals.
 _MOST_DEPTH = 32
+#: Characters of an expression that is a rule of its own, so that what holds it twice doesn't double it.
+_LONG = 60
 #: Characters of the grammar's new form, which a terminal of terminals could double again and again.
 _MOST_WRITTEN = 128 * 1024
 
@@ -124,6 +125,9 @@ def lark_input(definition: str, form: TextForm, *, ends_by_token: bool) -> str:
         return _Writer(_read(definition), apart, form.closing).written()
     except RegexUnread as error:
         raise _refused(f"in one of its regexes {error}") from None
+    except RecursionError:
+        # Terminals in brackets may hold terminals in brackets.
+        raise _refused("its terminals and brackets are nested too deeply together") from None
 
 
 def _refused(reason: str) -> InvalidRequest:
@@ -355,7 +359,7 @@ class _Writer:
         # Characters of each terminal, with those of the terminals that it holds.
         self._weights: dict[str, int] = {}
         self._open: list[str] = []
-        # Names of lexemes and of rules of terminals, by what they are.
+        # Names of lexemes and of rules of parts of terminals, by what they are.
         self._lexemes: dict[str, str] = {}
         self._texts: dict[str, str] = {}
         self._ignored = ""
@@ -395,11 +399,6 @@ class _Writer:
                 raise _refused(f"it does not define {token.text[:60]}")
             return f"rule_{token.text}"
         expression = self._expression(self._node(token, end))
-        if token.kind == "terminal" and len(expression) > 60:
-            if expression not in self._texts:
-                self._texts[expression] = f"text_{len(self._texts)}"
-                self._add(self._texts[expression], expression)
-            expression = self._texts[expression]
         return f"({expression}{self._ignored})"
 
     def _node(self, token: _Token, end: _Token | None) -> Node:
@@ -445,7 +444,16 @@ class _Writer:
         return self._nodes[name]
 
     def _expression(self, node: Node) -> str:
-        """The rule's expression of a terminal, or of a part of one."""
+        """The rule's expression of a terminal, or of a part of one: a rule's name where it is long."""
+        expression = self._written_out(node)
+        if len(expression) <= _LONG:
+            return expression
+        if expression not in self._texts:
+            self._texts[expression] = f"text_{len(self._texts)}"
+            self._add(self._texts[expression], expression)
+        return self._texts[expression]
+
+    def _written_out(self, node: Node) -> str:
         if not node.characters & self._apart:
             return self._lexeme(node)
         if isinstance(node, Atom):
@@ -468,8 +476,10 @@ class _Writer:
                 groups.append([part])
             joins = whole
         found = [group[0] if len(group) == 1 else Chain(tuple(group)) for group in groups]
-        for place, part in enumerate(found):
-            self._check_ends(part, first_of(found[place + 1 :]))
+        behind: frozenset[str] = frozenset()
+        for part in reversed(found):
+            self._check_ends(part, behind)
+            behind = part.first | behind if part.nullable else part.first
         return " ".join(map(self._expression, found))
 
     def _repeated(self, node: Repeat) -> str:

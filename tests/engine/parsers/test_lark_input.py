@@ -4,7 +4,11 @@ import itertools
 import json
 import random
 import re
+import sys
+from collections.abc import Callable
 from functools import cache
+from types import FrameType
+from typing import Any
 
 import llguidance
 import pytest
@@ -175,6 +179,10 @@ def test_what_a_model_may_write_follows_the_grammar(definition, form):
         ("start: A40\nA0: /a/\n" + "\n".join(f"A{i + 1}: A{i}" for i in range(40)), "within each other"),
         ('start: A20\nA0: "\\n"\n' + "\n".join(f"A{i + 1}: A{i} A{i}" for i in range(20)), "too large"),
         ("start: A20\nA0: /a/\n" + "\n".join(f"A{i + 1}: A{i} A{i}" for i in range(20)), "too large"),
+        (
+            "start: A31\nA0: /a/\n" + "\n".join(f"A{i + 1}: {'(' * 28}A{i}{')' * 28}" for i in range(31)),
+            "terminals and brackets are nested too deeply",
+        ),
         (r"start: /.*a\n/", "may take what comes behind"),
         (r"start: /([^b]|ab\n?)*/", "may take what comes behind"),
     ],
@@ -185,6 +193,42 @@ def test_what_cannot_be_followed_is_refused(definition, message):
         in_call(definition, "json")
         in_call(definition, "line")
     assert refused.value.param == "structured"
+
+
+@pytest.mark.parametrize("form", ["json", "line"])
+def test_nested_repetitions_do_not_double_each_other(form):
+    def nested(depth: int) -> str:
+        inner = "b"
+        for _ in range(depth):
+            inner = rf"(a|\n{inner}\n)+"
+        return inner
+
+    definition, pattern = f"start: /{nested(3)}/", re.compile(nested(3))
+    for text in ("a", "aa", "\n\nb\n\n", "\n\n\nb\n\n\n", "a\naa\nb\n\n", "\n\n\nb\n\n", "\n"):
+        assert allowed(definition, text, form) == (pattern.fullmatch(text) is not None), text
+    sizes = [len(in_call(f"start: /{nested(depth)}/", form)) for depth in (8, 16, 24)]
+    assert sizes[2] - sizes[1] < 2 * (sizes[1] - sizes[0])
+
+
+def test_options_in_a_row_take_linear_work():
+    def lines_run(count: int) -> int:
+        """Lines of code that ran."""
+        ran = 0
+
+        def trace(frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
+            nonlocal ran
+            ran += event == "line"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            lark_input.__wrapped__("start: /" + r"\n?" * count + "/", FORMS["json"], ends_by_token=False)
+        finally:
+            sys.settrace(before)
+        return ran
+
+    assert lines_run(400) < 2.5 * lines_run(200)
 
 
 def test_an_input_that_would_end_the_call_is_barred():
