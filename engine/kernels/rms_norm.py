@@ -14,6 +14,7 @@ from engine.kernels.fp8 import RoundedRows, quantise_rows_reference, reads_fp8, 
 from engine.kernels.launch import launch
 from engine.kernels.pdl import launch_dependents_of_one_row, pdl_options, wait_for_previous
 from engine.kernels.split_sums import (
+    Pair,
     SplitSums,
     Unfinished,
     load_result,
@@ -51,16 +52,25 @@ def rms_norm(x, weight, eps, residual=None, *, offset=None, factor=None):
     Args:
         x: ``(..., H)``; may be strided, last dimension contiguous. With ``residual`` it may be unfinished.
         weight: ``(H,)``; with ``residual`` None for no norm of the sum.
-        residual: shape of ``x``; added to it first, in the input's dtype.
+        residual: shape of ``x``; added to it first, in the input's dtype. A pair's results are added to it one after
+            the other.
         factor: ``(1,)``, by which the sum is multiplied then, in the input's dtype; None for 1.
         offset: 1 for families whose checkpoints store ``weight - 1``; None to cast before scaling.
 
     Returns:
         The norm, contiguous; with ``residual`` the norm and ``(x + residual) * factor``.
     """
+    x, residual = _one_result(x, residual)
     if use_triton(x if residual is None else residual):
         return rms_norm_triton(x, weight, eps, residual, offset=offset, factor=factor)
     return rms_norm_reference(x, weight, eps, residual, offset=offset, factor=factor)
+
+
+def _one_result(x, residual):
+    """Return what is left to be added to a residual, and the residual: behind the first result of a pair."""
+    if residual is not None and isinstance(x, Pair):
+        return x.second, sum_with(x.first, residual)
+    return x, residual
 
 
 def rms_norm_reference(x, weight, eps, residual=None, *, offset=None, factor=None):
@@ -140,6 +150,7 @@ def rms_norm_rounded(
     offset: float | None = None,
 ) -> tuple[RoundedRows, torch.Tensor]:
     """Compute :func:`rms_norm` of ``(T, H)`` and round its rows to fp8; also returns ``x + residual``."""
+    x, residual = _one_result(x, residual)
     given = residual if residual is not None else whole(x)
     if use_triton(given) and reads_fp8(given.device):
         return rms_norm_triton(

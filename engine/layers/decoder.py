@@ -255,7 +255,7 @@ class Decoder(nn.Module):
         last, metas = len(self.layers) - 1, meta.by_group()
         causal = metas
         if self.config.local_both_ways and meta.key_ends is not None:
-            causal = replace(meta, key_ends=None).by_group()
+            causal = replace(meta, key_ends=None, gaps=False).by_group()
         given = None
         if self.layer_inputs is not None:
             assert ids is not None

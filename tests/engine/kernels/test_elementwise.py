@@ -30,8 +30,11 @@ from engine.kernels.rms_norm import (
     HeadNorms,
     head_norms_reference,
     head_norms_triton,
+    rms_norm,
     rms_norm_reference,
+    rms_norm_rounded,
     rms_norm_triton,
+    sum_with,
 )
 from engine.kernels.rotary import RotaryTable, angle_axes, rotary_reference, rotary_triton
 from engine.kernels.shard_rows import shard_rows_reference, shard_rows_triton
@@ -251,6 +254,23 @@ def test_a_layer_norm_adds_a_pair_one_after_the_other(device, dtype, parts):
     assert torch.equal(total, residual + first + second)
     assert_close(normed, add_layer_norm_reference(Pair(first, second), residual, weight, None, 1e-6)[0])
     assert torch.equal(Pair(*results).total(), first + second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("split", [False, True])
+def test_an_rms_norm_adds_a_pair_one_after_the_other(device, dtype, split):
+    """As Transformers adds attention and an MLP to the residual; of whole numbers as above."""
+    sums = torch.randint(-999, 999, (2, 3 if split else 1, 5, 96), device=device).float() / 64
+    first, second = sums.sum(1).to(dtype)
+    given = Pair(*(SplitSums(each, dtype) for each in sums)) if split else Pair(first, second)
+    residual, weight = torch.randn(5, 96).to(device, dtype), torch.randn(96).to(device, dtype)
+    expected = residual + first + second
+    normed, total = rms_norm(given, weight, 1e-6, residual)
+    assert torch.equal(total, expected)
+    assert_close(normed, rms_norm_reference(expected, weight, 1e-6))
+    _, total = rms_norm_rounded(given, weight, 1e-6, residual)
+    assert torch.equal(total, expected)
+    assert torch.equal(sum_with(given, residual), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
