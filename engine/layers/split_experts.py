@@ -92,9 +92,10 @@ class SplitExperts(ExpertsMLP):
         return self._with_shared(out, normed), total
 
     def rehearse(self, counts: Iterable[int]) -> None:
-        """Run the experts of both kinds for ``counts`` of tokens, so that their kernels are compiled and
-        loaded."""
-        for count in counts:
+        """Run the experts of both kinds for one token and for ``counts``, so that their kernels are
+        compiled and loaded."""
+        # A step may have one token of an image, or a few: both have kernels that steps of many don't.
+        for count in (1, *counts):
             x = self.gate.weight.new_zeros(count, self.gate.weight.shape[1], dtype=self.dtype)
             self.vision(x)
             self.experts(x, self.gate(x))

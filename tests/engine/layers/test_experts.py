@@ -16,10 +16,12 @@ from engine.errors import CheckpointError, ConfigError
 from engine.families.load import load_language_model
 from engine.families.registry import resolve
 from engine.fit import check_split
+from engine.kernels import dispatch
 from engine.kernels.router_config import RouterConfig
 from engine.layers.build import BuildContext
 from engine.layers.experts import ExpertsMLP
 from engine.layers.experts_config import ExpertsConfig
+from engine.layers.split_experts import SplitExperts
 from engine.weights.loader import fill_from_checkpoint
 from tests.engine.families.opened import parse
 from tests.engine.tiny import make_text, rewrite_json, rewrite_tensors, spread
@@ -162,3 +164,29 @@ def test_a_token_uses_its_share_of_the_experts():
     layer = ExpertsMLP(32, config, "silu", BuildContext(CPU, torch.float32, SingleProcessGroup()))
     used = 2 * 3 * 24 * 32 + 3 * 16 * 32 + 8 * 32
     assert sum(part.numel() for part in layer.parameters()) - layer.idle_parameters() == used
+
+
+@pytest.mark.parametrize("count", [6, 32])
+def test_experts_of_images_are_rehearsed_for_few_tokens_and_for_many(monkeypatch, count):
+    """A step may have any number of tokens of images, which decides between kernels."""
+    config = ExpertsConfig(RouterConfig(count, 3), intermediate_size=24, layers=range(1), vision_size=16)
+    layer = SplitExperts(32, config, "silu", BuildContext(CPU, torch.float32, SingleProcessGroup()))
+    called: set[tuple[str, int]] = set()
+
+    def spy(name):
+        def kernel(x, *arguments):
+            called.add((name, arguments[-2].weight.shape[2]))
+            return torch.zeros_like(x)
+
+        monkeypatch.setattr(dispatch, name, kernel)
+
+    spy("expert_gemv_triton")
+    spy("grouped_experts_triton")
+    monkeypatch.setattr(dispatch, "_readable", lambda *_: True)
+    for tokens in range(1, 65):
+        layer.vision(torch.zeros(tokens, 32))
+    served = called.copy()
+    assert len(served) == 2
+    called.clear()
+    layer.rehearse([1024, 16])
+    assert served < called
