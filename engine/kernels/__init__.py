@@ -6,7 +6,7 @@ decides::
     operation         kernel                      condition                           file
     decode_attention  decode_attention_reference  not Triton                          decode_attention.py
                       decode_attention_gluon      Hopper, 16-bit, KV cache in fp8 of  fp8_attention.py
-                                                  heads of 64 or 128, at most eight
+                                                  heads of 64 or 128, at most sixteen
                                                   query heads share one
                       decode_attention_triton     otherwise                           decode_attention.py
     paged_attention   paged_attention_reference   not Triton                          paged_attention.py
@@ -17,8 +17,8 @@ decides::
                                                   tokens (512 or 1024 where rows
                                                   are many), KV cache in the
                                                   model's dtype
-                      single_attention_gluon      several sequences, KV cache as for  fp8_attention.py
-                      of those with one new       decode_attention_gluon
+                      single_attention_gluon      several sequences, causal, KV cache  fp8_attention.py
+                      of those with one new       as for decode_attention_gluon
                       token
                       paged_attention_triton      otherwise                           paged_attention.py
     vision_attention  vision_attention_reference  not Triton                          vision_attention.py

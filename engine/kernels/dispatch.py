@@ -122,7 +122,7 @@ def decode_attention(
         cache: changed in place.
         meta: a batch with one new token per sequence, so ``T == S``.
         scale: multiplies the scores; positive.
-        norms: of the heads of ``q`` and ``k``, before the rotation.
+        norms: of the heads of ``q`` and ``k``, before the rotation, or behind it if they are ``last``.
         window: a query at position p sees keys at positions greater than ``p - window``.
         cap: a scaled score ``s`` becomes ``cap * tanh(s / cap)`` (Gemma 2); None leaves scores as they are.
 
@@ -181,6 +181,9 @@ def paged_attention(
     apart = apart and fp8_attention.supports(q, cache)
     if apart:
         out = single_attention_gluon(q, cache, meta, **limits, out=out)
+        if is_compiling():
+            # Compile the kernel for steps of one sequence too.
+            paged_attention_triton(q, cache, meta, **limits, out=out)
     return paged_attention_triton(q, cache, meta, **limits, out=out, singles=not apart)
 
 

@@ -18,6 +18,7 @@ tests of this kernel need a Hopper GPU.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from engine.kernels.decode_attention import MAX_SPLITS, decode_arguments
 from engine.kernels.device import is_hopper, num_sms
 from engine.kernels.fp8 import round_to_fp8
 from engine.kernels.fp8_mma import halves_of_words
-from engine.kernels.launch import launch
+from engine.kernels.launch import is_compiling, launch
 from engine.kernels.paged import KVCache, beside_fp8, capped
 from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.registers import interleaved
@@ -101,15 +102,20 @@ def _launch(q, k, v, positions, table, cache, meta, limits: dict[str, Any]) -> t
     rows = 8 if q.shape[1] <= 8 * kv_heads else 16
     registers, warps_of_sm = _FEW_ROWS if rows == 8 else _MANY_ROWS
     programs, resident = sequences * kv_heads, warps_of_sm * num_sms(q.device)
-    warps = choose_warps(programs, resident)
-    splits = num_splits(programs, warps, resident, meta.max_seq_len)
-    out, arguments = decode_arguments(q, k, v, positions, table, cache, meta, splits, **limits)
-    if sequences > 0:
-        launch(
-            _fp8_decode_kernel, (sequences, kv_heads, splits), **arguments, query_start_ptr=meta.query_start,
-            MIXED=meta.max_query_len > 1, ROWS=rows, KEYS=_KEYS, WARPS=warps, num_warps=warps,
-            maxnreg=registers, **(_ALONE if warps == 1 else pdl_options(q)),
-        )  # fmt: skip
+    chosen = choose_warps(programs, resident)
+    kinds = [(chosen, num_splits(programs, chosen, resident, meta.max_seq_len))]
+    mixed = meta.max_query_len > 1
+    if mixed and is_compiling():
+        # Compile the kernels for other numbers of sequences too: steps that are not captured have any.
+        kinds = [*product((1, 2), (1, 2))]
+    for warps, splits in kinds:
+        out, arguments = decode_arguments(q, k, v, positions, table, cache, meta, splits, **limits)
+        if sequences > 0:
+            launch(
+                _fp8_decode_kernel, (sequences, kv_heads, splits), **arguments, query_start_ptr=meta.query_start,
+                MIXED=mixed, ROWS=rows, KEYS=_KEYS, WARPS=warps, num_warps=warps, maxnreg=registers,
+                **(_ALONE if warps == 1 else pdl_options(q)),
+            )  # fmt: skip
     return out
 
 

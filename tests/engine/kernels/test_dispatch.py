@@ -20,6 +20,7 @@ from engine.kernels.dispatch import (
 )
 from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
 from engine.kernels.image_plan import ImagePlan
+from engine.kernels.launch import compiling
 from engine.kernels.norm_gemv import norm_linear_reference
 
 from .compare import assert_close
@@ -90,6 +91,25 @@ def test_prompts_of_middle_lengths_take_pairs_of_tiles_unless_they_are_many(
     monkeypatch.setattr(dispatch.prefill_attention, "supports", lambda *_: True)
     paged_attention(torch.zeros(tokens, 16, dim), paged.cache, paged.meta, scale=1.0)
     assert given == expected
+
+
+def test_start_up_compiles_attention_of_one_sequence_and_of_several(monkeypatch):
+    """Of several, tokens that are their sequence's one new token have a kernel of their own."""
+    given = []
+    spy(monkeypatch, "single_attention_gluon")
+    monkeypatch.setattr(
+        dispatch, "paged_attention_triton", lambda *_, singles=True, **__: given.append(singles)
+    )
+    monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
+    monkeypatch.setattr(dispatch.fp8_attention, "supports", lambda *_: True)
+    for lengths in ([5], [5, 3]):
+        sizes = {"heads": 2, "kv_heads": 1, "dim": 16, "block_size": 4}
+        q, paged = paged_problem("cpu", torch.float32, lengths=lengths, queries=lengths, **sizes)
+        paged_attention(q, paged.cache, paged.meta, scale=1.0)
+    assert given == [True, False]
+    with compiling():
+        paged_attention(q, paged.cache, paged.meta, scale=1.0)
+    assert given[2:] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from engine.kernels.fp8_attention import (
     num_splits,
     single_attention_gluon,
 )
-from engine.kernels.paged import KVCache
+from engine.kernels.launch import compiling
+from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.paged_attention import paged_attention_reference
 from engine.kernels.rms_norm import HeadNorms
 from engine.kernels.rotary import RotaryTable
@@ -168,9 +169,11 @@ def test_borrowed_keys(hopper, shape):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("warps", [1, 2])
 @pytest.mark.parametrize("shape", ["groups of seven", "groups of nine", "64", "window", "tiny blocks"])
-def test_single_tokens_beside_prompts(hopper, shape, splits, monkeypatch):
+def test_single_tokens_beside_prompts(hopper, shape, warps, splits, monkeypatch):
     """Of a batch of sequences with one new token, several or none, those with one are computed apart."""
+    monkeypatch.setattr(module, "choose_warps", lambda *_: warps)
     monkeypatch.setattr(module, "num_splits", lambda *_: splits)
     kind, queries = SHAPES[shape], [1, 2, 0, 1, 18, 1, 1, 60, 1, 300]
     sizes = {"kv_heads": kind.kv_heads, "dim": kind.dim, "block_size": kind.block_size}
@@ -194,6 +197,38 @@ def test_kinds_that_it_does_not_support_have_another_kernel(hopper):
         assert not module.supports(problem.q, problem.cache)
         assert_close(problem.run(decode_attention)[0], problem.run(decode_attention_reference)[0])
     assert module.supports(problem.q, Problem(hopper, torch.bfloat16, Shape(), rotated=False).cache)
+
+
+def test_start_up_compiles_the_kernels_of_all_numbers_of_sequences(monkeypatch):
+    launched: set[tuple[int, bool]] = set()
+    monkeypatch.setattr(
+        module, "launch", lambda *_, **given: launched.add((given["num_warps"], given["SPLIT"]))
+    )
+    monkeypatch.setattr(module, "num_sms", lambda _: 132)
+    monkeypatch.setattr(module, "pdl_options", lambda _: {"PDL": False})
+
+    def attend(sequences: int, longest: int) -> None:
+        meta = AttentionMetadata(
+            block_tables=torch.zeros(sequences, 1, dtype=torch.int32),
+            query_start=torch.arange(sequences + 1, dtype=torch.int32),
+            seq_lens=torch.full((sequences,), 16, dtype=torch.int32),
+            slot_mapping=torch.zeros(sequences, dtype=torch.int64),
+            max_query_len=2,
+            max_seq_len=longest,
+        )
+        cache = KVCache(*torch.zeros(2, 1, 32, 16, 64).to(FP8))
+        q = torch.zeros(sequences, 32, 64, dtype=torch.bfloat16)
+        single_attention_gluon(q, cache, meta, scale=1.0)
+
+    # On both sides of where keys are split, and where a warp is alone.
+    for sequences, longest in [(2, 16), (2, 4096), (16, 4096), (17, 4096), (33, 4096), (34, 4096)]:
+        attend(sequences, longest)
+    served, expected = launched.copy(), {(1, False), (1, True), (2, False), (2, True)}
+    assert served == expected
+    launched.clear()
+    with compiling():
+        attend(16, 4096)
+    assert launched == expected
 
 
 def test_programs_fill_the_gpu_once():
