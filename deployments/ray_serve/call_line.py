@@ -14,7 +14,7 @@ from typing import Any
 
 from deployments.errors import as_sightline, logger
 from deployments.ray_serve.frames import LineEnd, LineServer, ServedLine, connected, framed
-from deployments.ray_serve.refusals import Refusal, abandoned, checked, was_cancelled
+from deployments.ray_serve.refusals import Refusal, TooLong, abandoned, checked, was_cancelled
 
 #: Seconds before replicas without a line are asked for one again: at first, and at most.
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
@@ -57,6 +57,8 @@ class _Answerer(ServedLine):
                 raise
             # Something else was: the caller must not wait.
             data = framed((number, Refusal(abandoned())))
+        except OverflowError as error:
+            data = framed((number, Refusal(TooLong(str(error)))))
         except Exception as error:
             data = framed((number, Refusal(as_sightline(error))))
         self._transport.writelines(data)
@@ -86,6 +88,7 @@ class CallLine(LineEnd):
 
         Raises:
             SightlineError: the replica's.
+            TooLong: the result takes 2 GiB or more.
             StageLost: the line ended.
         """
         if self._ended:

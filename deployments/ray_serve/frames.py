@@ -148,8 +148,8 @@ def framed(message: Any) -> Sequence[bytes | memoryview]:
         return (_length(len(data)).to_bytes(_LENGTH, "big") + data,)
     parts = [array.raw() for array in arrays]
     sizes = [part.nbytes for part in parts]
+    length = _length((1 + len(sizes)) * _LENGTH + sum(sizes) + len(data))
     head = struct.pack(f">{1 + len(sizes)}I", len(sizes), *sizes)
-    length = _length(len(head) + sum(sizes) + len(data))
     return ((length | _WITH_ARRAYS).to_bytes(_LENGTH, "big") + head, *parts, data)
 
 

@@ -26,7 +26,7 @@ from deployments.ray_serve.handoff import (
 )
 from deployments.ray_serve.line import follow
 from deployments.ray_serve.packing import Encoded, PixelsInfo, RowsInfo
-from deployments.ray_serve.refusals import Misrouted, Refusal, abandoned, was_cancelled
+from deployments.ray_serve.refusals import Misrouted, Refusal, TooLong, abandoned, was_cancelled
 from deployments.ray_serve.remote import Remote
 from deployments.ray_serve.routing import EncoderRouter, LanguageModelRouter, limits_here, router_here
 from deployments.report import current_report
@@ -44,7 +44,7 @@ from engine.errors import SightlineError
 from engine.mailbox import Taker
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput, StreamUpdate
-from engine.prompt import KeptFiles, PreparedMedia
+from engine.prompt import KeptFiles, MediaItem, PreparedMedia
 
 #: How often a stream is started until it reaches the replica that holds its embeddings.
 _ROUTING_ATTEMPTS = 4
@@ -89,9 +89,11 @@ class RemotePreprocessor(_RemoteStage):
             args = list(sources), caller, images, salt, current.get()
             if line is not None:
                 self.ways.add("line")
-                found = await line.call(*args)
-                self._ended()
-                return [_brought(media) for media in found]
+                # The replica may still have what is too long in its cache.
+                with suppress(TooLong):
+                    found = await line.call(*args)
+                    self._ended()
+                    return [_brought(media) for media in found]
         self.ways.add("call")
         args = list(sources), caller, images, salt, current.get(), *_referenced(files)
         return await self._work(self._handle.prepare.remote(*args))
@@ -134,15 +136,21 @@ class RemoteEncoder(_RemoteStage):
     """The encoder stage in replicas of its own. Embedding rows are in the object store, but for those of
     images that have come by a line, and that replicas on this host encode by a line.
 
+    Args:
+        go_on: returns whether rows that have come by a line may go on by one.
+
     Attributes:
         ways: see :func:`deployments.stages.ways_to`.
     """
 
     name = "encoder"
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, go_on: Callable[[], bool]) -> None:
         super().__init__(handle)
         self.ways = ways_to("encoder")
+        self._go_on = go_on
+        # Of an embedding row; 0 until an answer has told it.
+        self._row_bytes = 0
         self._lines = ReplicaLines(partial(everywhere, self._handle, "line", MEASURE_S))
 
     async def encode(self, pixels: PixelsRef, salt: str, asked: float) -> RowsRef:
@@ -150,6 +158,7 @@ class RemoteEncoder(_RemoteStage):
         router = router_here(self._handle, EncoderRouter)
         if router is not None and isinstance(array, Brought) and array.nbytes <= MOST_BYTES:
             lines = self._lines.to(limits_here(self._handle))
+            lines = lines if self._fits(pixels.item) else {}
             with router.by_line(pixels.item, salt, lines) as replica:
                 if replica is not None:
                     self.ways.add("line")
@@ -159,7 +168,14 @@ class RemoteEncoder(_RemoteStage):
                     return RowsRef(info, rows)
         self.ways.add("call")
         method = self._handle.encode
-        return await self._work(method.remote(pixels.item, taken(array), salt, asked, current.get()))
+        found = await self._work(method.remote(pixels.item, taken(array), salt, asked, current.get()))
+        self._row_bytes = found.info.row_bytes or self._row_bytes
+        return found
+
+    def _fits(self, item: MediaItem) -> bool:
+        """Return whether an item's rows may come by a line. Those of an image may take many times the bytes
+        of its pixels, and this process keeps them for as long as the answer lasts."""
+        return 0 < self._row_bytes * item.num_tokens <= MOST_BYTES and self._go_on()
 
 
 class LaterEncoder(_RemoteStage):
@@ -217,6 +233,11 @@ class RemoteLanguageModel(_RemoteStage):
         self._inbox = Inbox(
             lambda reader, name: stream(self._handle, "updates", reader, name, replica=name), follow
         )
+
+    def has_lines(self) -> bool:
+        """Return whether there is a line to each replica."""
+        router = router_here(self._handle, LanguageModelRouter)
+        return router is not None and bool(router.with_lines(self._inbox.lines))
 
     async def max_model_len(self) -> int:
         # Past the queue: replicas that have much to do are well. They differ while an update is under way.
@@ -413,11 +434,11 @@ def remote_stages(
     Args:
         encoder: a handle of the language model's deployment if its replicas encode.
     """
+    generating = RemoteLanguageModel(language_model)
     encoding: RemoteEncoder | LaterEncoder | None = None
     if encoder is not None:
         together = _deployment(encoder) == _deployment(language_model)
-        encoding = LaterEncoder(encoder) if together else RemoteEncoder(encoder)
-    generating = RemoteLanguageModel(language_model)
+        encoding = LaterEncoder(encoder) if together else RemoteEncoder(encoder, generating.has_lines)
     preparing = None if preprocessor is None else RemotePreprocessor(preprocessor)
     asked = preparing, encoding, generating
     ways = [each.ways for each in asked if each is not None and not isinstance(each, LaterEncoder)]

@@ -16,15 +16,20 @@ from engine.prompt import EmbeddedMedia, MediaItem
 
 @dataclass(frozen=True, slots=True)
 class RowsInfo:
-    """The layout of an item's embedding rows; their reference is a separate argument."""
+    """The layout of an item's embedding rows; their reference is a separate argument.
+
+    Attributes:
+        row_bytes: of one row; 0 if it isn't known.
+    """
 
     hash: str
     dtype: str
     cached: bool = False
+    row_bytes: int = 0
 
     @classmethod
     def of(cls, media: EmbeddedMedia) -> "RowsInfo":
-        return cls(media.hash, media.dtype, media.cached)
+        return cls(media.hash, media.dtype, media.cached, media.rows[:1].nbytes)
 
     def embedded(self, rows: np.ndarray) -> EmbeddedMedia:
         """The embedding, once Ray has resolved the reference to ``rows``."""

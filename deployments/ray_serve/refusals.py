@@ -19,6 +19,10 @@ class Misrouted(StageLost):
     """A request reached another replica than the one that holds its embeddings."""
 
 
+class TooLong(SightlineError):
+    """A result is too long for a line."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A deliberate error as a result. Serve would log one that is raised as a failure, with a traceback."""

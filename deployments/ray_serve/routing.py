@@ -120,7 +120,13 @@ class EncoderRouter(_ExactRouter):
                 self._places.ended(key, name)
 
     def order(self, replicas: dict[str, RunningReplica], request: PendingRequest) -> Iterable[str]:
-        return self._ranked(replicas, self._key(request))
+        # Ray Serve doesn't count what was asked by lines: it would fill a full replica once more.
+        rest = {
+            name: replica
+            for name, replica in replicas.items()
+            if self.asked[name] < replica.max_ongoing_requests
+        }
+        return self._ranked(rest, self._key(request)) if rest else ()
 
     def _ranked(self, replicas: dict[str, RunningReplica], key: bytes | None) -> list[str]:
         """The names of ``replicas`` for an item with this key, best first; by load if it is None."""

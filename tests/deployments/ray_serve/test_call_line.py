@@ -13,10 +13,10 @@ import pytest
 from deployments.ray_serve.call_line import CallLine, CallLines, ReplicaLines
 from deployments.ray_serve.frames import MOST_BYTES, LineEnd, connected
 from deployments.ray_serve.handles import RemoteEncoder, RemotePreprocessor
-from deployments.ray_serve.handoff import Brought, PixelsRef, taken
+from deployments.ray_serve.handoff import Brought, PixelsRef, RowsRef, taken
 from deployments.ray_serve.line import _Reader
 from deployments.ray_serve.packing import RowsInfo
-from deployments.ray_serve.refusals import Refusal, answered
+from deployments.ray_serve.refusals import Refusal, TooLong, answered
 from deployments.ray_serve.replicas import PreprocessorReplica, VisionEncoderReplica
 from deployments.ray_serve.routing import EncoderRouter
 from deployments.stages import RowsLost, StageLost
@@ -167,7 +167,7 @@ async def test_an_answer_that_is_too_long_is_refused_and_the_line_goes_on(monkey
     for result in (b"x" * (1 << 14), np.zeros(1 << 14, np.uint8)):
         task = await replica.begin(line, 1)
         replica.calls[1].set_result(result)
-        with pytest.raises(SightlineError):
+        with pytest.raises(TooLong):
             await asyncio.wait_for(task, 60)
     task = await replica.begin(line, 2)
     replica.calls[2].set_result("short")
@@ -320,11 +320,11 @@ class Near:
         return SimpleNamespace(_fetch_replica_results_async=results)
 
     def remote(self, *_: Any) -> Any:
-        async def refused() -> Refusal:
-            return Refusal(InvalidRequest("by Ray Serve"))
-
         self.calls += 1
-        return refused()
+        return self._by_ray_serve()
+
+    async def _by_ray_serve(self) -> Any:
+        return Refusal(InvalidRequest("by Ray Serve"))
 
     def __del__(self) -> None:
         """Nothing was loaded."""
@@ -411,6 +411,16 @@ async def test_large_requests_and_what_is_kept_are_prepared_by_ray_serve():
         await prepared(stage, IMAGE, files={0: KeptFiles([b""], "digest", 1)})
 
 
+async def test_images_that_are_too_long_for_a_line_when_prepared_come_by_ray_serve(monkeypatch):
+    replica = Preparing(np.zeros(1 << 14, np.uint8))
+    stage = stage_of(replica)
+    await opened(stage, replica)
+    monkeypatch.setattr("deployments.ray_serve.frames._WITH_ARRAYS", 1 << 14)
+    with pytest.raises(InvalidRequest, match="by Ray Serve"):
+        await prepared(stage, IMAGE)
+    assert replica.calls == 1 and ways(stage) == {"line": 1, "call": 2}
+
+
 async def test_replicas_whose_calls_are_counted_are_called_by_ray_serve():
     replica = Preparing(np.zeros(1, np.uint8))
     stage = stage_of(replica)
@@ -427,6 +437,7 @@ class Encoding(Near, VisionEncoderReplica):
     Attributes:
         rows: a future of them, or of an error.
         given: what each call came with.
+        row_bytes: of the rows that Ray Serve brings; 0 if it brings none.
     """
 
     def __init__(self, router: EncoderRouter) -> None:
@@ -435,20 +446,26 @@ class Encoding(Near, VisionEncoderReplica):
         self._lines = CallLines(self._encode_near)
         self.rows: asyncio.Future = asyncio.get_running_loop().create_future()
         self.given: list[Any] = []
+        self.row_bytes = 6
+
+    async def _by_ray_serve(self) -> Any:
+        info = RowsInfo("h", "bfloat16", row_bytes=self.row_bytes)
+        return RowsRef(info, "reference") if self.row_bytes else await super()._by_ray_serve()  # type: ignore[arg-type]
 
     async def encode(self, media, salt, asked) -> Any:
         self.given.append((media, salt, asked))
         return EmbeddedMedia(media.item.hash, await asyncio.shield(self.rows), "bfloat16", cached=True)
 
 
-async def encoder() -> tuple[Encoding, RemoteEncoder]:
-    """An encoder's replica, and the stage, which has a line to it."""
+async def encoder(row_bytes: int = 6, onward: bool = True) -> tuple[Encoding, RemoteEncoder]:
+    """An encoder's replica, and the stage, which has a line to it and knows the bytes of a row."""
     replica = Encoding(await router_of(EncoderRouter, Candidate("a")))
-    stage = RemoteEncoder(replica)  # type: ignore[arg-type]
+    stage = RemoteEncoder(replica, lambda: onward)  # type: ignore[arg-type]
     stage._handle = SimpleNamespace(_router=replica._router, encode=replica, broadcast=replica.broadcast)  # type: ignore[assignment]
-    with pytest.raises(InvalidRequest, match="by Ray Serve"):
-        await encoded(stage, np.zeros(1, np.uint8))
+    replica.row_bytes = row_bytes
+    await encoded(stage, np.zeros(1, np.uint8))
     await wait_until(lambda: stage._lines._lines, 60)
+    replica.row_bytes = 0
     return replica, stage
 
 
@@ -471,7 +488,7 @@ async def test_what_has_come_by_a_line_is_encoded_by_a_line():
     # Each process that the answer is asked of gets them, as from the object store.
     for _ in range(2):
         assert np.array_equal(taken(found.array), rows)
-    assert found.info == RowsInfo("h", "bfloat16", True) and replica.calls == 1
+    assert found.info == RowsInfo("h", "bfloat16", True, 6) and replica.calls == 1
     assert ways(stage) == {"line": 1, "call": 1}
     router = replica._router._asyncio_router.request_router
     assert not any(router.asked.values()) and not router._places._in_flight
@@ -500,3 +517,15 @@ async def test_what_is_large_or_in_the_object_store_is_encoded_by_ray_serve():
         with pytest.raises(InvalidRequest, match="by Ray Serve"):
             await stage.encode(PixelsRef(ITEM, pixels), "salt", 5.0)
     assert replica.calls == 3 and not replica.given
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "onward"), [(MOST_BYTES + 1, True), (0, True), (6, False)], ids=["many", "unknown", "far"]
+)
+async def test_rows_that_cannot_go_on_by_a_line_do_not_come_by_one(row_bytes, onward):
+    """They may take many times the bytes of the pixels, and this process would keep them."""
+    replica, stage = await encoder(1, onward)
+    stage._row_bytes = row_bytes
+    with pytest.raises(InvalidRequest, match="by Ray Serve"):
+        await encoded(stage, np.zeros(1, np.uint8))
+    assert not replica.given

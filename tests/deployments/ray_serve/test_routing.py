@@ -188,6 +188,22 @@ async def test_a_router_of_full_replicas_waits_without_spinning(cls, pending):
     assert rounds == 6 and pauses == [0, 1, 2, 3]
 
 
+async def test_an_encoder_that_is_full_by_lines_gets_nothing_by_ray_serve():
+    """Ray Serve doesn't count what goes past it, and would fill each replica once more."""
+    router = await router_of(EncoderRouter, *map(Candidate, "ab"))
+    router.asked.update(a=5)
+    assert {await chosen(router, item(str(number))) for number in range(9)} == {"b"}
+    router.asked.update(b=5)
+    pauses = []
+
+    async def pause(attempt: int) -> None:
+        pauses.append(attempt)
+        router.asked.update(a=-attempt)
+
+    router._backoff = pause
+    assert await asyncio.wait_for(chosen(router, item("x")), 60) == "a" and pauses == [0, 1]
+
+
 async def test_a_dead_replica_s_session_goes_elsewhere():
     router = await router_of(LanguageModelRouter, Candidate("a"))
     assert await chosen(router, request("generate", "id", {}, session="gone")) == "a"
