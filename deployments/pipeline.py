@@ -129,7 +129,9 @@ class Pipeline:
             Unavailable: no replica answers.
         """
         if self._max_model_len is None:
-            return await self._ask_max_model_len()
+            # A replica that sleeps has to wake first.
+            with self.meter.call("language_model"):
+                return await self._ask_max_model_len()
         return self._max_model_len
 
     async def known_max_model_len(self) -> int | None:

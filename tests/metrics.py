@@ -49,5 +49,6 @@ def is_idle(values: Values) -> bool:
         "engine_kv_blocks_used",
         "engine_embedding_rows",
         "open_answers",
+        "stage_open_calls",
     )
     return all_answer(values) and not any(values(name, model="pocket") for name in held)

@@ -126,6 +126,7 @@ class ModelMeter:
             bounds=DURATION_BUCKETS,
             known=STAGES,
         )
+        self._open_calls = dict.fromkeys(STAGES, 0)
         self._lost = Counter(
             "sightline_stage_lost_total",
             "Calls of a stage whose replica died meanwhile.",
@@ -140,15 +141,20 @@ class ModelMeter:
         )
 
     def call(self, stage: str) -> AbstractContextManager[None]:
-        """Time a call of a stage; count it if its replica dies."""
+        """Count and time a call of a stage, while it is open and if its replica dies."""
         return _Call(self, stage)
 
+    def calls(self, stage: str) -> None:
+        """Count a call of a stage as open; :meth:`called` must follow."""
+        self._open_calls[stage] += 1
+
     def called(self, stage: str, seconds: float, error: BaseException | None) -> None:
-        """Count a call of a stage.
+        """Count a call of a stage that has ended.
 
         Args:
             error: that the call raised; None if it raised none.
         """
+        self._open_calls[stage] -= 1
         if isinstance(error, self._lost_error):
             self._lost.add(stage)
         self._calls.of(stage).observe(seconds)
@@ -244,6 +250,12 @@ class ModelMeter:
                 self._tokens.cached_tokens,
             ),
             self._calls.family(),
+            Family(
+                "sightline_stage_open_calls",
+                "gauge",
+                "Calls of a stage by the ingress that have not ended.",
+                [({"stage": stage}, count) for stage, count in self._open_calls.items()],
+            ),
             self._lost.family(),
             self._failovers.family(),
         ]
@@ -260,6 +272,7 @@ class _Call:
 
     def __enter__(self) -> None:
         self._began = time.perf_counter()
+        self._meter.calls(self._stage)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._meter.called(self._stage, time.perf_counter() - self._began, error)

@@ -13,7 +13,7 @@ from benchmarks.shapes import SHAPES, write_configuration
 from deployments.access import Caller, KeyConfig, visit
 from deployments.config import AppConfig, ModelSpec, ReplayConfig
 from deployments.conversations import Conversation, start
-from deployments.metrics.ingress import arrival
+from deployments.metrics.ingress import STAGES, arrival
 from deployments.pipeline import Pipeline
 from deployments.references import ReferenceConfig, References, UnknownReference
 from deployments.stages import RowsLost, StageLost, Stages
@@ -327,6 +327,32 @@ async def test_health_checks_do_not_wake_a_model_that_may_sleep(spec):
         await made.ping()
         assert stage.calls == calls
         assert made.measured().may_sleep == ({"language_model"} if least == 0 else set())
+
+
+@pytest.mark.parametrize("asleep", STAGES)
+async def test_a_request_that_waits_for_a_stage_is_counted_by_the_stage(spec, asleep):
+    """The stage may sleep, and never wake."""
+    made, reached, woken = pipeline(spec), asyncio.Event(), asyncio.Event()
+    stage = getattr(made._stages, asleep)
+    method = {"preprocessor": "prepare", "encoder": "encode", "language_model": "max_model_len"}[asleep]
+    work = getattr(stage, method)
+
+    async def wakes(*args, **kwargs):
+        reached.set()
+        await woken.wait()
+        return await work(*args, **kwargs)
+
+    def open_calls() -> dict[str, int]:
+        (family,) = (each for each in made.meter.families() if each.name == "sightline_stage_open_calls")
+        return {labels["stage"]: count for labels, count in family.samples}
+
+    setattr(stage, method, wakes)
+    task = asyncio.ensure_future(made.prepare(build, SOURCES[:1], params=SamplingParams(max_tokens=4)))
+    await asyncio.wait_for(reached.wait(), 60)
+    assert open_calls() == dict.fromkeys(STAGES, 0) | {asleep: 1}
+    woken.set()
+    await task
+    assert not any(open_calls().values())
 
 
 @pytest.mark.parametrize(
