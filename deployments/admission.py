@@ -7,7 +7,7 @@ from starlette.datastructures import QueryParams
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.errors import error_response
-from deployments.leaving import PATIENCE
+from deployments.report import current_report
 from deployments.turns import Turns
 from engine.errors import Overloaded
 
@@ -49,8 +49,7 @@ class AdmissionLimit:
 
     Attributes:
         limit: the most requests.
-        patience_s: seconds for which a client may hold its place without reading what it is sent; None for no
-            limit.
+        patience_s: see :class:`~deployments.report.SentResponse`.
         active: such requests that are open, or whose work goes on in the background.
     """
 
@@ -64,6 +63,8 @@ class AdmissionLimit:
         """``app`` behind this limit."""
 
         async def admit(scope: Scope, receive: Receive, send: Send) -> None:
+            if (response := current_report().response) is not None:
+                response.patience_s = self.patience_s
             if scope["type"] != "http" or not is_work(scope):
                 await app(scope, receive, send)
                 return
@@ -80,7 +81,7 @@ class AdmissionLimit:
             self.active += 1
             place = _Admitted(self)
             try:
-                await app({**scope, PLACE: place, PATIENCE: self.patience_s}, receive, send)
+                await app({**scope, PLACE: place}, receive, send)
             finally:
                 place.end()
 

@@ -145,8 +145,9 @@ class IngressConfig(StageConfig):
             the background; more are refused with 429.
         request_timeout_s: seconds from a request's arrival after which it is ended with an error; None for
             no limit. Ray Serve's own ``request_timeout_s`` would cut streams without a word.
-        send_timeout_s: seconds for which a client may leave a stream unread; then the stream is ended. None
-            for no limit.
+        send_timeout_s: seconds for which a client may leave what it is sent unread; then the response and its
+            connection are ended. None for no limit. Behind Ray Serve's own servers, which take all that is
+            sent, it acts only with ``deployments.ray_serve.doorstep`` before them, as behind HAProxy.
         replay: bounds on carrying on requests whose replicas die.
         health_timeout_s: how long ``/health`` and ``/v1/models`` wait for a model's replica.
         threads: prompts that are rendered and tokenized at a time.

@@ -1,6 +1,7 @@
 """Ends work for clients that leave."""
 
 import asyncio
+from collections.abc import Awaitable, Generator
 from contextlib import suppress
 from typing import Any
 
@@ -8,8 +9,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 #: Key of a scope: the :class:`WhileListenedTo` in which the work on the request is done.
 ENDS = "sightline.ends_with_client"
-#: Key of a scope: seconds that a piece of a response may wait for the client to read; None: for ever.
-PATIENCE = "sightline.patience_s"
+#: Key of a scope: breaks the connection to the client off, where that can be done from here.
+ABORT = "sightline.abort"
 #: Key of a scope: a send for all body pieces but the last, past layers that need only a response's start and
 #: end.
 PIECES = "sightline.pieces"
@@ -95,3 +96,53 @@ def ends_with_client(app: ASGIApp, *, stays_cancelled: bool = False) -> ASGIApp:
             await app(scope, take, give)
 
     return answer
+
+
+class ClientStalled(Exception):
+    """A client has not read for so long that nothing more could be sent."""
+
+
+class Begun:
+    """The rest of something that was awaited without a task, up to where it waits.
+
+    Args:
+        rest: its iterator.
+        waits_for: what that has given.
+    """
+
+    def __init__(self, rest: Generator[Any, Any, None], waits_for: Any) -> None:
+        self._rest, self._waits_for = rest, waits_for
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        try:
+            yield self._waits_for
+        except BaseException as error:
+            self._rest.throw(error)
+            raise
+        yield from self._rest
+
+
+async def sent_within(seconds: float | None, sending: Awaitable[None]) -> None:
+    """Wait for ``sending``, which nearly always is done at once.
+
+    Raises:
+        ClientStalled: it isn't done after so many seconds.
+    """
+    begun = sending.__await__()
+    try:
+        waits_for = next(begun)
+    except StopIteration:
+        return
+    await rest_within(seconds, Begun(begun, waits_for))
+
+
+async def rest_within(seconds: float | None, rest: Begun) -> None:
+    """As :func:`sent_within`, for something that has begun and waits."""
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            await rest
+    except TimeoutError:
+        if limit.expired():
+            raise ClientStalled from None
+        raise

@@ -7,8 +7,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Scope, Send
 
+from deployments.leaving import ClientStalled, sent_within
 from engine.errors import SightlineError
 from engine.outputs import EngineTimes, Usage
 from engine.prompt import MediaItem
@@ -47,31 +49,65 @@ class SentResponse:
         send: the server's.
         headers: further headers, encoded.
         pieces: sends pieces of the body that are not the last; ``send`` if None.
+        abort: breaks the connection off; None if that can't be done from here.
         bodiless: leave the body out: the request is a HEAD.
 
     Attributes:
         status: None until the response begins.
         num_bytes: of the body.
         complete: the whole response was sent.
+        patience_s: seconds for which nothing may be sent because the client does not read; None: for ever.
+        stalled: the response was ended because the client did not read it.
     """
 
-    __slots__ = ("_bodiless", "_headers", "_pieces", "_send", "complete", "num_bytes", "status")
+    __slots__ = (
+        "_abort",
+        "_bodiless",
+        "_headers",
+        "_pieces",
+        "_send",
+        "complete",
+        "num_bytes",
+        "patience_s",
+        "stalled",
+        "status",
+    )
 
     def __init__(
         self,
         send: Send,
         headers: Sequence[tuple[bytes, bytes]],
         pieces: Send | None = None,
+        abort: Callable[[], None] | None = None,
         *,
         bodiless: bool = False,
     ) -> None:
         self._send, self._headers, self._bodiless = send, headers, bodiless
-        self._pieces = pieces or send
+        self._pieces, self._abort = pieces or send, abort
         self.status: int | None = None
         self.num_bytes = 0
-        self.complete = False
+        self.complete = self.stalled = False
+        self.patience_s: float | None = None
 
     async def __call__(self, message: Message) -> None:
+        """Send a message.
+
+        Raises:
+            ClientDisconnect: the client didn't read for too long.
+        """
+        try:
+            await sent_within(self.patience_s, self._whole(message))
+        except ClientStalled:
+            self.give_up()
+            raise ClientDisconnect from None
+
+    def give_up(self) -> None:
+        """End the response of a client that doesn't read, and the connection, which would wait for it."""
+        self.stalled = True
+        if self._abort is not None:
+            self._abort()
+
+    async def _whole(self, message: Message) -> None:
         if message["type"] == "http.response.body":
             await self.body(message.get("body", b""), message.get("more_body", False))
             return
@@ -111,7 +147,6 @@ class Report:
         usage: token counts.
         choices: answers in parallel, over all prompts.
         response: what the client has been sent of the response; None outside of HTTP requests.
-        stalled: the response was ended because the client did not read it.
     """
 
     id: str = ""
@@ -125,7 +160,6 @@ class Report:
     usage: Usage = field(default_factory=Usage)
     choices: int = 0
     response: SentResponse | None = None
-    stalled: bool = False
     _first_token_at: float | None = None
     _last_update_at: float | None = None
 
@@ -133,6 +167,11 @@ class Report:
     def status(self) -> int | None:
         """The response's status; None until it begins."""
         return None if self.response is None else self.response.status
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the response was ended because the client did not read it."""
+        return self.response is not None and self.response.stalled
 
     def took(self, stage: str, seconds: float) -> None:
         """Note the duration of a stage."""

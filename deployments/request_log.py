@@ -7,7 +7,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.errors import ANTHROPIC_PATH, as_sightline, logger, request_name
-from deployments.leaving import PIECES
+from deployments.leaving import ABORT, PIECES
 from deployments.report import Report, SentResponse, begin_report
 
 #: Requests of machines at short intervals, and files of the page. Their successes are logged at DEBUG.
@@ -38,7 +38,8 @@ class RequestLog:
             if scope["path"].startswith(ANTHROPIC_PATH):
                 # Anthropic's clients look for it under this name.
                 headers.append((b"request-id", report.id.encode()))
-            response = SentResponse(send, headers, scope.get(PIECES), bodiless=scope["method"] == "HEAD")
+            pieces, abort, bodiless = scope.get(PIECES), scope.get(ABORT), scope["method"] == "HEAD"
+            response = SentResponse(send, headers, pieces, abort, bodiless=bodiless)
             report.response = response
             try:
                 await app(scope, receive, response)
@@ -62,7 +63,7 @@ def log_request(report: Report, scope: Scope, complete: bool) -> None:
         return
     name, fields = request_name(scope), _fields(report)
     words = [f"{key}={value}" for key, value in fields.items()]
-    error, left = report.error, not complete and report.error is None
+    error, left = report.error, not complete and report.error is None and not report.stalled
     text = f"{name}: {report.status}" if report.status is not None else f"{name}:"
     if report.stalled:
         text += " the client did not read it to its end"

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from json.encoder import encode_basestring
 from typing import Any
@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from deployments.errors import as_sightline, error_body
-from deployments.leaving import ENDS, PATIENCE, WhileListenedTo
+from deployments.leaving import ENDS, Begun, ClientStalled, WhileListenedTo, rest_within, sent_within
 from deployments.report import SentResponse, current_report
 from engine.errors import SightlineError
 from engine.outputs import StreamUpdate
@@ -63,7 +63,6 @@ class EventResponse(StreamingResponse):
         self._relay = relay or EventRelay()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._relay.patience_s = scope.get(PATIENCE)
         async with aclosing(self._events):
             if (client := scope.get(ENDS)) is not None:
                 await self._stream(send, client)
@@ -77,7 +76,7 @@ class EventResponse(StreamingResponse):
         token. ``client`` is listened to until then."""
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         await send(start)
-        report, patience_s = current_report(), self._relay.patience_s
+        report = current_report()
         response = report.response
         assert response is not None, "every HTTP request has one"
         closing, end = b"", self._end
@@ -86,9 +85,10 @@ class EventResponse(StreamingResponse):
                 if type(each) is Closing:
                     closing += each
                 else:
-                    await _sent_within(patience_s, response.body(each))
+                    await _parts_sent(iter(_parts(each)), response)
         except ClientStalled:
-            report.stalled = True
+            client.stop()
+            response.give_up()
             raise ClientDisconnect from None
         except OSError:
             # Nothing can be sent any more.
@@ -100,14 +100,12 @@ class EventResponse(StreamingResponse):
             end = self._failed(reported) + end
         client.stop()
         try:
-            await _sent_within(patience_s, response.body(closing + end, more=False))
+            *parts, last = _parts(closing + end)
+            await _parts_sent(iter(parts), response)
+            await sent_within(response.patience_s, response.body(last, more=False))
         except ClientStalled:
-            report.stalled = True
+            response.give_up()
             raise ClientDisconnect from None
-
-
-class ClientStalled(Exception):
-    """A client has not read for so long that nothing more could be sent."""
 
 
 class EventRelay:
@@ -117,17 +115,15 @@ class EventRelay:
     Attributes:
         event: makes the event of an update: empty if there is nothing to send, None if it is for the reader.
             None: all updates are.
-        patience_s: seconds that an event may wait for the client; None: it may wait for ever.
     """
 
-    __slots__ = ("_error", "_response", "_rest", "event", "patience_s")
+    __slots__ = ("_error", "_response", "_rest", "event")
 
     def __init__(self) -> None:
         self.event: Callable[[StreamUpdate], bytes | None] | None = None
         self._response: SentResponse | None = None
         self._rest: asyncio.Future[None] | None = None
         self._error: Exception | None = None
-        self.patience_s: float | None = None
 
     async def next(self, events: AsyncGenerator[bytes, None], response: SentResponse) -> bytes | None:
         """The next one of ``events``; None after the last. Until it is there, this object sends events of its
@@ -174,59 +170,46 @@ class EventRelay:
         return True
 
     def _send(self, event: bytes, response: SentResponse) -> None:
-        sending = response.body(event).__await__()
-        try:
-            waits_for = next(sending)
-        except StopIteration:
+        parts = iter(_parts(event))
+        for part in parts:
+            sending = response.body(part).__await__()
+            try:
+                waits_for = next(sending)
+            except StopIteration:
+                continue
+            # The client reads slowly. Updates wait for the reader meanwhile, which merges them.
+            self._response = None
+            self._rest = asyncio.ensure_future(_rest_sent(Begun(sending, waits_for), parts, response))
+            # The reader may have been cancelled.
+            self._rest.add_done_callback(lambda rest: rest.cancelled() or rest.exception())
             return
-        # The client reads slowly. Updates wait for the reader meanwhile, which merges them.
-        self._response = None
-        self._rest = asyncio.ensure_future(_rest_within(self.patience_s, _Begun(sending, waits_for)))
 
 
-class _Begun:
-    """The rest of something that was awaited without a task, up to where it waits.
-
-    Args:
-        rest: its iterator.
-        waits_for: what that has given.
-    """
-
-    def __init__(self, rest: Generator[Any, Any, None], waits_for: Any) -> None:
-        self._rest, self._waits_for = rest, waits_for
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        try:
-            yield self._waits_for
-        except BaseException as error:
-            self._rest.throw(error)
-            raise
-        yield from self._rest
+#: The most bytes that are given to a connection at once. The server's patience with a client is for each.
+_PART_BYTES = 64 << 10
 
 
-async def _sent_within(seconds: float | None, sending: Awaitable[None]) -> None:
-    """Wait for ``sending``, which nearly always is done at once.
+def _parts(data: bytes) -> Sequence[bytes]:
+    """``data`` in parts, at least one."""
+    if len(data) <= _PART_BYTES:
+        return (data,)
+    return [data[start : start + _PART_BYTES] for start in range(0, len(data), _PART_BYTES)]
+
+
+async def _parts_sent(parts: Iterator[bytes], response: SentResponse) -> None:
+    """Send parts of a body that are not the last.
 
     Raises:
-        ClientStalled: it isn't done after so many seconds.
+        ClientStalled: the client doesn't read.
     """
-    begun = sending.__await__()
-    try:
-        waits_for = next(begun)
-    except StopIteration:
-        return
-    await _rest_within(seconds, _Begun(begun, waits_for))
+    for part in parts:
+        await sent_within(response.patience_s, response.body(part))
 
 
-async def _rest_within(seconds: float | None, rest: _Begun) -> None:
-    limit = asyncio.timeout(seconds)
-    try:
-        async with limit:
-            await rest
-    except TimeoutError:
-        if limit.expired():
-            raise ClientStalled from None
-        raise
+async def _rest_sent(begun: Begun, parts: Iterator[bytes], response: SentResponse) -> None:
+    """As :func:`_parts_sent`, behind a part that has begun."""
+    await rest_within(response.patience_s, begun)
+    await _parts_sent(parts, response)
 
 
 def event(data: BaseModel) -> bytes:

@@ -39,7 +39,8 @@ FLOORS = [
 
 #: Floors of the deployments from the ground up.
 SERVER_FLOORS = [
-    ["leaving", "logs", "report", "unknown_fields"],
+    ["leaving", "logs", "unknown_fields"],
+    ["report"],
     ["errors"],
     ["autoscaling", "in_place", "thought_tokens", "tracing", "turns"],
     ["admission"],

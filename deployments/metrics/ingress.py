@@ -85,7 +85,7 @@ class HttpMeter:
             of(
                 "sightline_http_stalled_total",
                 "counter",
-                "Streams that were ended because their clients did not read them.",
+                "Responses that were ended because their clients did not read them.",
                 self._stalled,
             ),
         ]

@@ -8,7 +8,6 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from deployments import sse
-from deployments.leaving import PATIENCE
 from deployments.report import NewIds, SentResponse, begin_report
 from engine.outputs import OutputDelta, StreamUpdate, Usage
 
@@ -111,9 +110,11 @@ class Relayed:
         writable: set while the client reads.
         waits, taken, written: released when the response waits for an event, takes one, and when a body was
             written.
+        aborted: how often the connection was broken off.
     """
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: Exception | None = None, patience_s: float | None = None) -> None:
+        self._patience_s, self.aborted = patience_s, 0
         self.sent: list[bytes] = []
         self.queue: asyncio.Queue[bytes | Exception | None] = asyncio.Queue()
         self.waits, self.taken, self.written = (asyncio.Semaphore(0) for _ in range(3))
@@ -143,9 +144,13 @@ class Relayed:
             self.sent.append(message["body"])
             self.written.release()
 
+    def _abort(self) -> None:
+        self.aborted += 1
+
     async def run(self) -> None:
         self.report = begin_report(SCOPE, NewIds())
-        self.report.response = SentResponse(self._send, ())
+        self.report.response = SentResponse(self._send, (), abort=self._abort)
+        self.report.response.patience_s = self._patience_s
         await self._response(SCOPE, never, self.report.response)
 
     def takes(self, text: str) -> bool:
@@ -205,20 +210,51 @@ async def test_a_relayed_event_is_written_as_soon_as_the_client_reads():
         await task
 
 
-@pytest.mark.parametrize("step", ["relayed", "taken", "last"])
-async def test_a_client_that_does_not_read_ends_the_response(step, monkeypatch):
-    """Wherever the event is that it doesn't take."""
-    monkeypatch.setitem(SCOPE, PATIENCE, 0.02)
-    relayed = Relayed()
+@pytest.mark.parametrize("step", ["start", "relayed", "taken", "last"])
+async def test_a_client_that_does_not_read_ends_the_response(step):
+    """Wherever the event is that it doesn't take. A connection that were only closed would wait for it."""
+    relayed = Relayed(patience_s=0.02)
+    if step == "start":
+        # It has not read the response before, which came by the same connection.
+        relayed.writable.clear()
     task = asyncio.ensure_future(relayed.run())
-    await relayed.waits.acquire()
-    relayed.writable.clear()
+    if step != "start":
+        await relayed.waits.acquire()
+        relayed.writable.clear()
     if step == "relayed":
         assert relayed.takes("1")
     relayed.queue.put_nowait(None if step == "last" else b"2")
     with pytest.raises(ClientDisconnect):
         await asyncio.wait_for(task, 60)
-    assert relayed.report.stalled and relayed.sent == []
+    assert relayed.report.stalled and relayed.sent == [] and relayed.aborted == 1
+
+
+@pytest.mark.parametrize("step", ["relayed", "taken", "last"])
+async def test_patience_with_a_client_that_reads_slowly_is_for_each_part_of_an_event(step, monkeypatch):
+    relayed, long, timeout = Relayed(patience_s=60), "abcdefg" * 30_000, asyncio.timeout
+    begun: list[float | None] = []
+
+    def noted(seconds: float | None) -> asyncio.Timeout:
+        begun.append(seconds)
+        return timeout(seconds)
+
+    async def send(message: dict) -> None:
+        if data := message.get("body"):
+            await asyncio.sleep(0)
+            relayed.sent.append(data)
+
+    relayed._send = send  # type: ignore[method-assign]
+    task = asyncio.ensure_future(relayed.run())
+    await relayed.waits.acquire()
+    monkeypatch.setattr(asyncio, "timeout", noted)
+    if step == "relayed":
+        assert relayed.takes(long)
+    else:
+        relayed.queue.put_nowait(long.encode() if step == "taken" else sse.Closing(long.encode()))
+    relayed.queue.put_nowait(None)
+    await task
+    assert b"".join(relayed.sent) == long.encode() + sse.DONE
+    assert begun == [60] * len(relayed.sent) and max(map(len, relayed.sent)) == 1 << 16
 
 
 async def test_a_relayed_event_that_waits_ends_with_its_response():

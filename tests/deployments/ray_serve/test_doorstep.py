@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import uvicorn
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.leaving import PIECES
@@ -15,7 +16,8 @@ from deployments.ray_serve.doorstep import Doorstep, middlewares
 from deployments.ray_serve.ingress import Disconnects
 from deployments.report import NewIds, SentResponse, current_report
 from deployments.request_log import RequestLog
-from deployments.sse import Closing, EventResponse
+from deployments.sse import Closing, EventResponse, error_event
+from tests.serving import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -230,6 +232,55 @@ async def answers(app: ASGIApp, method: str, path: str, version: str) -> tuple[b
         server.should_exit = True
         await serving
     return re.sub(rb"\r\ndate: [^\r]*", b"", sent), any(waited)
+
+
+async def streams_much(scope: Scope, receive: Receive, send: Send) -> None:
+    async def events():
+        while True:
+            yield b"data: " + b"x" * 60_000 + b"\n\n"
+
+    response = current_report().response
+    assert response is not None
+    response.patience_s = 0.05
+    await EventResponse(events(), error_event)(scope, receive, send)
+
+
+async def answers_at_length(scope: Scope, receive: Receive, send: Send) -> None:
+    """What the client doesn't read before it asks for more is no stream."""
+    response = current_report().response
+    assert response is not None
+    response.patience_s = 0.05
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"x" * 8_000_000})
+
+
+@pytest.mark.parametrize("app", [streams_much, answers_at_length])
+async def test_the_connection_of_a_client_that_does_not_read_is_broken_off(app):
+    """To close it would take until the client has read what is to be sent."""
+    ended = 0
+
+    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal ended
+        try:
+            await app(scope, receive, send)
+        except ClientDisconnect:
+            ended += 1
+
+    served = before(Disconnects(logged(counted)))
+    server = uvicorn.Server(
+        uvicorn.Config(served, loop="none", lifespan="off", http="httptools", log_level="critical")
+    )
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+    serving = asyncio.ensure_future(server.serve([listener]))
+    try:
+        with socket.create_connection(listener.getsockname()) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nhost: test\r\n\r\n" * 2)
+            await wait_until(lambda: ended and not server.server_state.connections, 60)
+            assert ended == 1
+    finally:
+        server.should_exit = True
+        await serving
 
 
 async def iterated(reader: asyncio.StreamReader):
