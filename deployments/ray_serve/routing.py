@@ -55,7 +55,14 @@ class _ExactRouter(RequestRouter):
         if pending_request is not None:
             # Without this Serve asks again at once, for as long as every replica is full.
             pending_request.routing_context.should_backoff = True
-            order = self.order(by_name, pending_request)
+            # Ray Serve doesn't count what was asked by lines: it would fill a full replica once more. What
+            # has a session has its place already.
+            session = pending_request.metadata.session_id
+            order = [
+                name
+                for name in self.order(by_name, pending_request)
+                if name == session or self.asked[name] < by_name[name].max_ongoing_requests
+            ]
         return [[by_name[name]] for name in order]
 
     def order(self, replicas: dict[str, RunningReplica], request: PendingRequest) -> Iterable[str]:
@@ -120,13 +127,7 @@ class EncoderRouter(_ExactRouter):
                 self._places.ended(key, name)
 
     def order(self, replicas: dict[str, RunningReplica], request: PendingRequest) -> Iterable[str]:
-        # Ray Serve doesn't count what was asked by lines: it would fill a full replica once more.
-        rest = {
-            name: replica
-            for name, replica in replicas.items()
-            if self.asked[name] < replica.max_ongoing_requests
-        }
-        return self._ranked(rest, self._key(request)) if rest else ()
+        return self._ranked(replicas, self._key(request))
 
     def _ranked(self, replicas: dict[str, RunningReplica], key: bytes | None) -> list[str]:
         """The names of ``replicas`` for an item with this key, best first; by load if it is None."""

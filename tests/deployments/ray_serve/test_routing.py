@@ -188,11 +188,18 @@ async def test_a_router_of_full_replicas_waits_without_spinning(cls, pending):
     assert rounds == 6 and pauses == [0, 1, 2, 3]
 
 
-async def test_an_encoder_that_is_full_by_lines_gets_nothing_by_ray_serve():
+@pytest.mark.parametrize(
+    ("cls", "pending"),
+    [
+        (EncoderRouter, item),
+        (LanguageModelRouter, lambda name: request("hold", generation([ord(name)] * 99))),
+    ],
+)
+async def test_what_is_full_by_lines_gets_nothing_by_ray_serve(cls, pending):
     """Ray Serve doesn't count what goes past it, and would fill each replica once more."""
-    router = await router_of(EncoderRouter, *map(Candidate, "ab"))
+    router = await router_of(cls, *map(Candidate, "ab"))
     router.asked.update(a=5)
-    assert {await chosen(router, item(str(number))) for number in range(9)} == {"b"}
+    assert {await chosen(router, pending(str(number))) for number in range(9)} == {"b"}
     router.asked.update(b=5)
     pauses = []
 
@@ -201,7 +208,13 @@ async def test_an_encoder_that_is_full_by_lines_gets_nothing_by_ray_serve():
         router.asked.update(a=-attempt)
 
     router._backoff = pause
-    assert await asyncio.wait_for(chosen(router, item("x")), 60) == "a" and pauses == [0, 1]
+    assert await asyncio.wait_for(chosen(router, pending("x")), 60) == "a" and pauses == [0, 1]
+
+
+async def test_what_a_replica_holds_goes_there_though_it_is_full_by_lines():
+    router = await router_of(LanguageModelRouter, *map(Candidate, "ab"))
+    router.asked.update(a=5)
+    assert await chosen(router, request("generate", "id", {}, session="a")) == "a"
 
 
 async def test_a_dead_replica_s_session_goes_elsewhere():
