@@ -147,7 +147,11 @@ class CallForm:
         form, literal = self.text, rules.special.literal
         by_token = form.closing in rules.special.ids and form.after.startswith(form.closing or "")
         text = lark_input(tool.lark, form, ends_by_token=by_token)
-        return f"{literal(form.before)} {text} {literal(form.after)}".strip()
+        after = [form.after]
+        if form.closing is not None and form.after[0] not in form.closing:
+            # A text may hold this character, and is told from the call's end only by what comes behind it.
+            after = [form.after[0], form.after[1:]]
+        return " ".join([literal(form.before), text, *map(literal, after)]).strip()
 
     def left_out(self, tool: ToolSchema, rules: Rules) -> list[str]:
         """The keywords of a function's schema that calls aren't held to, in alphabetical order.

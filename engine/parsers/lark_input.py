@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeGuard, TypeVar
 
 from engine.errors import InvalidRequest
 from engine.parsers.regex_nodes import (
@@ -109,7 +109,8 @@ def lark_input(definition: str, form: TextForm, *, ends_by_token: bool) -> str:
 
     In a JSON string a control character that only ``\\u`` spells may come where a string or a regex names it,
     not as one of a class: a model that begins ``\\u00e9`` must not be led to it. Where a text that stands as
-    it is may end, what goes on must not read like the beginning of its end.
+    it is may end, what goes on must not read like the beginning of its end, if the closing tag is no token
+    and the end begins with it.
 
     Args:
         ends_by_token: the text behind the argument begins with a special token.
@@ -476,16 +477,40 @@ class _Writer:
                 groups.append([part])
             joins = whole
         found = [group[0] if len(group) == 1 else Chain(tuple(group)) for group in groups]
+        written: list[str] = []
         behind: frozenset[str] = frozenset()
-        for part in reversed(found):
+        while found:
+            part = found.pop()
+            if found and self._is_run(part) and not found[-1].characters & self._apart:
+                # One lexeme with the run's beginning: else a longer one of another rule could stand against
+                # its first part alone.
+                before = found.pop()
+                written.append(self._repeated(part, before))
+                part = Chain((before, part))
+            else:
+                written.append(self._expression(part))
             self._check_ends(part, behind)
             behind = part.first | behind if part.nullable else part.first
-        return " ".join(map(self._expression, found))
+        return " ".join(reversed(written))
 
-    def _repeated(self, node: Repeat) -> str:
+    def _is_run(self, node: Node) -> TypeGuard[Repeat]:
+        """A repetition of characters, of which some are apart."""
+        if not isinstance(node, Repeat) or node.operator not in ("*", "+"):
+            return False
+        options = node.part.parts if isinstance(node.part, Choice) else (node.part,)
+        return bool(node.characters & self._apart) and all(isinstance(each, Atom) for each in options)
+
+    def _repeated(self, node: Repeat, before: Node | None = None) -> str:
+        """The expression of a repetition.
+
+        Args:
+            before: what stands before a run, without characters apart. The expression holds it too.
+        """
         part = node.part
         options = part.parts if isinstance(part, Choice) else (part,)
         if node.operator not in ("*", "+"):
+            if node.repeats:
+                self._check_ends(part, part.first)
             return f"({self._expression(part)}){node.operator}"
         atoms = [each for each in options if isinstance(each, Atom)]
         plain = frozenset().union(*(each.characters for each in atoms)) - self._apart
@@ -500,10 +525,20 @@ class _Writer:
         between = [text for each in atoms for text in self._apart_of(each)]
         between += [self._expression(each) for each in options if not isinstance(each, Atom)]
         if not texts:
-            return f"({' | '.join(between)}){node.operator}"
-        run = self._lexeme(Atom(f"(?:{'|'.join(texts)})+", plain))
-        behind = f"(({' | '.join(between)}) {run}?)"
-        return f"{run}? {behind}*" if node.operator == "*" else f"({run} {behind}* | {behind}+)"
+            lead = "" if before is None else f"{self._lexeme(before)} "
+            return f"{lead}({' | '.join(between)}){node.operator}"
+        run = Repeat(Atom(f"(?:{'|'.join(texts)})", plain), "+")
+        behind = f"(({' | '.join(between)}) {self._lexeme(run)}?)"
+        if node.operator == "*":
+            first = (
+                f"{self._lexeme(run)}?"
+                if before is None
+                else self._lexeme(Chain((before, Repeat(run.part, "*"))))
+            )
+            return f"{first} {behind}*"
+        if before is None:
+            return f"({self._lexeme(run)} {behind}* | {behind}+)"
+        return f"({self._lexeme(Chain((before, run)))} {behind}* | {self._lexeme(before)} {behind}+)"
 
     def _check_ends(self, part: Node, behind: frozenset[str]) -> None:
         """Refuse a part whose longest lexeme may swallow the beginning of what comes behind it."""

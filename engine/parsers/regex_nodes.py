@@ -114,11 +114,11 @@ class Chain:
     @cached_property
     def tail(self) -> frozenset[str]:
         found = _NONE
-        for part in reversed(self.parts):
-            found |= part.tail
-            if not part.nullable:
-                break
-            found |= part.first
+        for part in self.parts:
+            if found & part.first:
+                # What stands before may end at several places, and each leads elsewhere.
+                return self.characters
+            found = part.tail | (found | part.first if part.nullable else _NONE)
         return found
 
 
@@ -181,9 +181,16 @@ class Repeat:
 
     @cached_property
     def tail(self) -> frozenset[str]:
+        if self.repeats and self.part.tail & self.part.first:
+            return self.characters
         low, comma, high = self.operator.strip("{}").partition(",")
         exact = low == high or (low.isdigit() and not comma)
         return self.part.tail if exact else self.part.first | self.part.tail
+
+    @property
+    def repeats(self) -> bool:
+        """The part may come more than once."""
+        return self.operator not in ("?", "{0}", "{1}", "{0,0}", "{0,1}", "{1,1}")
 
 
 Node = Atom | Chain | Choice | Repeat
@@ -274,8 +281,8 @@ class _Reader:
             return inner
         if found in "^$":
             raise RegexUnread("anchors are not supported: all of a terminal matches")
-        if found in "*+?":
-            raise RegexUnread(f"{found} has nothing before it")
+        if found in "*+?{":
+            raise RegexUnread(f"{found} stands where nothing can be repeated by it")
         if found == ".":
             self._place += 1
             return Atom("(?s:.)", _ALL) if self._dot_all else Atom(".", _ALL - {"\n"})
@@ -347,12 +354,17 @@ def _class(pattern: str, place: int, depth: int) -> tuple[frozenset[str], int]:
     negated = pattern.startswith("^", place)
     place += negated
     found, union, operation, first = _ALL, _NONE, "&&", True
+    while pattern.startswith("-", place):
+        # Not the operation, but characters.
+        union, first, place = _set_of("-"), False, place + 1
+    if pattern.startswith(("&&", "~~"), place) and first:
+        raise RegexUnread("a class can't begin with && or ~~")
     while place < len(pattern):
         two = pattern[place : place + 2]
         if pattern[place] == "]" and not first:
             found = _combined(found, operation, union)
             return _without(found) if negated else found, place + 1
-        if two in ("&&", "--", "~~") and not first:
+        if two in ("&&", "--", "~~"):
             found, union, operation = _combined(found, operation, union), _NONE, two
             place += 2
             continue

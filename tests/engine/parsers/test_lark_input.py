@@ -15,6 +15,7 @@ import pytest
 
 from engine.errors import InvalidRequest
 from engine.parsers.call_forms import XML_CALL, json_call
+from engine.parsers.grammar import CallLayout, SpecialTokens, ToolSchema, tool_grammar
 from engine.parsers.lark_input import lark_input
 from tests.engine.parsers.test_grammar import Vocabulary
 
@@ -185,6 +186,13 @@ def test_what_a_model_may_write_follows_the_grammar(definition, form):
         ),
         (r"start: /.*a\n/", "may take what comes behind"),
         (r"start: /([^b]|ab\n?)*/", "may take what comes behind"),
+        (r"start: /a+[ab]([^a]b)+/", "may take what comes behind"),
+        (r"start: /(a(ab)?)+[^a]/", "may take what comes behind"),
+        (r"start: /(\n|a?){2}/", "may take what comes behind"),
+        ("start: /a{x/", "{ stands where"),
+        ("start: /a{,2}/", "{ stands where"),
+        ('start: /[&&"]/', "begin with &&"),
+        ('start: /[^~~"]/', "begin with &&"),
     ],
     ids=itertools.count(),
 )
@@ -200,11 +208,11 @@ def test_nested_repetitions_do_not_double_each_other(form):
     def nested(depth: int) -> str:
         inner = "b"
         for _ in range(depth):
-            inner = rf"(a|\n{inner}\n)+"
+            inner = rf"(a|\n{inner};)+"
         return inner
 
     definition, pattern = f"start: /{nested(3)}/", re.compile(nested(3))
-    for text in ("a", "aa", "\n\nb\n\n", "\n\n\nb\n\n\n", "a\naa\nb\n\n", "\n\n\nb\n\n", "\n"):
+    for text in ("a", "aa", "\n\nb;;", "\n\n\nb;;;", "a\naa\nb;a;a", "\n\n\nb;;a\na;;", "\n"):
         assert allowed(definition, text, form) == (pattern.fullmatch(text) is not None), text
     sizes = [len(in_call(f"start: /{nested(depth)}/", form)) for depth in (8, 16, 24)]
     assert sizes[2] - sizes[1] < 2 * (sizes[1] - sizes[0])
@@ -229,6 +237,71 @@ def test_options_in_a_row_take_linear_work():
         return ran
 
     assert lines_run(400) < 2.5 * lines_run(200)
+
+
+LINES = """
+start: (LINE "\\n")* "end"
+LINE: /[a-z].*/
+"""
+NOTES = """
+start: (COLOR | NOTE) "\\n"
+COLOR: /#[0-9a-f]{6}/
+NOTE: /#.+/
+"""
+
+
+@pytest.mark.parametrize("form", ["json", "line"])
+@pytest.mark.parametrize(
+    ("definition", "text"),
+    [
+        *((LINES, text) for text in ("entry\nend", "e\\\nend", 'en"d\nending\nend', "ending", "\nend")),
+        *((NOTES, text) for text in ("#abcdef\n", "#abcdef0\n", "#abc\n", '#"\n', '#a"\n', "#\n")),
+        *((r"start: /[a-z]+.*/ /\n/", text) for text in ("ab, c\n", 'a"b\n', "\n", "1\n")),
+        *((r"start: /[--a]x/", text) for text in ("-x", "ax", "0x", "\\x")),
+        *((r"start: /[^--a]x/", text) for text in ("-x", "ax", "0x", "\\x", '"x')),
+        *((r"start: /[-\]]/", text) for text in ("-", "]", "\\")),
+        (r"start: /[a\x03]+/", "aa"),
+    ],
+    ids=itertools.count(),
+)
+def test_parts_of_a_terminal_are_not_taken_for_others(definition, text, form):
+    assert allowed(definition, text, form) == allowed(definition, text)
+
+
+REPEATED = ("a", "b", "[ab]", "[^a]", r"\n", '"', r"\\")
+
+
+@pytest.mark.parametrize("form", ["json", "line"])
+def test_an_expression_of_its_own_means_the_same_in_a_call(form):
+    """A part with a count, and parts that end at several places, are followed or refused."""
+    draw, texts = random.Random(5), ["".join(text) for text in itertools.product('ab\n"', repeat=3)]
+    followed = 0
+    for _ in range(60):
+        one, two, three = (draw.choice(REPEATED) + draw.choice(["", "*", "+", "?", "{2}"]) for _ in range(3))
+        pattern = f"({one}{two}){draw.choice(['*', '?', '{2}', '{1,2}'])}{three}"
+        try:
+            in_call(f"start: /{pattern}/", form)
+        except InvalidRequest:
+            continue
+        followed += 1
+        for text in texts:
+            expected = re.fullmatch(pattern, text) is not None
+            assert allowed(f"start: /{pattern}/", text, form) == expected, (pattern, text)
+    assert followed > 20
+
+
+def test_what_may_end_a_text_in_tags_may_stand_in_it():
+    """A line may begin like the call's end."""
+    tool = ToolSchema("note", {}, r"start: /(.|\n)+/")
+    grammar = tool_grammar(
+        CallLayout("", XML_CALL), [tool], SpecialTokens({}, frozenset()), choice="required", parallel=False
+    )
+    made = llguidance.LLMatcher(words().engine, grammar, log_level=0)
+    for text, is_allowed in (("a\n<b>\nc", True), ("\n</parameter\n\n", True), ("a\n</parameter>\nb", False)):
+        call = f"\n<function=note>\n<parameter=input>\n{text}\n</parameter>\n</function>\n</tool_call>"
+        copy, tokens = made.deep_copy(), words().encode(call)
+        accepted = copy.try_consume_tokens(tokens) == len(tokens) and copy.is_accepting()
+        assert accepted == is_allowed, text
 
 
 def test_an_input_that_would_end_the_call_is_barred():
