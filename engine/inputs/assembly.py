@@ -178,7 +178,7 @@ def _find_in_order(
     pads = _pads(ids, pad, 0)
     if len(pads) == len(spelled):
         return [(place, 1) for place in pads]
-    if not whole or pads[0] < whole[0][0]:
+    if not whole or (pads and pads[0] < whole[0][0]):
         return whole
     pads = [place for place in pads if place >= _end(whole)]
     if len(pads) != missing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.parsers.events import Event, Parser, Text
+from engine.parsers.events import Event, Parser, Reasoning, Text
 from engine.parsers.free_text import FreeTextCalls
 from engine.parsers.reasoning import ReasoningParser, ThoughtState
 
@@ -50,11 +50,19 @@ class AnswerParser:
                 shown then: its tags are no text.
         """
         events = self._pass([], finish=True)
-        if cut and self._trigger and events and isinstance(last := events[-1], Text):
-            visible, trigger, _ = last.text.partition(self._trigger)
-            if trigger:
-                return [*events[:-1], *([Text(visible.rstrip())] if visible.strip() else [])]
-        return events
+        if not cut or not self._trigger:
+            return events
+        # A thought may come in several pieces.
+        pieces: list[Text | Reasoning] = []
+        while events and isinstance(last := events[-1], Text | Reasoning):
+            if pieces and type(last) is not type(pieces[0]):
+                break
+            pieces.insert(0, last)
+            events = events[:-1]
+        shown, trigger, _ = "".join(piece.text for piece in pieces).partition(self._trigger)
+        if not trigger:
+            return [*events, *pieces]
+        return [*events, *([type(pieces[0])(shown.rstrip())] if shown.strip() else [])]
 
     def _pass(self, events: list[Event], *, finish: bool) -> list[Event]:
         if self._calls_first:

@@ -684,6 +684,13 @@ def test_tags_of_a_call_that_was_cut_off_are_no_text(name):
             choice = FinishedChoice(0)
             choice.add(reader.read(OutputDelta(0, text, [1], finish_reason="length")))
             assert choice.text == said and choice.finish_reason == "length"
+    if found.tools.anywhere:
+        thinks = replace(found, reasoning=REASONING_TAGS["think"])
+        for end in range(len(trigger), len(call) + 1, 4):
+            reader, choice = AnswerReader(lambda: thinks.parser(use, "")), FinishedChoice(0)
+            text = "<think>I look." + call[:end]
+            choice.add(reader.read(OutputDelta(0, text, [1], finish_reason="length")))
+            assert (choice.reasoning, choice.text) == ("I look.", "")
     # A model that ends there itself has written text.
     reader = AnswerReader(lambda: found.parser(use, ""))
     (event,) = reader.read(OutputDelta(0, trigger, [1], finish_reason="stop")).events

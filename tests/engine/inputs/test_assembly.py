@@ -56,6 +56,13 @@ def test_items_without_a_place_are_refused(ids):
     assert caught.value.param == "prompt_token_ids"
 
 
+def test_an_item_without_any_placeholder_token_is_refused():
+    """The expanded placeholder of the other one doesn't hold it."""
+    runs = tuple(PlaceholderRun(token, 1, token == 8) for token in (START, 8))
+    with pytest.raises(InvalidRequest, match="is 1, but"):
+        builder(lambda item, index: runs).from_token_ids([7, START, 8, 9], [item(1, "a"), item(1, "b")])
+
+
 def test_touching_images_of_one_row_are_told_apart():
     items = [item(1, "a"), item(1, "b")]
     assert places(builder().from_token_ids([PAD, PAD], items)) == [("a", 0, 1), ("b", 1, 1)]
