@@ -68,6 +68,8 @@ class PromptFormat:
         video: the same for a video; None if the family has no videos.
         video_prefix: text that a prompt gets before a video's placeholder string. It is tokenised with the
             text before it; the rest of a video's text is the family's ``placeholder``.
+        video_behind: text that prompts have before a video's placeholder string anyway, where the rows of
+            images and videos have the same token; tells a video in token ids from an image.
         separator: joins the parts of a message for chat templates that take strings.
         split_at_media: whether the texts before, between and after placeholder strings are tokenised piece by
             piece, each with the tokenizer's special tokens (Phi-3.5-vision), instead of as one text.
@@ -82,6 +84,7 @@ class PromptFormat:
     image: str | None = None
     video: str | None = None
     video_prefix: str = ""
+    video_behind: str = ""
     separator: str = ""
     split_at_media: bool = False
     start: str = ""

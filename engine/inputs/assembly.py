@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -18,8 +19,8 @@ Expand = Callable[[MediaItem, int], tuple[PlaceholderRun, ...]]
 
 #: Start and length of an item in token ids, and its index.
 Place = tuple[int, int, int]
-#: Whether an expanded placeholder can have a start and a length.
-Fits = Callable[[int, int], bool]
+#: Whether the expanded placeholder of the n-th item of a kind, from 0, can have a start and a length.
+Fits = Callable[[int, int, int], bool]
 
 
 class PromptAssembly:
@@ -102,7 +103,8 @@ def assemble_ids(
     placeholders: Placeholders,
     expand: Expand,
     param: str,
-    is_video: Callable[[int], bool] = lambda start: True,
+    is_video: Callable[[MediaItem, int], bool],
+    around: Callable[[MediaItem], tuple[list[int], list[int]]],
 ) -> PromptAssembly:
     """A tokenised prompt in which each item is a placeholder token or its whole expanded placeholder.
 
@@ -111,7 +113,9 @@ def assemble_ids(
     Videos are found first: a family may spell a video's frame as an image in one crop.
 
     Args:
-        is_video: whether an expanded placeholder at an index is a video's and not an image's of the same ids.
+        is_video: whether a video's expanded placeholder at an index is that, and not an image's of the same
+            ids.
+        around: gives the ids before and behind an item that stands as its placeholder token.
 
     Raises:
         InvalidRequest: some item has no place in the ids.
@@ -124,16 +128,20 @@ def assemble_ids(
     places: list[Place] = []
     for kind in sorted({item.kind for item in items}, key="video".__ne__):
         taken = sorted(places)
+        indices = [index for index, item in enumerate(items) if item.kind == kind]
+        of_kind = [items[index] for index in indices]
 
-        def free(start: int, length: int, taken: Sequence[Place] = taken) -> bool:
+        def free(number: int, start: int, length: int, taken: Sequence[Place] = taken) -> bool:
             # Those taken stand apart, so only the last one that begins before the end can overlap.
             before = bisect_right(taken, start + length - 1, key=lambda place: place[0])
             return not before or sum(taken[before - 1][:2]) <= start
 
-        def own(start: int, length: int, kind: str = kind, free: Fits = free) -> bool:
-            return free(start, length) and (kind != "video" or is_video(start))
+        def own(
+            number: int, start: int, length: int, free: Fits = free, of_kind: Sequence[MediaItem] = of_kind
+        ) -> bool:
+            item = of_kind[number]
+            return free(number, start, length) and (item.kind != "video" or is_video(item, start))
 
-        indices = [index for index, item in enumerate(items) if item.kind == kind]
         spelled, pad = [expanded[index] for index in indices], placeholders.ids.get(kind)
         found = _find_numbered(ids, spelled) if placeholders.numbered else None
         found = found or _find_in_order(ids, spelled, pad, own)
@@ -149,8 +157,11 @@ def assemble_ids(
     for start, length, index in places:
         if start < end:
             raise _mismatch(items[index].kind, 0, 1, placeholders, param)
-        assembly.add_ids(ids[end:start])
+        alone = length < len(expanded[index])
+        before, behind = around(items[index]) if alone else ([], [])
+        assembly.add_ids([*ids[end:start], *before])
         assembly.add_item(index)
+        assembly.add_ids(behind)
         end = start + length
     assembly.add_ids(ids[end:])
     return assembly
@@ -164,11 +175,11 @@ def _find_in_order(
     Args:
         spelled: the items' expanded placeholders.
         pad: the placeholder token of the kind; None if it has none.
-        fits: whether an expanded placeholder of the kind can have a start and a length.
+        fits: whether the expanded placeholder of an item of the kind can have a start and a length.
     """
     whole: list[tuple[int, int]] = []
-    for wanted in spelled:
-        start = _find(ids, wanted, _end(whole), fits)
+    for number, wanted in enumerate(spelled):
+        start = _find(ids, wanted, _end(whole), partial(fits, number))
         if start is None:
             break
         whole.append((start, len(wanted)))
@@ -229,7 +240,7 @@ def _end(places: Sequence[tuple[int, int]]) -> int:
     return sum(places[-1]) if places else 0
 
 
-def _find(ids: Sequence[int], wanted: list[int], start: int, fits: Fits) -> int | None:
+def _find(ids: Sequence[int], wanted: list[int], start: int, fits: Callable[[int, int], bool]) -> int | None:
     """Index at or after ``start`` from which on ``ids`` reads ``wanted``, and where that ``fits``."""
     return next((found for found in _occurrences(ids, wanted, start) if fits(found, len(wanted))), None)
 

@@ -227,13 +227,20 @@ class PromptBuilder:
             ids = [operator.index(token) for token in ids]
         except TypeError:
             raise InvalidRequest("Token ids must be a list of integers.", param="prompt_token_ids") from None
-        prefix = self._format.video_prefix
+        known = self._format.video_prefix or self._format.video_behind
 
-        def is_video(start: int) -> bool:
+        def is_video(item: MediaItem, start: int) -> bool:
+            before = known or self._around(item)[0]
             # Each of its tokens has at least a byte.
-            return self.tokenizer.decode(ids[max(0, start - len(prefix) - 1) : start]).endswith(prefix)
+            return self.tokenizer.decode(ids[max(0, start - len(before) - 1) : start]).endswith(before)
 
-        built = assemble_ids(ids, items, self._placeholders, self._expand, "prompt_token_ids", is_video)
+        def around(item: MediaItem) -> tuple[list[int], list[int]]:
+            before, behind = self._around(item)
+            return self.tokenizer.encode_piece(before), self.tokenizer.encode_piece(behind)
+
+        built = assemble_ids(
+            ids, items, self._placeholders, self._expand, "prompt_token_ids", is_video, around
+        )
         return EngineInput(built.ids, built.spans, None, cache_salt)
 
     def check_messages(self, messages: Sequence[Message], num_items: int) -> None:

@@ -124,7 +124,12 @@ def _finished(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
 
 def _prompt_format(config: ModelConfig) -> PromptFormat:
     assert config.extra is not None
-    return PromptFormat(image=config.extra["image_token"], video=config.extra["video_token"])
+    alike = config.image_token_id == config.video_token_id
+    return PromptFormat(
+        image=config.extra["image_token"],
+        video=config.extra["video_token"],
+        video_behind="<|VIDEO_START|>" if alike else "",
+    )
 
 
 def _positions(config: ModelConfig, ids: Sequence[int], spans: Sequence[MediaSpan]) -> tuple[np.ndarray, int]:

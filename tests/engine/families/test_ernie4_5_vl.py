@@ -19,10 +19,12 @@ from PIL import Image
 from transformers.video_utils import VideoMetadata, read_video_pyav
 
 from engine import LLM, SamplingParams
+from engine.config import EngineConfig
 from engine.errors import CheckpointError, InvalidRequest
 from engine.media.source import MediaSource
 from engine.media.video.sampling import FrameRules, ernie_indices
 from engine.media.video.video import Pace, Video, VideoInfo, VideoOptions
+from engine.model_parts import load_prompt_builder
 from engine.preparation import MediaPreparation
 from tests.engine.families.case import TOKENS, CasePrompt
 from tests.engine.families.cases import case_named
@@ -32,6 +34,7 @@ from tests.engine.families.ernie4_5_vl import (
     IMAGE,
     PATCH,
     SPECIALS,
+    VIDEO,
     ErnieReference,
     video_processor,
 )
@@ -206,6 +209,24 @@ def test_the_publishers_files_give_the_same_model(model, tmp_path):
     llm = LLM(str(tmp_path / "public"), **model.options)
     for output, prompt in zip(model.run(llm, renamed), prompts, strict=True):
         assert output.outputs[0].token_ids == model.answer(prompt).tokens
+
+
+def test_an_image_before_a_video_stays_that_in_the_publishers_token_ids(model, tmp_path):
+    """Rows of both have one token there; an image of as many rows as the video, and of more."""
+    publish(model.path, tmp_path / "public")
+    processor = media_processor(tmp_path / "public")
+    builder = load_prompt_builder(EngineConfig(model=str(tmp_path / "public")))
+    frames = [picture(60, 44, number) for number in range(3)]
+    video = processor.prepare_video(Video.of(frames, Pace.of_rate(3, 1.0))).item
+    shown = f"{IMAGE} {VIDEO}".replace("IMAGE_PLACEHOLDER", "image@placeholder")
+    shown = shown.replace("VIDEO_PLACEHOLDER", "video@placeholder")
+    for size in ((60, 44), (64, 64)):
+        items = [processor.prepare(picture(*size)).item, video]
+        assert items[0].num_tokens >= video.num_tokens
+        built = builder.from_text(FRAME.format(shown), items)
+        again = builder.from_token_ids(built.token_ids, items)
+        assert [(s.item, s.offset) for s in again.spans] == [(s.item, s.offset) for s in built.spans]
+        assert again.token_ids == built.token_ids
 
 
 @pytest.mark.parametrize(
