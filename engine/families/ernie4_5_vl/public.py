@@ -41,6 +41,9 @@ def nested(raw: Json) -> Json:
     if not is_public(raw):
         return raw
     filled = {**_DEFAULTS, **raw}
+    scaling = raw.get("rope_scaling") or {"type": "default"}
+    if not isinstance(scaling, dict) or "default" not in (scaling.get("rope_type"), scaling.get("type")):
+        raise CheckpointError(f"config.json: rope_scaling {scaling} is not supported", param="rope_scaling")
     angles = integer(filled, "hidden_size") // integer(filled, "num_attention_heads") // 2
     time = integer(filled, "freq_allocation")
     text: dict[str, Any] = {
@@ -88,8 +91,10 @@ def _equal(filled: Json, field: str) -> int:
 
 
 def _layer_types(filled: Json) -> list[str]:
-    first, last = min(_listed(filled, "moe_layer_start_index")), max(_listed(filled, "moe_layer_end_index"))
     layers, step = integer(filled, "num_hidden_layers"), integer(filled, "moe_layer_interval")
+    first = min(_listed(filled, "moe_layer_start_index"))
+    # -1 is the last layer.
+    last = max(layers - 1 if end == -1 else end for end in _listed(filled, "moe_layer_end_index"))
     return [
         "sparse" if first <= layer <= last and (layer + 1) % step == 0 else "dense" for layer in range(layers)
     ]

@@ -40,7 +40,7 @@ from tests.engine.families.ernie4_5_vl import (
 )
 from tests.engine.families.expected import Expected
 from tests.engine.families.made import greedy
-from tests.engine.families.opened import encoder, media_processor
+from tests.engine.families.opened import encoder, media_processor, parse
 from tests.engine.media.clips import FILM, NTSC, clip
 from tests.engine.tiny import picture, rewrite_json
 
@@ -211,6 +211,15 @@ def test_the_publishers_files_give_the_same_model(model, tmp_path):
         assert output.outputs[0].token_ids == model.answer(prompt).tokens
 
 
+@pytest.mark.parametrize(("stated", "layers"), [(-1, (1, 2)), ([-1, -1], (1, 2)), ([1, 0], (1,))])
+def test_layers_with_experts_end_where_the_publishers_file_says(model, tmp_path, stated, layers):
+    """-1 is the last layer."""
+    publish(model.path, tmp_path / "public")
+    change = {"moe_layer_end_index": stated, "rope_scaling": {"rope_type": "default"}}
+    rewrite_json(tmp_path / "public" / "config.json", change)
+    assert parse(tmp_path / "public")[1].decoder.experts.layers == layers
+
+
 def test_an_image_before_a_video_stays_that_in_the_publishers_token_ids(model, tmp_path):
     """Rows of both have one token there; an image of as many rows as the video, and of more."""
     publish(model.path, tmp_path / "public")
@@ -234,6 +243,8 @@ def test_an_image_before_a_video_stays_that_in_the_publishers_token_ids(model, t
     [
         ({"moe_num_experts": [6, 5]}, "moe_num_experts should be the same"),
         ({"moe_layer_end_index": [2, None]}, "moe_layer_end_index should be an integer"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling .*yarn.* is not supported"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling .* is not supported"),
         ({"freq_allocation": 0}, "freq_allocation should be a positive integer"),
         ({"freq_allocation": 3}, "mrope_section should be three numbers"),
         ({"temporal_conv_size": 1}, "temporal_merge_size 1 should be 2"),
