@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from tokenizers import AddedToken, normalizers
 from engine.errors import CheckpointError, InvalidRequest
 from engine.text import tekken
 from engine.text.token_bytes import TokenBytes
+
+_ADVICE = "Put a tokenizer.json there: load the tokenizer with Transformers and save it (save_pretrained)."
 
 
 class Tokenizer:
@@ -45,7 +48,7 @@ class Tokenizer:
 
         ``tokenizer.json`` is taken as it stands; a ``tekken.json`` beside it decides how texts are split.
         Alone, ``tekken.json`` is converted. Only where there is neither, Transformers is imported to convert
-        a sentencepiece or vocabulary file.
+        a vocabulary file, or a sentencepiece model if the package ``sentencepiece`` is installed.
 
         Raises:
             CheckpointError: the folder has no tokenizer that can be read.
@@ -298,7 +301,14 @@ def _converted(folder: Path) -> tokenizers.Tokenizer:
     try:
         slow = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:
-        raise CheckpointError(f"there is no tokenizer in {folder.name} that can be read: {error}") from error
+        reason = f"{error}"
+        if "trust_remote_code" in reason:
+            reason = "its class is code of the folder, which is never run"
+        elif (folder / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
+            reason = "tokenizer.model is read with the package sentencepiece, which is not installed"
+        raise CheckpointError(
+            f"there is no tokenizer in {folder.name} that can be read: {reason}. {_ADVICE}"
+        ) from error
     backend = getattr(slow, "backend_tokenizer", None)
     if backend is None:
         raise CheckpointError("the checkpoint's tokenizer has no fast form; convert it to tokenizer.json")

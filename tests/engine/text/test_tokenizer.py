@@ -156,6 +156,23 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"tokenizer_class": "LlamaTokenizer"}, "package sentencepiece, which is not installed"),
+        ({"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}, "which is never run"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_converted_is_refused_by_what_to_do(tmp_path, monkeypatch, config, reason):
+    monkeypatch.setattr("engine.text.tokenizer.find_spec", lambda name: None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(CheckpointError, match=rf"{reason}\. Put a tokenizer\.json there") as refused:
+        Tokenizer.load(tmp_path)
+    assert "trust_remote_code" not in str(refused.value)
+
+
 def test_imports_are_light_and_change_no_environment_and_a_replica_starts_no_threads_for_texts(checkpoints):
     code = f"""if True:
         import os, sys
