@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from json.encoder import encode_basestring
 from typing import Any
@@ -85,7 +85,7 @@ class EventResponse(StreamingResponse):
                 if type(each) is Closing:
                     closing += each
                 else:
-                    await _parts_sent(iter(_parts(each)), response)
+                    await _parts_sent(_parts(each), response)
         except ClientStalled:
             client.stop()
             response.give_up()
@@ -101,7 +101,7 @@ class EventResponse(StreamingResponse):
         client.stop()
         try:
             *parts, last = _parts(closing + end)
-            await _parts_sent(iter(parts), response)
+            await _parts_sent(parts, response)
             await sent_within(response.patience_s, response.body(last, more=False))
         except ClientStalled:
             response.give_up()
@@ -170,19 +170,19 @@ class EventRelay:
         return True
 
     def _send(self, event: bytes, response: SentResponse) -> None:
-        parts = iter(_parts(event))
-        for part in parts:
-            sending = response.body(part).__await__()
+        rest: Coroutine[Any, Any, None]
+        if len(event) > _PART_BYTES:
+            rest = _parts_sent(_parts(event), response)
+        else:
+            sending = response.body(event).__await__()
             try:
                 waits_for = next(sending)
             except StopIteration:
-                continue
-            # The client reads slowly. Updates wait for the reader meanwhile, which merges them.
-            self._response = None
-            self._rest = asyncio.ensure_future(_rest_sent(Begun(sending, waits_for), parts, response))
-            # The reader may have been cancelled.
-            self._rest.add_done_callback(lambda rest: rest.cancelled() or rest.exception())
-            return
+                return
+            rest = rest_within(response.patience_s, Begun(sending, waits_for))
+        # The client reads slowly, or has much to read. Updates wait for the reader meanwhile: it merges them.
+        self._response = None
+        self._rest = asyncio.ensure_future(rest)
 
 
 #: The most bytes that are given to a connection at once. The server's patience with a client is for each.
@@ -196,7 +196,7 @@ def _parts(data: bytes) -> Sequence[bytes]:
     return [data[start : start + _PART_BYTES] for start in range(0, len(data), _PART_BYTES)]
 
 
-async def _parts_sent(parts: Iterator[bytes], response: SentResponse) -> None:
+async def _parts_sent(parts: Sequence[bytes], response: SentResponse) -> None:
     """Send parts of a body that are not the last.
 
     Raises:
@@ -204,12 +204,6 @@ async def _parts_sent(parts: Iterator[bytes], response: SentResponse) -> None:
     """
     for part in parts:
         await sent_within(response.patience_s, response.body(part))
-
-
-async def _rest_sent(begun: Begun, parts: Iterator[bytes], response: SentResponse) -> None:
-    """As :func:`_parts_sent`, behind a part that has begun."""
-    await rest_within(response.patience_s, begun)
-    await _parts_sent(parts, response)
 
 
 def event(data: BaseModel) -> bytes:

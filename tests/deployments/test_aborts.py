@@ -170,3 +170,5 @@ async def test_a_client_that_stops_reading_gives_its_place_back(spec, path, capl
     assert stage.given < 100
     assert re.search(r"^sightline_http_stalled_total\{[^}]*\} 1\b", metrics, re.MULTILINE)
     assert "the client did not read it to its end" in caplog.text
+    # It did not leave by itself.
+    assert [each.client_left for each in caplog.records if getattr(each, "path", "") == path] == [False]
