@@ -522,6 +522,8 @@ class _Writer:
         # Runs of characters, and what stands between them. Two runs are never side by side: together they
         # could hold what each of them may not.
         texts = [text for each in atoms if (text := self._plain(each))]
+        if texts and self._closing is not None and any(each.nullable for each in options):
+            raise _refused("one of its terminals repeats a choice that has an empty option; leave that out")
         between = [text for each in atoms for text in self._apart_of(each)]
         between += [self._expression(each) for each in options if not isinstance(each, Atom)]
         if not texts:

@@ -189,6 +189,8 @@ def test_what_a_model_may_write_follows_the_grammar(definition, form):
         (r"start: /a+[ab]([^a]b)+/", "may take what comes behind"),
         (r"start: /(a(ab)?)+[^a]/", "may take what comes behind"),
         (r"start: /(\n|a?){2}/", "may take what comes behind"),
+        (r"start: /([^\n]|\n?)*/", "has an empty option"),
+        (r"start: /(;|(\n,)?)+/", "has an empty option"),
         ("start: /a{x/", "{ stands where"),
         ("start: /a{,2}/", "{ stands where"),
         ('start: /[&&"]/', "begin with &&"),
