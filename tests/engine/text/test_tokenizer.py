@@ -160,7 +160,10 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     ("config", "reason"),
     [
         ({"tokenizer_class": "LlamaTokenizer"}, "package sentencepiece, which is not installed"),
-        ({"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}, "which is never run"),
+        (
+            {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}},
+            "which is never run",
+        ),
     ],
 )
 def test_a_tokenizer_that_cannot_be_converted_is_refused_by_what_to_do(tmp_path, monkeypatch, config, reason):
