@@ -79,11 +79,14 @@ class _ExactRouter(RequestRouter):
         return self.load(replica) < replica.max_ongoing_requests
 
     def with_lines(self, lines: Container[str]) -> dict[str, RunningReplica]:
-        """The replicas by their names; none if one has no line yet, as long as Ray Serve is to choose.
+        """The replicas by their names; none if Ray Serve is to choose: while one has no line yet, and while
+        calls of Ray Serve wait for a place. Newcomers by lines would take each place before it asks again.
 
         Args:
             lines: names of the replicas to which one is open.
         """
+        if self.num_routing_tasks_in_backoff:
+            return {}
         replicas = {replica.replica_id.unique_id: replica for replica in self.curr_replicas.values()}
         return {} if any(name not in lines for name in replicas) else replicas
 

@@ -1,7 +1,7 @@
 """Serve's side of routing: requests get the replica that was chosen for them, and full ones cost no CPU."""
 
 import asyncio
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -209,6 +209,38 @@ async def test_what_is_full_by_lines_gets_nothing_by_ray_serve(cls, pending):
 
     router._backoff = pause
     assert await asyncio.wait_for(chosen(router, pending("x")), 60) == "a" and pauses == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("cls", "pending", "by_line"),
+    [
+        (
+            EncoderRouter,
+            lambda: item("x"),
+            lambda router: router.by_line(SimpleNamespace(hash="x"), "salt", "a"),
+        ),
+        (
+            LanguageModelRouter,
+            lambda: request("hold", generation([1] * 99)),
+            lambda router: nullcontext(router.by_line(EngineInput([1] * 99), "a")),
+        ),
+    ],
+)
+async def test_newcomers_by_lines_do_not_take_the_places_of_those_that_wait(cls, pending, by_line):
+    router = await router_of(cls, Candidate("a"))
+    router.asked.update(a=5)
+    taken = []
+
+    async def pause(attempt: int) -> None:
+        # A place is free, and a newcomer is there before Ray Serve asks again.
+        router.asked.update(a=-1)
+        with by_line(router) as name:
+            taken.append(name)
+
+    router._backoff = pause
+    assert await asyncio.wait_for(chosen(router, pending()), 60) == "a" and set(taken) == {None}
+    with by_line(router) as name:
+        assert name == "a"
 
 
 async def test_what_a_replica_holds_goes_there_though_it_is_full_by_lines():
