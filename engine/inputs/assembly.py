@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -187,7 +187,9 @@ def _find_in_order(
     if not missing or pad is None:
         return whole
     pads = _pads(ids, pad, 0)
-    if len(pads) == len(spelled):
+    # An expanded placeholder may hold the token, too.
+    within = sum(bisect_left(pads, start + length) - bisect_left(pads, start) for start, length in whole)
+    if len(pads) == len(spelled) and (not whole or len(pads) - within != missing):
         return [(place, 1) for place in pads]
     if not whole or (pads and pads[0] < whole[0][0]):
         return whole

@@ -236,6 +236,8 @@ class PromptBuilder:
 
         def around(item: MediaItem) -> tuple[list[int], list[int]]:
             before, behind = self._around(item)
+            if item.kind == "video":
+                before = self._format.video_prefix + before
             return self.tokenizer.encode_piece(before), self.tokenizer.encode_piece(behind)
 
         built = assemble_ids(

@@ -18,7 +18,7 @@ from tests.engine.families.opened import media_processor, parse
 from tests.engine.tiny import picture
 
 #: SmolVLM's placeholder of videos is no token.
-ALL = [case for case in CASES if case.name in ("Gemma 3", "Gemma 4 E2B", "Molmo 2", "SmolVLM")]
+ALL = [case for case in CASES if case.name in ("Gemma 3", "Gemma 4 E2B", "InternVL", "Molmo 2", "SmolVLM")]
 TOKENS = [case for case in ALL if case.name != "SmolVLM"]
 
 
@@ -61,3 +61,14 @@ def test_a_placeholder_token_brings_the_words_around_it(model):
     ids = builder.tokenizer.encode(start + text)
     assert len(ids) < 60
     assert builder.from_token_ids(ids, items).token_ids == builder.from_text(text, items).token_ids
+
+
+@pytest.mark.parametrize("model", TOKENS, indirect=True, ids=lambda case: case.name)
+def test_a_placeholder_token_behind_an_expanded_one(model):
+    """A turn with an image behind the ids of an earlier one with another."""
+    builder, processor = load_prompt_builder(EngineConfig(model=str(model.path))), media_processor(model.path)
+    items = [processor.prepare(picture(60, 44, number)).item for number in range(2)]
+    first, then = (f"see {model.case.placeholder(number, 2)} {word}" for number, word in enumerate("ab"))
+    earlier = builder.from_text(first, items[:1]).token_ids
+    ids = [*earlier, *builder.tokenizer.encode(then)]
+    assert builder.from_token_ids(ids, items).token_ids == builder.from_text(first + then, items).token_ids
