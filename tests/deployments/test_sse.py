@@ -3,6 +3,7 @@ past the response's task keep their order, and their errors are the response's."
 
 import asyncio
 from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 
 import pytest
 from starlette.requests import ClientDisconnect
@@ -231,12 +232,12 @@ async def test_a_client_that_does_not_read_ends_the_response(step):
 
 @pytest.mark.parametrize("step", ["relayed", "taken", "last"])
 async def test_patience_with_a_client_that_reads_slowly_is_for_each_part_of_an_event(step, monkeypatch):
-    relayed, long, timeout = Relayed(patience_s=60), "abcdefg" * 30_000, asyncio.timeout
+    relayed, long = Relayed(patience_s=60), "abcdefg" * 30_000
     begun: list[float | None] = []
 
     def noted(seconds: float | None) -> asyncio.Timeout:
         begun.append(seconds)
-        return timeout(seconds)
+        return asyncio.timeout(seconds)
 
     async def send(message: dict) -> None:
         if data := message.get("body"):
@@ -246,7 +247,7 @@ async def test_patience_with_a_client_that_reads_slowly_is_for_each_part_of_an_e
     relayed._send = send  # type: ignore[method-assign]
     task = asyncio.ensure_future(relayed.run())
     await relayed.waits.acquire()
-    monkeypatch.setattr(asyncio, "timeout", noted)
+    monkeypatch.setattr("deployments.leaving.asyncio", SimpleNamespace(**{**vars(asyncio), "timeout": noted}))
     if step == "relayed":
         assert relayed.takes(long)
     else:

@@ -47,7 +47,8 @@ async def test_the_page_lists_what_is_exported(scrape):
         labels = {label for sample in family.samples for label in sample.labels}
         exported[name] = family.type, labels - {"model", "stage", "replica", "le"}
         assert family.documentation.endswith(".")
-    own_stage = {"sightline_stage_call_duration_seconds", "sightline_stage_lost_total"}
+    stages = ("call_duration_seconds", "lost_total", "open_calls")
+    own_stage = {f"sightline_stage_{name}" for name in stages}
     for name, (kind, labels) in listed.items():
         assert exported.pop(name) == (kind, labels - ({"stage"} if name in own_stage else set())), name
     assert exported == {}
@@ -63,6 +64,8 @@ async def test_names_have_units(scrape):
 
 
 async def test_a_chat_is_counted_by_every_stage(scrape, client, running, idle_afterwards):
+    # The first request also asks the language model for the context's length.
+    await client.chat.completions.create(model="pocket", messages=ask("hi"), max_tokens=1)
     before = await scrape()
     asked = {
         "model": "pocket",
