@@ -111,10 +111,11 @@ class Pipeline:
         self.timeout_s = timeout_s
         self._random = random.Random(secrets.randbits(256))
         self._max_model_len: int | None = None
-        deployed = {"encoder": spec.encoder, "language_model": spec.language_model}
-        if spec.encoder.with_language_model:
-            deployed["encoder"] = spec.language_model
-        deployed["preprocessor"] = spec.preprocessor
+        deployed = {
+            "preprocessor": spec.preprocessor,
+            "encoder": spec.language_model if spec.encoder.with_language_model else spec.encoder,
+            "language_model": spec.language_model,
+        }
         self._may_sleep = {
             name
             for name, stage in deployed.items()
