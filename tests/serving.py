@@ -29,7 +29,7 @@ from deployments.config import AppConfig
 
 ROOT = Path(__file__).parent.parent
 
-#: The README's environment for load: HAProxy in front, gRPC between the stages.
+#: The README's environment for load: HAProxy in front, Unix sockets or gRPC between the stages.
 UNDER_LOAD = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
