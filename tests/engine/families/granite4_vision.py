@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 
-from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
-from tests.engine.tiny import TEXT_SIZES, spread, tokenizer
+from tests.engine.families.llava_next import SPECIALS, llava_next_tokenizer, tiles_processor
+from tests.engine.families.references import ImagesReference
+from tests.engine.tiny import TEXT_SIZES, spread
 
-SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
 #: Windows of 4 by 4 patches become 2 by 2 rows; there are four in a crop.
 SIDE, PATCH, RATE = 32, 4, "2/4"
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE], [SIDE, 3 * SIDE]]
@@ -23,7 +23,7 @@ def make_granite4_vision(path: Path, hub: bool = False) -> Path:
     """A checkpoint whose projectors have two heads."""
     if not HAS_GRANITE4_VISION:
         pytest.skip("this release of Transformers has no Granite 4 Vision")
-    tok = granite4_tokenizer()
+    tok = llava_next_tokenizer()
     config = transformers.Granite4VisionConfig(
         vision_config={
             "model_type": "siglip_vision_model",
@@ -73,17 +73,6 @@ def make_granite4_vision(path: Path, hub: bool = False) -> Path:
     return path
 
 
-def granite4_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    return tokenizer(
-        SPECIALS,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-
-
 def image_processor() -> transformers.LlavaNextImageProcessorPil:
     half = [0.5] * 3
     return transformers.LlavaNextImageProcessorPil(
@@ -95,26 +84,16 @@ def image_processor() -> transformers.LlavaNextImageProcessorPil:
     )
 
 
-class Granite4VisionReference:
+class Granite4VisionReference(ImagesReference):
     """Transformers' model and processor."""
 
     def __init__(self, path: Path) -> None:
         cls = transformers.Granite4VisionForConditionalGeneration
-        self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
-        config = self.model.config
-        strategy = config.vision_feature_select_strategy
-        self.processor = transformers.Granite4VisionProcessor(
-            transformers.LlavaNextImageProcessorPil.from_pretrained(path),
-            transformers.PreTrainedTokenizerFast.from_pretrained(
-                path, extra_special_tokens={"image_token": "<image>"}
-            ),
-            patch_size=config.vision_config.patch_size,
-            vision_feature_select_strategy=strategy,
-            num_additional_image_tokens=int(strategy == "default"),
-            downsample_rate=config.downsample_rate,
+        model = cls.from_pretrained(path, dtype=torch.float32).eval()
+        processor = tiles_processor(
+            transformers.Granite4VisionProcessor,
+            path,
+            model.config,
+            downsample_rate=model.config.downsample_rate,
         )
-
-    def inputs(self, prompt: CasePrompt) -> Inputs:
-        pictures = list(prompt.pictures) or None
-        arguments = dict(self.processor(text=prompt.text, images=pictures, return_tensors="pt"))
-        return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
+        super().__init__(model, processor)

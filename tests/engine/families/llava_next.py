@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import transformers
 
-from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub, under_vision_model
-from tests.engine.families.references import with_scaled_logits
+from tests.engine.families.references import ImagesReference, with_scaled_logits
 from tests.engine.tiny import TEXT_SIZES, rewrite_tensors, spread, tokenizer
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
@@ -41,14 +40,7 @@ def make_llava_next(
         tower: a key of ``TOWERS``.
         text: the decoder's ``model_type``; ``text_fields`` are further fields of it.
     """
-    tok = tokenizer(
-        SPECIALS,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
+    tok = llava_next_tokenizer()
     config = transformers.LlavaNextConfig(
         vision_config=TOWERS[tower](),
         text_config={
@@ -80,25 +72,44 @@ def make_llava_next(
     return path
 
 
-class LlavaNextReference:
+def llava_next_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer of tiny LLaVA-NeXT and Granite 4 Vision checkpoints."""
+    return tokenizer(
+        SPECIALS,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def tiles_processor(cls: Any, path: Path, config: Any, **further: Any) -> Any:
+    """Transformers' processor of a whole image and its tiles.
+
+    Args:
+        cls: its class.
+        path: the checkpoint's folder.
+        config: the checkpoint's configuration.
+        further: further arguments of ``cls``.
+    """
+    strategy = config.vision_feature_select_strategy
+    return cls(
+        transformers.LlavaNextImageProcessorPil.from_pretrained(path),
+        transformers.PreTrainedTokenizerFast.from_pretrained(
+            path, extra_special_tokens={"image_token": "<image>"}
+        ),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(strategy == "default"),
+        **further,
+    )
+
+
+class LlavaNextReference(ImagesReference):
     """Transformers' model and processor."""
 
     def __init__(self, path: Path) -> None:
         cls = transformers.LlavaNextForConditionalGeneration
-        self.model = with_scaled_logits(cls.from_pretrained(path, dtype=torch.float32).eval())
-        config = self.model.config
-        strategy = config.vision_feature_select_strategy
-        self.processor = transformers.LlavaNextProcessor(
-            transformers.LlavaNextImageProcessorPil.from_pretrained(path),
-            transformers.PreTrainedTokenizerFast.from_pretrained(
-                path, extra_special_tokens={"image_token": "<image>"}
-            ),
-            patch_size=config.vision_config.patch_size,
-            vision_feature_select_strategy=strategy,
-            num_additional_image_tokens=int(strategy == "default"),
-        )
-
-    def inputs(self, prompt: CasePrompt) -> Inputs:
-        pictures = list(prompt.pictures) or None
-        arguments = dict(self.processor(text=prompt.text, images=pictures, return_tensors="pt"))
-        return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
+        model = with_scaled_logits(cls.from_pretrained(path, dtype=torch.float32).eval())
+        super().__init__(model, tiles_processor(transformers.LlavaNextProcessor, path, model.config))

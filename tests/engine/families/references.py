@@ -29,25 +29,34 @@ def make_llava_1_5(path: Path, hub: bool, **variant: str) -> None:
         )
 
 
-class LlavaReference:
-    def __init__(self, path: Path) -> None:
-        cls = transformers.LlavaForConditionalGeneration
-        self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
-        tok = transformers.PreTrainedTokenizerFast.from_pretrained(
-            path, extra_special_tokens={"image_token": "<image>"}
-        )
-        self.processor = transformers.LlavaProcessor(
-            transformers.CLIPImageProcessorPil.from_pretrained(path),
-            tok,
-            patch_size=self.model.config.vision_config.patch_size,
-            vision_feature_select_strategy=self.model.config.vision_feature_select_strategy,
-            num_additional_image_tokens=1,
-        )
+class ImagesReference:
+    """A model of Transformers, and its processor of texts with images."""
+
+    def __init__(self, model: torch.nn.Module, processor: Any) -> None:
+        self.model = model
+        self.processor = processor
 
     def inputs(self, prompt: CasePrompt) -> Inputs:
         pictures = list(prompt.pictures) or None
         arguments = dict(self.processor(text=prompt.text, images=pictures, return_tensors="pt"))
         return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
+
+
+class LlavaReference(ImagesReference):
+    def __init__(self, path: Path) -> None:
+        cls = transformers.LlavaForConditionalGeneration
+        model = cls.from_pretrained(path, dtype=torch.float32).eval()
+        tok = transformers.PreTrainedTokenizerFast.from_pretrained(
+            path, extra_special_tokens={"image_token": "<image>"}
+        )
+        processor = transformers.LlavaProcessor(
+            transformers.CLIPImageProcessorPil.from_pretrained(path),
+            tok,
+            patch_size=model.config.vision_config.patch_size,
+            vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+            num_additional_image_tokens=1,
+        )
+        super().__init__(model, processor)
 
 
 def with_scaled_logits(model: torch.nn.Module) -> torch.nn.Module:

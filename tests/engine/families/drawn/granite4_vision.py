@@ -16,16 +16,11 @@ from tests.engine.families.drawn.checkpoint import (
 )
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder
-from tests.engine.families.drawn.llava_next import draw_pinpoints, write_tiles
-from tests.engine.families.drawn.prompts import Style
+from tests.engine.families.drawn.llava_next import draw_pinpoints, tiles_style, write_tiles
 from tests.engine.families.drawn.rope import nested_lengths_of
 from tests.engine.families.drawn.vision import draw_tower
-from tests.engine.families.granite4_vision import (
-    HAS_GRANITE4_VISION,
-    SPECIALS,
-    Granite4VisionReference,
-    granite4_tokenizer,
-)
+from tests.engine.families.granite4_vision import HAS_GRANITE4_VISION, Granite4VisionReference
+from tests.engine.families.llava_next import SPECIALS, llava_next_tokenizer
 
 _TOKENS = 1024
 _ARCHITECTURE = "Granite4VisionForConditionalGeneration"
@@ -40,7 +35,7 @@ class Granite4VisionFamily:
     def make(self, draw: Draw, path: Path) -> Drawn:
         if not HAS_GRANITE4_VISION:
             raise Unavailable("this release of Transformers has no Granite 4 Vision")
-        tok = granite4_tokenizer()
+        tok = llava_next_tokenizer()
         tok.save_pretrained(path)
         text = draw_decoder(draw, "granite", len(tok), tokens=_TOKENS)
         text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 4}
@@ -81,17 +76,10 @@ class Granite4VisionFamily:
         draw_ends(draw, path, text, 2, 0)
         write_json(path / "config.json", {"architectures": [_ARCHITECTURE], **raw})
         write_tiles(draw, path, side, pinpoints)
-        style = Style(
-            "USER: {} ASSISTANT:",
-            "</s>",
-            placeholder=lambda index, count: "<image>\n",
-            area=4 * side * side,
-            longest=40.0,
-        )
         return Drawn(
             path,
             same_weights(Granite4VisionReference(path), model),
-            style,
+            tiles_style(side),
             _TOKENS,
             media=frozenset({image}),
             lengths=nested_lengths_of("granite", text),

@@ -25,8 +25,7 @@ from tests.engine.families.drawn.vision import (
     draw_tower,
     hub_name,
 )
-from tests.engine.families.llava_next import SPECIALS, LlavaNextReference
-from tests.engine.tiny import tokenizer
+from tests.engine.families.llava_next import SPECIALS, LlavaNextReference, llava_next_tokenizer
 
 _TOKENS = 1024
 _KINDS = ("mistral", "llama", "qwen2", "qwen3", "phi3", "granite", "gemma")
@@ -39,8 +38,7 @@ class LlavaNextFamily:
     architectures = ("LlavaNextForConditionalGeneration",)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
-        roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-        tok = tokenizer(SPECIALS, **roles, extra_special_tokens={"image_token": "<image>"})
+        tok = llava_next_tokenizer()
         tok.save_pretrained(path)
         kind = draw.variant("text model", _KINDS, 0.6)
         text = draw_decoder(draw, kind, len(tok), tokens=_TOKENS)
@@ -77,17 +75,10 @@ class LlavaNextFamily:
         draw_ends(draw, path, text, 2, 0)
         write_json(path / "config.json", {"architectures": [architecture], **raw})
         write_tiles(draw, path, side, pinpoints)
-        style = Style(
-            "USER: {} ASSISTANT:",
-            "</s>",
-            placeholder=lambda index, count: "<image>\n",
-            area=4 * side * side,
-            longest=40.0,
-        )
         return Drawn(
             path,
             same_weights(LlavaNextReference(path), model),
-            style,
+            tiles_style(side),
             _TOKENS,
             media=frozenset({image}),
             lengths=nested_lengths_of(kind, text),
@@ -103,6 +94,17 @@ def draw_pinpoints(draw: Draw, side: int) -> list[list[int]]:
     if draw.varies("few pinpoints", 0.5):
         return rng.sample(every, rng.randint(1, 6))
     return [[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [3 * side, side], [side, 3 * side]]
+
+
+def tiles_style(side: int) -> Style:
+    """Prompts of a model whose tower takes squares of ``side`` pixels."""
+    return Style(
+        "USER: {} ASSISTANT:",
+        "</s>",
+        placeholder=lambda index, count: "<image>\n",
+        area=4 * side * side,
+        longest=40.0,
+    )
 
 
 def write_tiles(draw: Draw, path: Path, side: int, pinpoints: list[list[int]]) -> None:
