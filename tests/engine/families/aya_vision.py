@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import transformers
 
 from tests.engine.families.case import CasePrompt, Inputs
+from tests.engine.families.got_ocr2 import image_processor as got_image_processor
 from tests.engine.families.hub import as_on_the_hub, under_vision_model
 from tests.engine.families.references import with_scaled_logits
 from tests.engine.families.without_torchvision import WithoutTorchvision, imported
@@ -100,8 +100,7 @@ def make_aya_vision(
 def image_processor(path: Path, kind: str) -> Any:
     """Transformers' image processor of a checkpoint, with Pillow."""
     if kind == "AyaVision":
-        module = importlib.import_module("transformers.models.got_ocr2.image_processing_pil_got_ocr2")
-        return module.GotOcr2ImageProcessorPil.from_pretrained(path)
+        return got_image_processor().from_pretrained(path)
     (module,) = imported("cohere2_vision.image_processing_cohere2_vision")
     both = type("Cohere2VisionImageProcessor", (module.Cohere2VisionImageProcessor, WithoutTorchvision), {})
     return both(**json.loads((path / "preprocessor_config.json").read_text()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import transformers
 from PIL import Image
 
 from tests.engine.families.case import CasePrompt, Inputs
+from tests.engine.families.got_ocr2 import image_processor as got_image_processor
 from tests.engine.families.hub import as_on_the_hub
 from tests.engine.tiny import TEXT_SIZES, rewrite_tensors, spread, tokenizer
 
@@ -77,7 +77,7 @@ def make_internvl(
     model.generation_config.eos_token_id = 2
     model.save_pretrained(path)
     tok.save_pretrained(path)
-    images = _image_processor()(size=_SIZE, max_patches=6)
+    images = got_image_processor()(size=_SIZE, max_patches=6)
     images.save_pretrained(path)
     if hub:
         # Transformers takes the decoder's layers for the tower's when it saves a Qianfan-OCR.
@@ -86,11 +86,6 @@ def make_internvl(
         )
         as_on_the_hub(path, **images.to_dict())
     return path
-
-
-def _image_processor() -> Any:
-    module = importlib.import_module("transformers.models.got_ocr2.image_processing_pil_got_ocr2")
-    return module.GotOcr2ImageProcessorPil
 
 
 class InternVLReference:
@@ -116,7 +111,7 @@ class InternVLReference:
             {"get_attributes": classmethod(lambda c: ["image_processor", "tokenizer"])},
         )
         tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)
-        images = _image_processor().from_pretrained(path)
+        images = got_image_processor().from_pretrained(path)
         config = transformers.AutoConfig.from_pretrained(path)
         tower = config.vision_config
         side = int(tower.image_size[0] // tower.patch_size[0] * config.downsample_ratio)
