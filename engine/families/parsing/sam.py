@@ -65,21 +65,21 @@ def parse_sam(stated: Json, reduced: tuple[int, int] | None = None, *, out: int 
     )
 
 
-def sam_rules(prefix: str, module: str = "tower.") -> tuple[tuple[str, str], ...]:
-    """Rename rules of a tower by Transformers' names, without the convolutions behind the neck.
+def sam_rules(prefix: str) -> tuple[tuple[str, str], ...]:
+    """Rename rules of a tower by Transformers' names to the encoder's ``tower``, without the convolutions
+    behind the neck.
 
     Args:
         prefix: regular expression, without groups, of the part of a name before the tower's own names.
-        module: the tower's place in the encoder.
     """
-    layer, block = prefix + r"layers\.(\d+)\.", module + r"blocks.\1."
+    layer, block = prefix + r"layers\.(\d+)\.", r"tower.blocks.\1."
     return (
-        (prefix + r"pos_embed", module + "position_embedding"),
-        (prefix + r"patch_embed\.projection\.(.*)", module + r"patch_embed.\1"),
+        (prefix + r"pos_embed", "tower.position_embedding"),
+        (prefix + r"patch_embed\.projection\.(.*)", r"tower.patch_embed.\1"),
         (layer + r"layer_norm([12])\.(.*)", block + r"norm\2.\3"),
         (layer + r"attn\.(.*)", block + r"attn.\2"),
         (layer + r"mlp\.lin([12])\.(.*)", block + r"mlp.fc\2.\3"),
-        (prefix + r"neck\.conv1\.(.*)", module + r"neck_in.\1"),
-        (prefix + r"neck\.layer_norm([12])\.(.*)", module + r"neck_norm\1.\2"),
-        (prefix + r"neck\.conv2\.(.*)", module + r"neck_conv.\1"),
+        (prefix + r"neck\.conv1\.(.*)", r"tower.neck_in.\1"),
+        (prefix + r"neck\.layer_norm([12])\.(.*)", r"tower.neck_norm\1.\2"),
+        (prefix + r"neck\.conv2\.(.*)", r"tower.neck_conv.\1"),
     )
