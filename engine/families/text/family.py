@@ -72,9 +72,9 @@ _RULES = {
 
 #: Of architectures whose files may have further tensors.
 _UNUSED = {
-    "Ernie4_5_MoeForCausalLM": MULTI_TOKEN_LAYERS,
-    "Qwen3_5ForCausalLM": MULTI_TOKEN_HEADS,
-    "Qwen3_5MoeForCausalLM": MULTI_TOKEN_HEADS,
+    "Ernie4_5_MoeForCausalLM": (MULTI_TOKEN_LAYERS,),
+    "Qwen3_5ForCausalLM": (MULTI_TOKEN_HEADS,),
+    "Qwen3_5MoeForCausalLM": (MULTI_TOKEN_HEADS,),
 }
 
 
@@ -92,8 +92,7 @@ def _weights(config: ModelConfig) -> WeightRules:
     if config.architecture == "Gemma4ForCausalLM":
         return WeightRules(language=GEMMA4_RULES, ignore=unused_keys(config.decoder.borrowing_layers))
     rules = _RULES.get(config.architecture, rules)
-    unused = _UNUSED.get(config.architecture)
-    return WeightRules(language=rules, ignore=() if unused is None else (unused,))
+    return WeightRules(language=rules, ignore=_UNUSED.get(config.architecture, ()))
 
 
 def _retrieval(config: ModelConfig) -> RetrievalFormat:
