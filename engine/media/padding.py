@@ -74,6 +74,7 @@ def resize_in_square(image: Image.Image, side: int, colour: tuple[int, ...], res
 
 
 def centred(image: Image.Image, size: tuple[int, int], colour: tuple[int, ...]) -> Image.Image:
+    """A canvas of ``size`` ``(width, height)`` and ``colour`` with ``image`` in its middle."""
     canvas = Image.new("RGB", size, colour)
     canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
     return canvas

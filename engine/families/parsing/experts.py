@@ -51,7 +51,8 @@ DEEPSEEK_EXPERTS: dict[str, Any] = {
 }
 """Defaults of the fields of DeepSeek-OCR 2, which has DeepSeek-V2's router."""
 
-#: Weights of experts are divided by their sum, or by this if it is more. Above, it may be more than a sum.
+#: The greatest ``moe_norm_min`` that is served. The weights of a token's experts are divided by their sum, or
+#: by ``moe_norm_min`` if the sum is less. This engine divides by the sum alone, which it takes to be greater.
 _GREATEST_LEAST_SUM = 1e-6
 
 

@@ -84,8 +84,6 @@ def _qwen3_5(config: Json) -> dict[str, Any]:
 _OLMO: dict[str, Any] = {"post_norm": True, "qk_norm_whole": True, "norm_offset": 0.0}
 
 
-#: By kind, the fields of :class:`~engine.layers.decoder_config.DecoderConfig` that other kinds leave at their
-#: defaults.
 def _molmo2(config: Json) -> dict[str, Any]:
     norm = config["qk_norm_type"]
     if norm not in ("qwen3", "olmo"):
@@ -97,6 +95,8 @@ def _molmo2(config: Json) -> dict[str, Any]:
     }
 
 
+#: By kind, the fields of :class:`~engine.layers.decoder_config.DecoderConfig` that other kinds leave at their
+#: defaults.
 SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "cohere": cohere_switches,
     "cohere2": cohere_switches,
