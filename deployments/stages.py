@@ -253,7 +253,7 @@ class Stages:
     """The stages of one model. A text-only model has neither preprocessor nor encoder.
 
     Attributes:
-        ways: to each of them, see :func:`ways_to`; in one process there are none.
+        ways: to each of them, see :func:`ways_to`; in one process these counters stay at 0.
     """
 
     language_model: LanguageModelStage

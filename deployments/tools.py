@@ -183,7 +183,8 @@ def read_tools(tools: Any, tool_choice: Any, parallel: bool | None) -> ToolUse:
 
 
 def _check_sum(sum_: int, most: int, unit: str, where: str) -> None:
-    """Refuse what is allowed to one tool and is too much for an event loop with that of those before it."""
+    """Refuse the tool at ``where`` if the sum up to it is above ``most``: so much of one tool is allowed, but
+    of all of them it would block the event loop for too long."""
     if sum_ > most:
         raise InvalidRequest(
             f"{where} is refused: with those of the tools before it, it has more than {most} {unit}.",
