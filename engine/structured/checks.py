@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from engine.errors import InvalidRequest
@@ -62,29 +63,31 @@ def _parse(spec: StructuredSpec) -> Any:
 
 def count_values(schema: Any, most: int) -> int:
     """The number of values in a schema; some number above ``most`` if there are more."""
-    level, count = [schema], 0
-    while level and count <= most:
+    count = 0
+    for level in _levels(schema):
         count += len(level)
-        nested = [node.values() if isinstance(node, dict) else node for node in level if _is_nested(node)]
-        level = [child for children in nested for child in children]
+        if count > most:
+            break
     return count
-
-
-def _is_nested(node: Any) -> bool:
-    return isinstance(node, dict | list)
 
 
 def oversize(schema: Any) -> str | None:
     """Why a schema is nested too deeply or has too many values; None if neither."""
-    level: list[Any] = [schema]
-    nodes = depth = 0
-    while level:
-        depth += 1
+    nodes = 0
+    for depth, level in enumerate(_levels(schema), 1):
         nodes += len(level)
         if depth > MAX_SCHEMA_DEPTH:
             return f"it is nested deeper than {MAX_SCHEMA_DEPTH} levels"
         if nodes > MAX_SCHEMA_NODES:
             return f"it has more than {MAX_SCHEMA_NODES} values"
+    return None
+
+
+def _levels(schema: Any) -> Iterator[list[Any]]:
+    """The schema itself, then the values that it holds, then those that they hold, and so on."""
+    level = [schema]
+    while level:
+        yield level
         children: list[Any] = []
         for node in level:
             if isinstance(node, dict):
@@ -92,4 +95,3 @@ def oversize(schema: Any) -> str | None:
             elif isinstance(node, list):
                 children.extend(node)
         level = children
-    return None
