@@ -497,8 +497,7 @@ class _Writer:
         """A repetition of characters, of which some are apart."""
         if not isinstance(node, Repeat) or node.operator not in ("*", "+"):
             return False
-        options = node.part.parts if isinstance(node.part, Choice) else (node.part,)
-        return bool(node.characters & self._apart) and all(isinstance(each, Atom) for each in options)
+        return bool(node.characters & self._apart) and all(isinstance(each, Atom) for each in node.options)
 
     def _repeated(self, node: Repeat, before: Node | None = None) -> str:
         """The expression of a repetition.
@@ -506,8 +505,7 @@ class _Writer:
         Args:
             before: what stands before a run, without characters apart. The expression holds it too.
         """
-        part = node.part
-        options = part.parts if isinstance(part, Choice) else (part,)
+        part, options = node.part, node.options
         if node.operator not in ("*", "+"):
             if node.repeats:
                 self._check_ends(part, part.first)

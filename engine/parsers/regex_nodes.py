@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -109,7 +108,12 @@ class Chain:
 
     @cached_property
     def first(self) -> frozenset[str]:
-        return first_of(self.parts)
+        found = _NONE
+        for part in self.parts:
+            found |= part.first
+            if not part.nullable:
+                break
+        return found
 
     @cached_property
     def tail(self) -> frozenset[str]:
@@ -188,6 +192,11 @@ class Repeat:
         return self.part.tail if exact else self.part.first | self.part.tail
 
     @property
+    def options(self) -> tuple[Node, ...]:
+        """The parts of which one comes each time."""
+        return self.part.parts if isinstance(self.part, Choice) else (self.part,)
+
+    @property
     def repeats(self) -> bool:
         """The part may come more than once."""
         return self.operator not in ("?", "{0}", "{1}", "{0,0}", "{0,1}", "{1,1}")
@@ -196,23 +205,12 @@ class Repeat:
 Node = Atom | Chain | Choice | Repeat
 
 
-def first_of(parts: Sequence[Node]) -> frozenset[str]:
-    """The characters that may come first in parts behind each other."""
-    found = _NONE
-    for part in parts:
-        found |= part.first
-        if not part.nullable:
-            break
-    return found
-
-
 def character(text: str, *, any_case: bool = False) -> Atom:
     """The atom of one character."""
     escaped = f"\\x{{{ord(text):X}}}"
-    both = {text.lower(), text.upper()} if any_case else {text}
     if any_case and text.lower() != text.upper():
-        return Atom(f"(?i:{escaped})", frozenset(each if each in _ASCII else OTHERS for each in both))
-    return Atom(escaped, frozenset({text if text in _ASCII else OTHERS}), text)
+        return Atom(f"(?i:{escaped})", _set_of(text.lower()) | _set_of(text.upper()))
+    return Atom(escaped, _set_of(text), text)
 
 
 def character_range(low: str, high: str) -> Node:
