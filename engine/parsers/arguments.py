@@ -21,8 +21,9 @@ INTEGER_BOUND = (1 << 63) - 1024
 _UPPER = frozenset({"maximum", "exclusiveMaximum", "enum", "const"})
 _LIMITS = frozenset({"minimum", "exclusiveMinimum"}) | _UPPER
 
-#: Keywords that bound numbers.
-NUMERIC = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+#: Bounds of numbers, and all keywords about numbers.
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+NUMERIC = (*BOUNDS, "multipleOf")
 
 #: The type that JSON Schema prescribes for the value of a keyword, with a name.
 _WELL_FORMED: dict[str, tuple[str, Callable[[Any], bool]]] = {

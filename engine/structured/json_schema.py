@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from engine.parsers.arguments import INTEGER_BOUND, types_of
+from engine.parsers.arguments import BOUNDS, INTEGER_BOUND, types_of
 from engine.structured.checks import GrammarRefused, oversize
 from engine.structured.decimals import plain_decimals
 from engine.text_formats import BOUNDED_FORMATS, FORMAT_LENGTHS
@@ -43,9 +43,6 @@ _FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4"
 
 #: Formats of UUIDs of one version: ``uuid4`` says more than ``uuid``, and is followed as that.
 _UUID_VERSION = re.compile(r"uuid[1-8]")
-
-#: Bounds of numbers.
-_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 #: Keywords whose value is a schema, a list of schemas, or schemas by name.
 _IN_SCHEMA = ("additionalItems", "additionalProperties", "items")
@@ -296,7 +293,7 @@ class _Preparation:
             elif key == "format" and not isinstance(value, str):
                 # The compiler says that it is no format.
                 prepared[key] = value
-            elif key in _BOUNDS:
+            elif key in BOUNDS:
                 prepared[key] = _within_64_bits(key, value)
             elif key != "uniqueItems" and (key != "format" or value in _FORMATS):
                 prepared[key] = new
