@@ -20,13 +20,17 @@ class AnyresConfig:
         pinpoints: ``(height, width)`` in pixels of the tilings to choose from, multiples of a crop's side.
         max_tiles: features of more tiles are shrunk to the number of features of this many; None never
             shrinks them.
-        parts: of a row, equal ones, each of which a newline row has.
     """
 
     crops: CropVisionConfig
     pinpoints: Pinpoints
     max_tiles: int | None = None
-    parts: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Equal parts of a row, each of which is the newline parameter in a newline row."""
+        windows = self.crops.windows
+        return 1 if windows is None else len(windows.order)
 
     @property
     def side(self) -> int:

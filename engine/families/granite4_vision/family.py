@@ -78,7 +78,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> AnyresConfig:
         activation=vision_activation(qformer["hidden_act"]),
         norm_eps=number(qformer, "layer_norm_eps"),
     )
-    return replace(parsed, crops=replace(crops, mlp=None, windows=windows), parts=len(targets))
+    return replace(parsed, crops=replace(crops, mlp=None, windows=windows))
 
 
 def _targets(raw: Json) -> tuple[tuple[int, ...], tuple[int, ...]]:
