@@ -65,15 +65,11 @@ class BlockHasher:
         size = self.block_size
         start = len(hashes) * size
         last = max([end, *(stop for first, stop in both_ways if first < end)])
-        numbers = np.asarray(token_ids[start : max(start, last)], np.int32)
+        numbers = np.array(token_ids[start : max(start, last)], np.int32)
         if self._told_apart and num_prompt is not None:
             answer = numbers[max(num_prompt - start, 0) :]
-            numbers = np.concatenate(
-                [
-                    numbers[: len(numbers) - len(answer)],
-                    np.where(np.isin(answer, self._told_apart), -1 - answer, answer),
-                ]
-            )
+            apart = np.isin(answer, self._told_apart)
+            answer[apart] = -1 - answer[apart]
         tokens = numbers.tobytes()
         # The first ones that don't end before the block: a long prompt may have a hundred images.
         next_range = next_span = 0
