@@ -316,13 +316,11 @@ class HeadNorms:
 
 def norm_arguments(norms: HeadNorms | None, q: torch.Tensor) -> dict[str, Any]:
     """Arguments of a kernel for norms of heads, or for none. ``q`` stands in for what is not accessed."""
-    if norms is None:
-        norms = HeadNorms(q, q, 0.0)
-        return {**norm_arguments(norms, q), "NORM": False}
+    given = HeadNorms(q, q, 0.0) if norms is None else norms
     return {
-        "q_norm_ptr": norms.q_weight, "k_norm_ptr": norms.k_weight, "eps": norms.eps,
-        "offset": norms.offset or 0.0, "NORM": True, "OFFSET": norms.offset is not None,
-        "LAST": norms.last,
+        "q_norm_ptr": given.q_weight, "k_norm_ptr": given.k_weight, "eps": given.eps,
+        "offset": given.offset or 0.0, "NORM": norms is not None, "OFFSET": given.offset is not None,
+        "LAST": given.last,
     }  # fmt: skip
 
 
