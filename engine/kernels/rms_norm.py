@@ -81,11 +81,17 @@ def rms_norm_reference(x, weight, eps, residual=None, *, offset=None, factor=Non
             return x, x
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if offset is None:
-        out = normed.to(x.dtype) * weight
-    else:
-        out = (normed * (weight.float() + offset)).to(x.dtype)
+    out = scaled_by_weight(normed, weight, offset, x.dtype)
     return out if residual is None else (out, x)
+
+
+def scaled_by_weight(
+    normed: torch.Tensor, weight: torch.Tensor, offset: float | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Scale what has a root mean square of 1, in float32, as :func:`rms_norm` does: the result has ``dtype``."""
+    if offset is None:
+        return normed.to(dtype) * weight
+    return (normed * (weight.float() + offset)).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.kernels.rms_norm import rms_norm
+from engine.kernels.rms_norm import rms_norm, scaled_by_weight
 from engine.layers.build import BuildContext, WeightSlot
 from engine.layers.linear import FusedPart
 
@@ -35,10 +35,7 @@ class HeadsNorm(nn.Module):
             return rms_norm(x, self.weight, self.eps, offset=self.offset)
         wide = x.float()
         mean = self.tp.all_reduce(wide.square().mean(-1, keepdim=True)) / self.tp.size
-        normed = wide * torch.rsqrt(mean + self.eps)
-        if self.offset is None:
-            return normed.to(x.dtype) * self.weight
-        return (normed * (self.weight.float() + self.offset)).to(x.dtype)
+        return scaled_by_weight(wide * torch.rsqrt(mean + self.eps), self.weight, self.offset, x.dtype)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [WeightSlot(prefix + "weight", (self.total,), [((self.own,), self.weight.data)])]
