@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine.kernels.split_sums import Unfinished, whole
-from engine.layers.build import BuildContext, WeightSlot
+from engine.layers.build import BuildContext, Region, Target, WeightSlot
 from engine.layers.build import whole as whole_tensor
 from engine.layers.experts import Experts, ExpertsMLP, Router
 from engine.layers.experts_config import ExpertsConfig
@@ -102,8 +102,10 @@ class SplitExperts(ExpertsMLP):
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         """The biases of both routers, in one tensor."""
-        biases = [router.bias for router in (self.gate, self.vision.gate) if router.bias is not None]
         count = self.gate.config.num_experts
-        rows = [(slice(row, row + 1), slice(0, count)) for row in range(len(biases))]
-        copies = [(row, bias.data[None]) for row, bias in zip(rows, biases, strict=True)]
-        return [WeightSlot(prefix + "gate.e_score_correction_bias", (2, count), [*copies])]
+        copies: list[tuple[Region, Target]] = [
+            ((slice(row, row + 1), slice(0, count)), router.bias.data[None])
+            for row, router in enumerate((self.gate, self.vision.gate))
+            if router.bias is not None
+        ]
+        return [WeightSlot(prefix + "gate.e_score_correction_bias", (2, count), copies)]
