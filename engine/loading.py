@@ -137,8 +137,7 @@ def _scheduler(
         logger.warning("no prefix is cached: there is no memory for snapshots of recurrent states")
     elif config.enable_prefix_caching:
         key = f"{name}@{config.revision}:{model.architecture}"
-        # In an answer they have the experts of text.
-        told_apart = () if model.decoder.experts is None else model.decoder.experts.vision_tokens
+        told_apart = model.decoder.vision_tokens
         hasher = BlockHasher(config.block_size, key, secrets.token_bytes(32), told_apart)
     most_drafted = config.speculation.prompt_lookup
     if most_drafted and has_states:

@@ -288,6 +288,11 @@ class DecoderConfig:
     projected_width: int | None = None
 
     @property
+    def vision_tokens(self) -> tuple[int, ...]:
+        """Ids of tokens that have experts of images and videos in a prompt, of text in an answer."""
+        return () if self.experts is None else self.experts.vision_tokens
+
+    @property
     def mlp_sizes(self) -> tuple[int, ...]:
         """The intermediate sizes of all MLPs, those of experts included, in ascending order."""
         if self.experts is None:

@@ -105,8 +105,7 @@ class ModelRunner:
         self._mrope, self._axes = rope.mrope_section is not None, rope.num_axes
         self._both_ways = model.config.both_ways is not None
         self._gaps = model.config.both_ways == "tokens"
-        experts = model.config.experts
-        self._vision_tokens = () if experts is None else experts.vision_tokens
+        self._vision_tokens = model.config.vision_tokens
         model.rotary.reserve_prompt_rows(max_num_tokens)
         self._state = DeviceState(
             num_slots, caches.num_groups, -(-max_model_len // block_size), block_size, self.device
