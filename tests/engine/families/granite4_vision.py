@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,17 @@ from tests.engine.tiny import TEXT_SIZES, spread
 #: Windows of 4 by 4 patches become 2 by 2 rows; there are four in a crop.
 SIDE, PATCH, RATE = 32, 4, "2/4"
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE], [SIDE, 3 * SIDE]]
+_WIDTH, _HEAD_DIM = 128, 64
 HAS_GRANITE4_VISION = hasattr(transformers, "Granite4VisionConfig")
+
+
+def projector_sizes(width: int) -> dict[str, Any]:
+    """What later releases of Transformers set, whatever a file says, and 5.17 reads from it."""
+    return {
+        "hidden_size": width,
+        "encoder_hidden_size": width,
+        "num_attention_heads": width // _HEAD_DIM,
+    }
 
 
 def make_granite4_vision(path: Path, hub: bool = False) -> Path:
@@ -27,7 +38,7 @@ def make_granite4_vision(path: Path, hub: bool = False) -> Path:
     config = transformers.Granite4VisionConfig(
         vision_config={
             "model_type": "siglip_vision_model",
-            "hidden_size": 128,
+            "hidden_size": _WIDTH,
             "intermediate_size": 64,
             "num_hidden_layers": 3,
             "num_attention_heads": 2,
@@ -49,6 +60,7 @@ def make_granite4_vision(path: Path, hub: bool = False) -> Path:
         },
         qformer_config={
             "model_type": "blip_2_qformer",
+            **projector_sizes(_WIDTH),
             "intermediate_size": 48,
             "num_hidden_layers": 1 + hub,
             "cross_attention_frequency": 1,

@@ -19,7 +19,11 @@ from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.llava_next import draw_pinpoints, tiles_style, write_tiles
 from tests.engine.families.drawn.rope import nested_lengths_of
 from tests.engine.families.drawn.vision import draw_tower
-from tests.engine.families.granite4_vision import HAS_GRANITE4_VISION, Granite4VisionReference
+from tests.engine.families.granite4_vision import (
+    HAS_GRANITE4_VISION,
+    Granite4VisionReference,
+    projector_sizes,
+)
 from tests.engine.families.llava_next import SPECIALS, llava_next_tokenizer
 
 _TOKENS = 1024
@@ -62,6 +66,7 @@ class Granite4VisionFamily:
             "downsample_rate": rate,
             "qformer_config": {
                 "model_type": "blip_2_qformer",
+                **projector_sizes(tower["hidden_size"]),
                 "num_hidden_layers": draw.choice("blocks", (1, 2)),
                 "intermediate_size": draw.choice("projectors' intermediate", (24, 48)),
                 "cross_attention_frequency": 1,
