@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from engine.families.lfm2_vl.config import TileVisionConfig, num_patches, pieces
@@ -70,9 +69,9 @@ class TileVisionEncoder(nn.Module):
     def _positions(self, height: int, width: int) -> torch.Tensor:
         """Learned positions ``(height * width, hidden)`` in the order of the patches, resized in float32."""
         side, merge = self.config.position_side, self.config.merge_size
-        # torch 2.13 interpolates a table in channels-last order wrongly to a width of 1.
-        table = self.position_embedding.view(1, side, side, -1).permute(0, 3, 1, 2).float().contiguous()
-        resized = F.interpolate(table, (height, width), mode="bilinear", antialias=True)[0]
+        table = self.position_embedding.view(side, side, -1).float()
+        down, along = (resizing(side, length, table.device) for length in (height, width))
+        resized = torch.einsum("hr,wc,rcd->dhw", down, along, table)
         squares = resized.unflatten(1, (-1, merge)).unflatten(3, (-1, merge)).permute(1, 3, 2, 4, 0)
         return squares.reshape(height * width, -1).to(self.position_embedding.dtype)
 
@@ -83,3 +82,14 @@ class TileVisionEncoder(nn.Module):
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [plain_slot(prefix + "position_embedding", self.position_embedding)]
+
+
+def resizing(side: int, length: int, device: torch.device) -> torch.Tensor:
+    """Weights ``(length, side)`` of antialiased linear interpolation from ``side`` places to ``length``.
+
+    They are those of ``torch.nn.functional.interpolate``, which on a CPU resizes wrongly to one column.
+    """
+    places = (torch.arange(length, device=device) + 0.5) * (side / length) - 0.5
+    distances = (torch.arange(side, device=device) - places[:, None]).abs()
+    weights = (1 - distances / max(side / length, 1.0)).clamp(min=0)
+    return weights / weights.sum(dim=1, keepdim=True)
