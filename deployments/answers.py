@@ -24,6 +24,7 @@ class ChoiceDelta:
             model ended it. One that a stop string or token has cut within a call keeps ``stop``: a client
             must not run that call.
         stop_reason: the stop string or token id that ended the answer.
+        num_thought: how many of the tokens, the first ones, belong to a thought and its tags.
     """
 
     index: int
@@ -32,6 +33,7 @@ class ChoiceDelta:
     logprobs: list[dict[int, TokenLogprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    num_thought: int = 0
 
 
 class AnswerReader:
@@ -79,8 +81,9 @@ class AnswerReader:
                 delta.index, found, delta.token_ids, delta.logprobs, delta.finish_reason, delta.stop_reason
             )
         events = parser.feed(delta.text)
+        num_thought = 0
         if self._spelling is not None:
-            self._thoughts[delta.index].add(delta, parser)
+            num_thought = len(delta.token_ids) - self._thoughts[delta.index].add(delta, parser)
         if delta.finish_reason is not None:
             events += parser.finish(cut=delta.finish_reason != "stop" or delta.stop_reason is not None)
         for event in events:
@@ -94,7 +97,9 @@ class AnswerReader:
         if reason == "stop" and delta.index in self._last_call:
             whole = delta.stop_reason is None or self._is_whole(delta.index, parser)
             reason = "tool_calls" if whole else reason
-        return ChoiceDelta(delta.index, events, delta.token_ids, delta.logprobs, reason, delta.stop_reason)
+        return ChoiceDelta(
+            delta.index, events, delta.token_ids, delta.logprobs, reason, delta.stop_reason, num_thought
+        )
 
     def _is_whole(self, index: int, parser: AnswerParser) -> bool:
         """Return whether the last call of a choice has its end."""

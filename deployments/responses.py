@@ -30,6 +30,8 @@ class ResponseBuilder:
         self._last: Event | None = None
         self._text: list[str] = []
         self._logprobs: list[Json] = []
+        # Of tokens that have given no text yet: a part of a character, or what may become a stop string.
+        self._waiting: list[Json] = []
         self._namespaces = names_in_namespaces(response["tools"])
 
     def begin(self) -> list[Json]:
@@ -40,17 +42,18 @@ class ResponseBuilder:
         """Append what the answer gained.
 
         Args:
-            logprobs: of the delta's tokens, in the form that the events carry.
+            logprobs: of the delta's tokens behind those of a thought, in the form that the events carry.
         """
-        waiting = list(logprobs)
+        self._waiting = [*(() if delta.num_thought else self._waiting), *logprobs]
         for event in delta.events:
             if not continues(self._last, event):
                 yield from self._end_item()
                 yield from self._begin_item(event)
             self._last = event
-            yield from self._extend(event, waiting)
-            if isinstance(event, Text):
-                waiting = []
+            yield from self._extend(event)
+            if not isinstance(event, Reasoning):
+                # Those of calls and of tags are no part of a text.
+                self._waiting = []
 
     def finish(
         self, reason: str | None, usage: Usage, reasoning_tokens: int, extras: Mapping[str, Any] = {}
@@ -61,7 +64,12 @@ class ResponseBuilder:
             extras: further fields of the usage.
         """
         incomplete = _INCOMPLETE.get(reason or "")
-        yield from self._end_item("incomplete" if incomplete else "completed")
+        if self._waiting and isinstance(self._last, Text):
+            # Tokens of the stop string, as chats have them.
+            yield from self._extend(Text(""))
+        # A stop string or token that ends the answer within a call: nobody may run that call.
+        cut = isinstance(self._last, CallStart | CallArguments) and reason != "tool_calls"
+        yield from self._end_item("incomplete" if incomplete or cut else "completed")
         self.response["usage"] = {
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
@@ -84,8 +92,7 @@ class ResponseBuilder:
 
     def end_as(self, response: Json) -> Iterator[Json]:
         """End the response as ``response`` has ended, whose output it has by now."""
-        incomplete = response["status"] == "incomplete"
-        yield from self._end_item("incomplete" if incomplete else "completed")
+        yield from self._end_item(response["output"][-1]["status"] if response["output"] else "completed")
         self.response = response
         if response["status"] != "cancelled":
             yield self._whole(f"response.{response['status']}")
@@ -158,7 +165,7 @@ class ResponseBuilder:
             return {"type": "reasoning_text", "text": text}
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(self._logprobs)}
 
-    def _extend(self, event: Event, logprobs: list[Json]) -> Iterator[Json]:
+    def _extend(self, event: Event) -> Iterator[Json]:
         if isinstance(event, CallStart):
             return
         self._text.append(event.text)
@@ -169,9 +176,13 @@ class ResponseBuilder:
         elif isinstance(event, Reasoning):
             yield self._event("response.reasoning_text.delta", **place, content_index=0, delta=event.text)
         else:
-            self._logprobs += logprobs
+            self._logprobs += self._waiting
             yield self._event(
-                "response.output_text.delta", **place, content_index=0, delta=event.text, logprobs=logprobs
+                "response.output_text.delta",
+                **place,
+                content_index=0,
+                delta=event.text,
+                logprobs=self._waiting,
             )
 
     def _end_item(self, status: str = "completed") -> Iterator[Json]:

@@ -41,13 +41,17 @@ class ThoughtTokens:
         self._settled = False
         self.count = 0
 
-    def add(self, delta: OutputDelta, parser: AnswerParser) -> None:
-        """Count the tokens of the next delta, which ``parser`` has read."""
+    def add(self, delta: OutputDelta, parser: AnswerParser) -> int:
+        """Count the tokens of the next delta, which ``parser`` has read.
+
+        Returns:
+            How many of them, the last ones, can belong to what comes behind the thought.
+        """
         if self._settled:
-            return
+            return len(delta.token_ids)
         if parser.thought == "none":
             self._settle()
-            return
+            return len(delta.token_ids)
         before = self._length
         self._texts.append(delta.text)
         self._length += len(delta.text)
@@ -60,8 +64,11 @@ class ThoughtTokens:
             self.count = sum(bound > self._begin for bound in self._bounds)
         if parser.thought == "after":
             end = self._where(before, ("after",))
-            self.count -= sum(start >= end for start in self._bounds[:-1])
+            behind = sum(start >= end for start in self._bounds[:-1])
+            self.count -= behind
             self._settle()
+            return behind
+        return 0 if parser.thought == "inside" else len(delta.token_ids)
 
     def _where(self, low: int, states: tuple[str, ...]) -> int:
         """The number of bytes after which the thought is in one of ``states``: more than the first ``low``

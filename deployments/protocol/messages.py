@@ -119,6 +119,8 @@ class MessagesRequest(MessagesBody):
         "container": "tools that run on the server are not offered",
         "context_management": "send the messages that the model should see",
         "mcp_servers": "tools that run on the server are not offered",
+        "prompt_logprobs": "use /v1/chat/completions or /v1/completions",
+        "return_token_ids": "use /v1/chat/completions or /v1/completions",
     }
     #: No thought is taken out of the messages here, which agents ask for with every request.
     DEFAULTS: ClassVar[Mapping[str, Collection[Any]]] = {

@@ -59,6 +59,8 @@ class ResponsesRequest(ConversationBody):
         "messages": "send input, or use /v1/chat/completions",
         "moderation": "answers are not moderated here",
         "prompt": "prompt templates are not stored here",
+        "prompt_logprobs": "use /v1/chat/completions or /v1/completions",
+        "return_token_ids": "use /v1/chat/completions or /v1/completions",
     }
     SILENT: ClassVar[Mapping[str, str]] = {
         **{name: why for name, why in GenerationBody.SILENT.items() if name not in ("metadata", "store")},

@@ -83,7 +83,9 @@ async def events_of(
                 logprobs: list[Json] = []
                 if read.logprobs is not None:
                     tops = running.params.logprobs or 0
-                    logprobs = [e.model_dump() for e in content_logprobs(read.token_ids, read.logprobs, tops)]
+                    begin = read.num_thought
+                    found = content_logprobs(read.token_ids[begin:], read.logprobs[begin:], tops)
+                    logprobs = [entry.model_dump() for entry in found]
                 for event in builder.add(read, logprobs):
                     yield event
                 reason = read.finish_reason or reason

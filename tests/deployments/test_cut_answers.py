@@ -197,7 +197,30 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_tokens": 45,
         },
     ),
-    "response, thought": (RESPONSES, {"input": "Hello!", **THOUGHT}),
+    "response, thought": (RESPONSES, {"input": "Hello!", **THOUGHT, "top_logprobs": 1}),
+    # Many tokens are parts of a character, and the stop string comes behind what might begin it.
+    "response, log-probabilities": (
+        RESPONSES,
+        {
+            "input": "Hello!",
+            **SEEDED,
+            "allowed_token_ids": [*range(85, 280)],
+            "top_logprobs": 1,
+            "stop": "zz",
+        },
+    ),
+    "response, stop string": (RESPONSES, {"input": "Hello!", **GREEDY, "top_logprobs": 0, "stop": "help"}),
+    "response, call cut by a stop string": (
+        RESPONSES,
+        {
+            "input": "Hello!",
+            **GREEDY,
+            "tools": [FUNCTION],
+            "tool_choice": "required",
+            "stop": ['"a"'],
+            "max_tokens": 80,
+        },
+    ),
     "message": (MESSAGES, {"messages": HELLO, **GREEDY}),
     "message, call": (
         MESSAGES,
@@ -460,6 +483,13 @@ async def test_a_cut_after_any_token_goes_unseen(cut, rows, kind, wide):
         assert len({json.dumps(without_index(each)) for each in wanted[False]["choices"]}) == body["n"]
     if kind == "choices of different lengths":
         assert {each["finish_reason"] for each in wanted[False]["choices"]} == {"stop", "length"}
+    if path == RESPONSES and "top_logprobs" in body and "thought" not in kind:
+        # All tokens have one, whether or not they ended a character.
+        (part,) = wanted[False]["output"][0]["content"]
+        assert len(part["logprobs"]) == wanted[False]["usage"]["output_tokens"]
+    if kind == "response, call cut by a stop string":
+        (call,) = wanted[False]["output"]
+        assert (wanted[False]["status"], call["status"]) == ("completed", "incomplete")
     if kind.endswith(" call"):
         assert not re.search(r'"(length|max_tokens|incomplete)"', json.dumps(wanted[False]))
     if body.get("structured_outputs", {}).get("grammar") == THINKING:

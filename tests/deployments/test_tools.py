@@ -717,8 +717,10 @@ class Spelled:
     ],
 )
 def test_tokens_of_a_thought_are_the_same_however_an_answer_is_cut(tokens, opened, counted):
-    """How many tokens a delta holds depends on how far behind its reader is."""
+    """How many tokens a delta holds depends on how far behind its reader is. The delta in which the thought
+    ends tells which of its tokens are behind it."""
     use = read_tools(TOOLS, None, None)
+    behind = {token for token in range(len(tokens)) if "</think>" in "".join(tokens[:token])}
 
     def count(cuts: list[int]) -> int:
         reader = AnswerReader(
@@ -726,7 +728,9 @@ def test_tokens_of_a_thought_are_the_same_however_an_answer_is_cut(tokens, opene
         )
         for start, end in pairwise([0, *cuts, len(tokens)]):
             ids = list(range(start, end))
-            reader.read(OutputDelta(0, "".join(tokens[i] for i in ids), ids))
+            read = reader.read(OutputDelta(0, "".join(tokens[i] for i in ids), ids))
+            if counted and "</think>" in "".join(tokens[:end]):
+                assert {*ids[read.num_thought :]} == behind & {*ids}
         return reader.reasoning_tokens
 
     inner = range(1, len(tokens))

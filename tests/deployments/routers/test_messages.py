@@ -286,6 +286,7 @@ REFUSED = {
         "tool_choice names 'tools[7]'",
     ),
     "container": ({"container": "a"}, 400, "invalid_request_error", "container"),
+    "prompt_logprobs": ({"prompt_logprobs": 1}, 400, "invalid_request_error", "prompt_logprobs"),
     "stop": ({"stop_sequences": ["a"] * 17}, 400, "invalid_request_error", "stop_sequences has 17"),
     "overflow": (
         {"messages": [{"role": "user", "content": "red " * 2000}]},

@@ -225,6 +225,8 @@ async def test_a_background_response(client):
         ({"conversation": "c"}, "conversation", "unsupported_parameter"),
         ({"background": True, "stream": True, "top_logprobs": 1}, "top_logprobs", "unsupported_parameter"),
         ({"extra_body": {"n": 2}}, "n", "unsupported_parameter"),
+        ({"extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs", "unsupported_parameter"),
+        ({"extra_body": {"return_token_ids": True}}, "return_token_ids", "unsupported_parameter"),
         (
             {"text": {"format": {"type": "json_object"}}, "extra_body": {"guided_regex": "a"}},
             "guided_regex",
