@@ -76,7 +76,10 @@ class PdfFile:
         def read(page: Any) -> str:
             layer = page.get_textpage()
             try:
-                return layer.get_text_bounded().replace("\r\n", "\n")
+                found = layer.get_text_bounded().replace("\r\n", "\n")
+                # PDFium writes U+0002 for a hyphen at the end of a line and for that end. Whether the word
+                # has a hyphen is left to the reader, as on the page.
+                return found.replace("\x02", "-\n")
             finally:
                 layer.close()
 

@@ -84,9 +84,13 @@ def test_what_is_filled_into_a_form_is_shown(reader):
 
 def test_texts_are_read_in_lines(reader):
     lines = b"BT /F 12 Tf 20 60 Td (first line) Tj 0 -20 Td (second line) Tj ET"
-    with reader.open(pdf([(b"/MediaBox [0 0 200 100]", lines), page()]), WHERE) as document:
+    # PDFium writes U+0002 for the hyphen and the end of its line.
+    cut = b"BT /F 12 Tf 20 60 Td (a well-) Tj 0 -20 Td (known page of 2019-) Tj 0 -20 Td (2020) Tj ET"
+    box = b"/MediaBox [0 0 200 100]"
+    with reader.open(pdf([(box, lines), page(), (box, cut)]), WHERE) as document:
         assert document.text(0) == "first line\nsecond line"
         assert document.text(1) == ""
+        assert document.text(2) == "a well-\nknown page of 2019-\n2020"
 
 
 @pytest.mark.parametrize(
