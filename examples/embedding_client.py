@@ -9,7 +9,7 @@ a model that is served with task: embed, such as pocket-embed, which serve_confi
 import argparse
 
 import requests
-from chat_client import as_url, drawn
+from chat_client import as_url, drawn, faults
 from pictures import two_shapes
 
 
@@ -24,15 +24,16 @@ def main() -> None:
     urls = [as_url(picture) for picture in options.images] or [drawn(two_shapes())]
     content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     content.append({"type": "text", "text": options.text})
-    response = requests.post(
-        f"{options.base_url}/embeddings",
-        json={
-            "model": options.model,
-            "messages": [{"role": "user", "content": content}],
-            "encoding_format": "float",
-        },
-        timeout=60,
-    )
+    with faults(parser, options.base_url):
+        response = requests.post(
+            f"{options.base_url}/embeddings",
+            json={
+                "model": options.model,
+                "messages": [{"role": "user", "content": content}],
+                "encoding_format": "float",
+            },
+            timeout=60,
+        )
     if not response.ok:
         parser.error(response.json()["error"]["message"])
     print("Embedding output:", response.json()["data"][0]["embedding"][:8], "...")

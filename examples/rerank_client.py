@@ -9,7 +9,7 @@ comment; or a reranker served with task: score.
 import argparse
 
 import requests
-from chat_client import as_url, drawn
+from chat_client import as_url, drawn, faults
 from pictures import green_triangle, red_square
 
 
@@ -23,17 +23,18 @@ def main() -> None:
     options = parser.parse_args()
 
     urls = [as_url(picture) for picture in options.images] or [drawn(green_triangle()), drawn(red_square())]
-    response = requests.post(
-        f"{options.base_url}/rerank",
-        json={
-            "model": options.model,
-            "query": options.query,
-            "documents": [{"image": url} for url in urls],
-            "instruction": options.instruction,
-            "return_documents": False,
-        },
-        timeout=60,
-    )
+    with faults(parser, options.base_url):
+        response = requests.post(
+            f"{options.base_url}/rerank",
+            json={
+                "model": options.model,
+                "query": options.query,
+                "documents": [{"image": url} for url in urls],
+                "instruction": options.instruction,
+                "return_documents": False,
+            },
+            timeout=60,
+        )
     if not response.ok:
         parser.error(response.json()["error"]["message"])
     for result in response.json()["results"]:

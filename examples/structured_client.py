@@ -9,7 +9,7 @@ serve_config.yaml has it in a comment.
 import argparse
 from typing import Literal
 
-from chat_client import as_url, drawn
+from chat_client import as_url, drawn, faults
 from openai import OpenAI
 from pictures import three_stars
 from pydantic import BaseModel
@@ -39,12 +39,13 @@ def main() -> None:
         {"type": "text", "text": options.question},
     ]
     client = OpenAI(base_url=options.base_url, api_key="EMPTY")
-    completion = client.chat.completions.parse(
-        model=options.model,
-        messages=[{"role": "user", "content": content}],
-        response_format=Shapes,
-        temperature=0,
-    )
+    with faults(parser, options.base_url):
+        completion = client.chat.completions.parse(
+            model=options.model,
+            messages=[{"role": "user", "content": content}],
+            response_format=Shapes,
+            temperature=0,
+        )
     print(completion.choices[0].message.parsed)
 
 

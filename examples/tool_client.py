@@ -9,7 +9,7 @@ serve_config.yaml has it in a comment.
 import argparse
 import json
 
-from chat_client import as_url, drawn
+from chat_client import as_url, drawn, faults
 from openai import OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 from pictures import three_stars
@@ -69,7 +69,8 @@ def main() -> None:
         {"type": "text", "text": options.question},
     ]
     client = OpenAI(base_url=options.base_url, api_key="EMPTY")
-    print(answer(client, options.model, [{"role": "user", "content": content}]))
+    with faults(parser, options.base_url):
+        print(answer(client, options.model, [{"role": "user", "content": content}]))
 
 
 if __name__ == "__main__":

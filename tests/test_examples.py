@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.serving import free_port
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 OFFLINE = {
     "offline.py": ["red circle and a blue square", "There are 2 shapes."],
@@ -61,6 +63,13 @@ def test_pictures_are_written(monkeypatch, capsys, tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 5
 
 
+@pytest.mark.parametrize("name", ["chat", "rerank", "structured", "tool"])
+def test_clients_say_that_no_server_answers(monkeypatch, capsys, name):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, f"{name}_client.py", "--base-url", f"http://127.0.0.1:{free_port()}/v1")
+    assert "no server answers at http://127.0.0.1" in capsys.readouterr().err
+
+
 @pytest.mark.ray
 def test_clients(monkeypatch, capsys, served):
     run(monkeypatch, "chat_client.py", "Describe this image.", "--base-url", served.base_url)
@@ -69,7 +78,7 @@ def test_clients(monkeypatch, capsys, served):
     assert capsys.readouterr().out.startswith("Embedding output: [")
     run(monkeypatch, "rerank_client.py", "--model", "tests/vectors", "--base-url", served.base_url)
     assert capsys.readouterr().out.startswith("picture 2: ")
-    for name in ("embedding_client.py", "rerank_client.py"):
+    for name, model in (("embedding", "pocket-embed"), ("rerank", "pocket-embed"), ("tool", "pocket-tools")):
         with pytest.raises(SystemExit):
-            run(monkeypatch, name, "--base-url", served.base_url)
-        assert "The model 'pocket-embed' does not exist" in capsys.readouterr().err
+            run(monkeypatch, f"{name}_client.py", "--base-url", served.base_url)
+        assert f"The model '{model}' does not exist" in capsys.readouterr().err
