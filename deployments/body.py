@@ -47,16 +47,24 @@ async def read_body(request: Request, model: type[M], limit: int, deadline: floa
         BodyTooSlow: it has not come in time.
         BadBody, UnsupportedParameter: naming the field at fault.
     """
-    length, encoding = b"", "identity"
+    length, encoding, offers = b"", "identity", False
     for name, value in request.scope["headers"]:
         if name == b"content-length":
             length = value
         elif name == b"content-encoding":
             encoding = value.decode("latin-1").strip().lower()
+        elif name == b"upgrade":
+            offers = True
     if length.isdigit() and int(length) > limit:
         raise BodyTooLarge(_too_large(limit))
     body = await _received(request, limit, deadline)
     size = len(body)
+    if offers and not body:
+        # uvicorn drops it. Java's client offers HTTP/2 with each request.
+        raise BadBody(
+            "The body is lost, because the request offers another protocol in its header Upgrade. Have the "
+            "client speak HTTP/1.1 alone (Java: HttpClient.Builder's version(HttpClient.Version.HTTP_1_1))."
+        )
     if encoding not in ("identity", ""):
         body = await asyncio.to_thread(_decompressed, body, encoding, limit)
         size = len(body)

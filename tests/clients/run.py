@@ -53,6 +53,10 @@ The `chat.completions.stream()` of openai-python 3.54 gives the pieces of a cust
 `get_final_completion()` then raises an AttributeError. `create()`, streamed or not, and the Responses API
 give such calls whole.
 
+Java's own `HttpClient` offers HTTP/2 with each request to an `http://` address, and uvicorn then drops the
+request's body. Have it speak HTTP/1.1 alone (`version(HttpClient.Version.HTTP_1_1)` of its builder), or put
+HAProxy in front, as the README says under "Under load".
+
 """
 
 

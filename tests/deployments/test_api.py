@@ -79,6 +79,13 @@ async def test_what_is_no_json_is_told_where(http, body, told):
     assert response.status_code == 400 and told in response.json()["error"]["message"]
 
 
+async def test_a_body_that_an_offer_of_another_protocol_has_lost_is_told(http):
+    """Only where it is lost: h11 and HAProxy keep it."""
+    for body, told in ((b"", "speak HTTP/1.1 alone"), (b"{}", "messages: Field required")):
+        response = await http.post("/v1/chat/completions", content=body, headers={"Upgrade": "h2c"})
+        assert response.status_code == 400 and told in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

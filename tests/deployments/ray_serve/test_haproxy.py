@@ -2,13 +2,16 @@
 
 import asyncio
 import re
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 from deployments.errors import error_body, error_headers
@@ -170,6 +173,36 @@ async def test_requests_of_a_server_that_dies_go_to_another(tmp_path, size, bufs
                 writer.write(b"x" * size)
                 assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
                 writer.close()
+
+
+async def test_bodies_of_clients_that_offer_another_protocol_arrive(tmp_path):
+    """Java's client offers HTTP/2 in this way. Without HAProxy, uvicorn drops the body."""
+
+    async def count(scope: Any, receive: Any, send: Any) -> None:
+        size, more = 0, True
+        while more:
+            message = await receive()
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+        length = [(b"content-length", b"%d" % len(str(size)))]
+        await send({"type": "http.response.start", "status": 200, "headers": length})
+        await send({"type": "http.response.body", "body": str(size).encode()})
+
+    offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAEAAEAAAAIAAAAB"}
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(count, http="httptools", lifespan="off", log_level="error"))
+        serving = asyncio.ensure_future(server.serve(sockets=[bound]))
+        found = {}
+        with haproxy(tmp_path, bound.getsockname()[1]) as port:
+            await asyncio.wait_for(until_open(port), 120)
+            await wait_until(lambda: server.started)
+            for name, there in (("alone", bound.getsockname()[1]), ("behind", port)):
+                async with httpx.AsyncClient(timeout=120) as client:
+                    answer = await client.post(f"http://127.0.0.1:{there}/", content=b"x" * 7, headers=offer)
+                    found[name] = answer.text
+        server.should_exit = True
+        await serving
+    assert found == {"alone": "0", "behind": "7"}
 
 
 async def test_its_own_errors_are_those_of_the_api(tmp_path):
