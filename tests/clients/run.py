@@ -55,7 +55,7 @@ give such calls whole.
 
 Java's own `HttpClient` offers HTTP/2 with each request to an `http://` address, and uvicorn then drops the
 request's body. Have it speak HTTP/1.1 alone (`version(HttpClient.Version.HTTP_1_1)` of its builder), or put
-HAProxy in front, as the README says under "Under load".
+HAProxy in front (`RAY_SERVE_ENABLE_HA_PROXY=1`).
 
 """
 
