@@ -17,6 +17,7 @@ from deployments.ray_serve.channel import Answer, Elsewhere, Here, Inbox, Sent
 from deployments.ray_serve.frames import MOST_BYTES
 from deployments.ray_serve.handoff import (
     Brought,
+    ObjectStore,
     PixelsRef,
     RowsRef,
     everywhere,
@@ -138,6 +139,7 @@ class RemoteEncoder(_RemoteStage):
 
     Args:
         go_on: returns whether rows that have come by a line may go on by one.
+        store: takes large arrays that go on by a call.
 
     Attributes:
         ways: see :func:`deployments.stages.ways_to`.
@@ -145,8 +147,11 @@ class RemoteEncoder(_RemoteStage):
 
     name = "encoder"
 
-    def __init__(self, handle: DeploymentHandle, go_on: Callable[[], bool]) -> None:
+    def __init__(
+        self, handle: DeploymentHandle, go_on: Callable[[], bool], store: ObjectStore | None = None
+    ) -> None:
         super().__init__(handle)
+        self._store = store or ObjectStore()
         self.ways = ways_to("encoder")
         self._go_on = go_on
         # Of an embedding row; 0 until an answer has told it.
@@ -167,8 +172,10 @@ class RemoteEncoder(_RemoteStage):
                     self._ended()
                     return RowsRef(info, rows)
         self.ways.add("call")
-        method = self._handle.encode
-        found = await self._work(method.remote(pixels.item, taken(array), salt, asked, current.get()))
+        given = await self._store.passed(taken(array))
+        call = self._work(self._handle.encode.remote(pixels.item, given, salt, asked, current.get()))
+        del given
+        found = await call
         self._row_bytes = found.info.row_bytes or self._row_bytes
         return found
 
@@ -221,14 +228,18 @@ def _calling(call: Callable[[Answer], Coroutine[Any, Any, None]]) -> _Way:
 class RemoteLanguageModel(_RemoteStage):
     """The language model stage.
 
+    Args:
+        store: takes large arrays that go on by a call.
+
     Attributes:
         ways: see :func:`deployments.stages.ways_to`.
     """
 
     name = "language model"
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, store: ObjectStore | None = None) -> None:
         super().__init__(handle)
+        self._store = store or ObjectStore()
         self.ways = ways_to("language_model")
         self._inbox = Inbox(
             lambda reader, name: stream(self._handle, "updates", reader, name, replica=name), follow
@@ -351,6 +362,7 @@ class RemoteLanguageModel(_RemoteStage):
         the ``references`` then: see :class:`~deployments.ray_serve.handoff.Brought`."""
         method = self._handle.hold
         try:
+            await self._put(references)
             call = self._result(method.remote(request, current.get(), self._inbox.name, infos, *references))
             references.clear()
             result = await call
@@ -366,6 +378,11 @@ class RemoteLanguageModel(_RemoteStage):
         except Exception as error:
             # The call could not even be made.
             answer.fail(self._reported(error))
+
+    async def _put(self, references: list[Any]) -> None:
+        """Put large arrays among ``references`` into the store, and their references in their places."""
+        for index, each in enumerate(references):
+            references[index] = await self._store.passed(each)
 
     async def _follow(self, given: Generation | str, replica: str, answer: Answer) -> None:
         """Call the replica, and pass on what the call brings."""
@@ -394,6 +411,7 @@ class RemoteLanguageModel(_RemoteStage):
 
     async def embed(self, request: Pooling, media: Sequence[RowsRef]) -> EmbeddingOutput:
         infos, references = _arrays(media)
+        await self._put(references)
         call = self._work(self._handle.embed.remote(request, current.get(), infos, *references))
         references.clear()
         try:

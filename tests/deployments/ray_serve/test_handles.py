@@ -6,6 +6,7 @@ import gc
 import inspect
 import logging
 import pickle
+import threading
 import weakref
 from contextlib import aclosing
 from dataclasses import replace
@@ -29,7 +30,7 @@ from deployments.ray_serve.handles import (
     RemotePreprocessor,
     remote_stages,
 )
-from deployments.ray_serve.handoff import PixelsRef, RowsRef, cancel
+from deployments.ray_serve.handoff import Brought, ObjectStore, PixelsRef, RowsRef, cancel
 from deployments.ray_serve.packing import Encoded, PixelsInfo, RowsInfo, pack, pieces
 from deployments.ray_serve.refusals import Misrouted, Refusal
 from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorReplica, VisionEncoderReplica
@@ -373,6 +374,32 @@ async def test_every_call_fits_the_method_of_its_replica():
     called = {name for name, _ in model.calls}
     assert called == {"hold", "generate", "updates", "embed", "max_model_len", "device"}
     assert {name for name, _ in preprocessor.calls} == {"prepare", "open", "prepare_pages"}
+
+
+@pytest.mark.parametrize(("size", "given"), [(1 << 20, np.ndarray), ((1 << 20) + 1, str)])
+async def test_large_arrays_that_came_by_a_line_are_put_into_the_store_on_a_thread(size, given):
+    """Ray would copy them on the event loop, as arguments of a call."""
+    here, makers = threading.get_ident(), []
+
+    def put(array):
+        makers.append(threading.get_ident())
+        return "reference"
+
+    handle, store = Recorder(), ObjectStore(put, 0.0)
+    model, encoder = RemoteLanguageModel(handle, store), RemoteEncoder(handle, lambda: False, store)
+
+    def brought():
+        return Brought(np.zeros(size, np.uint8))
+
+    rows = [RowsRef(RowsInfo("h", "float32"), brought()) for _ in range(2)]
+    assert [update async for update in model.generate(generation(), rows[:1])] == [LAST]
+    await model.embed(Pooling("one", EngineInput([1]), PoolingParams()), rows[1:])
+    await encoder.encode(PixelsRef("item", brought()), "tenant", 5.0)
+    passed = {name: args for name, args in handle.calls if name in ("hold", "embed", "encode")}
+    assert [type(passed[name][place]) for name, place in (("hold", 4), ("embed", 3), ("encode", 1))] == [
+        given
+    ] * 3
+    assert len(makers) == (3 if given is str else 0) and here not in makers
 
 
 async def test_a_report_says_what_the_language_model_s_replica_has_encoded():
