@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 
+from engine.media.video.display import Display
 from engine.media.video.video import VideoInfo
 
 #: FFmpeg's demuxers that are used. Others, such as playlists, open further files or addresses.
@@ -54,7 +55,7 @@ class VideoFile:
         self._times: list[int] | None = sorted(times) if regular else None
         self._keys = sorted(keys) if regular else []
         self._constant = self._times is None or _is_constant(self._times)
-        self._rotation, size = self._first_frame()
+        self._display, size = self._first_frame()
         self.info = VideoInfo(len(times), self._rate(len(times), length), size)
 
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
@@ -72,8 +73,7 @@ class VideoFile:
         try:
             shown = self._in_order(indices) if self._times is None else self._by_time(indices, self._times)
             for frame in shown:
-                pixels = frame.to_ndarray(format="rgb24")
-                yield np.rot90(pixels, self._rotation) if self._rotation else pixels
+                yield self._display.shown(frame.to_ndarray(format="rgb24"))
         except av.FFmpegError as error:
             raise UnreadableVideo("it is damaged") from error
 
@@ -101,8 +101,8 @@ class VideoFile:
         told = self._container.format.name != "avi" or not self._stream.codec_context.has_b_frames
         return times, keys, regular and told and len(set(times)) == len(times), length
 
-    def _first_frame(self) -> tuple[int, tuple[int, int]]:
-        """Quarter turns, counter-clockwise, that make frames upright; and their upright size."""
+    def _first_frame(self) -> tuple[Display, tuple[int, int]]:
+        """How frames are shown, and the size that they have then."""
         self._rewind()
         try:
             frame = next(self._container.decode(self._stream), None)
@@ -110,9 +110,9 @@ class VideoFile:
             raise UnreadableVideo("it is damaged") from error
         if frame is None:
             raise UnreadableVideo("it has no frames")
-        turns = round(frame.rotation / 90) % 4
-        size = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
-        return turns, size
+        display = Display.of(frame)
+        size = (frame.height, frame.width) if display.turned else (frame.width, frame.height)
+        return display, size
 
     def _rate(self, count: int, length: int) -> float:
         """Frames per second: the container's average, or the times' own average where these vary."""

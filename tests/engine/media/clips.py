@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -26,7 +27,7 @@ def clip(
     codec: str = "libx264",
     container: str = "mp4",
     times: Sequence[int] | None = None,
-    rotation: int = 0,
+    matrix: tuple[int, int, int, int] | None = None,
     sound: bool = False,
     key_every: int = 12,
 ) -> bytes:
@@ -35,7 +36,7 @@ def clip(
     Args:
         size: ``(width, height)`` as stored.
         times: the millisecond of each frame, instead of a constant rate.
-        rotation: degrees, counter-clockwise, by which a player turns the stored frames.
+        matrix: of how the stored frames are shown; see :func:`shown_by`.
         sound: whether a sound track stands beside the video.
         key_every: frames from one key frame to the next.
     """
@@ -60,7 +61,7 @@ def clip(
             silence.sample_rate = 8000
             output.mux([*voice.encode(silence), *voice.encode()])
     data = file.getvalue()
-    return _rotated(data, rotation) if rotation else data
+    return data if matrix is None else shown_by(data, matrix)
 
 
 def filmed(image: Image.Image, frames: int, rate: int) -> bytes:
@@ -81,12 +82,14 @@ def decoded(data: bytes) -> list[np.ndarray]:
         return [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
 
 
-def _rotated(data: bytes, degrees: int) -> bytes:
-    """An MP4 with another display matrix in its track header (ISO/IEC 14496-12, 8.3.2)."""
-    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees % 360]
-    one = 1 << 16
-    # The matrix turns clockwise on the screen, where y points down.
-    matrix = [cos * one, -sin * one, 0, sin * one, cos * one, 0, 0, 0, 1 << 30]
+def shown_by(data: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+    """An MP4 with another display matrix in its track header (ISO/IEC 14496-12, 8.3.2).
+
+    Args:
+        matrix: ``(a, b, c, d)``: a pixel at ``(x, y)``, with y downwards, is shown at
+            ``(a x + c y, b x + d y)``, moved into view.
+    """
+    a, b, c, d = (value << 16 for value in matrix)
     start = data.index(b"tkhd") + 4 + 40
-    written = b"".join(value.to_bytes(4, "big", signed=True) for value in matrix)
+    written = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     return data[:start] + written + data[start + len(written) :]

@@ -7,15 +7,17 @@ import os
 import random
 import signal
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
 import pytest
+from PIL import Image, ImageColor
 
 from engine.errors import MediaError, MediaTooLarge
 from engine.media.video.container import UnreadableVideo, VideoFile
 from engine.media.video.decoder import VideoDecoder
 from engine.media.video.limits import VideoLimits
-from tests.engine.media.clips import FILM, NTSC, clip, colour, decoded
+from tests.engine.media.clips import FILM, NTSC, clip, colour, decoded, filmed, shown_by
 
 FORMATS = [
     ("mp4", "libx264"),
@@ -79,13 +81,27 @@ def test_frames_of_a_variable_rate_are_those_on_the_screen():
         assert (frame == whole[shown]).all()
 
 
-@pytest.mark.parametrize("turn", [90, 180, 270])
-def test_frames_are_upright(turn):
-    data = clip(3, 10, size=(64, 32), rotation=turn)
-    video = opened(data)
-    assert video.info.size == ((64, 32) if turn == 180 else (32, 64))
-    for frame, stored in zip(video.frames(range(3)), decoded(data), strict=True):
-        assert (frame == np.rot90(stored, turn // 90)).all()
+SIGNS = tuple(product((1, -1), repeat=2))
+
+
+@pytest.mark.parametrize("matrix", [(i, 0, 0, j) for i, j in SIGNS] + [(0, i, j, 0) for i, j in SIGNS])
+def test_frames_are_upright_and_not_mirrored(matrix):
+    """All eight ways to show a frame, whose quarters differ. Cameras that face their owner mirror."""
+    quarters = Image.new("RGB", (2, 2))
+    for place, each in {(0, 0): "red", (1, 0): "lime", (0, 1): "blue", (1, 1): "white"}.items():
+        quarters.putpixel(place, ImageColor.getrgb(each))
+    stored = filmed(quarters.resize((64, 32), Image.Resampling.NEAREST), 3, 10)
+    video, (whole, *_) = opened(shown_by(stored, matrix)), decoded(stored)
+    a, b, c, d = matrix
+    y, x = np.indices(whole.shape[:2])
+    columns, rows = a * x + c * y, b * x + d * y
+    columns, rows = columns - columns.min(), rows - rows.min()
+    width, height = columns.max() + 1, rows.max() + 1
+    wanted = np.zeros((height, width, 3), np.uint8)
+    wanted[rows, columns] = whole
+    assert video.info.size == (width, height)
+    for frame in video.frames(range(3)):
+        assert (frame == wanted).all()
 
 
 @pytest.mark.parametrize(
