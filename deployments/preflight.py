@@ -185,6 +185,14 @@ def check_options(config: Mapping[str, Any]) -> None:
     except ValidationError as error:
         faults = [_fault("", each, ServeDeploySchema) for each in error.errors()]
         raise InTheWay(" ".join(faults)) from None
+    for index, application in enumerate(config["applications"]):
+        prefix = application.get("route_prefix") or "/"
+        # Its form doesn't look at it: Ray Serve does so when it deploys the application.
+        if not re.fullmatch(r"/|(/[^/{}]+)+", prefix):
+            raise InTheWay(
+                f"applications[{index}].route_prefix must be / or a path such as /vision, without a / behind "
+                f"it, not {prefix!r}."
+            )
 
 
 def _unknown(form: type[BaseModel], given: Mapping[str, Any], where: str = "") -> Iterator[str]:

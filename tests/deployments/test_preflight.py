@@ -223,8 +223,16 @@ def test_a_port_that_is_none(tmp_path, capsys, port):
             lambda given: given["applications"][1].update(import_path="deployments.app.build", args={}),
             "applications[1].args.models must be given",
         ),
+        (
+            lambda given: given["applications"][1].update(route_prefix="vision"),
+            "applications[1].route_prefix must be / or a path such as /vision",
+        ),
+        (
+            lambda given: given["applications"][1].update(route_prefix="/a/"),
+            "applications[1].route_prefix must",
+        ),
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_options_of_ray_serve_that_it_would_ignore_or_refuse_at_length(tmp_path, capsys, change, fault):
     file = Path(config(tmp_path, port=free_port()))
