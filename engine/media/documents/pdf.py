@@ -13,6 +13,7 @@ from pypdfium2 import raw
 
 #: Points per inch.
 _POINTS = 72
+_HYPHEN = "\x02"
 _ENCRYPTED = "it is encrypted; send it without a password"
 #: Reasons by PDFium's numbers.
 _FAULTS = {raw.FPDF_ERR_PASSWORD: _ENCRYPTED, raw.FPDF_ERR_SECURITY: _ENCRYPTED}
@@ -77,9 +78,7 @@ class PdfFile:
             layer = page.get_textpage()
             try:
                 found = layer.get_text_bounded().replace("\r\n", "\n")
-                # PDFium writes U+0002 for a hyphen at the end of a line and for that end. Whether the word
-                # has a hyphen is left to the reader, as on the page.
-                return found.replace("\x02", "-\n")
+                return _with_hyphens(found, layer)
             finally:
                 layer.close()
 
@@ -95,6 +94,17 @@ class PdfFile:
                 return work(page)
             finally:
                 page.close()
+
+
+def _with_hyphens(text: str, layer: Any) -> str:
+    """``text`` of a page with its hyphens at line ends. PDFium writes U+0002 for such a hyphen and its line's
+    end. Whether the word has a hyphen is left to the reader, as on the page."""
+    if _HYPHEN not in text:
+        return text
+    # A font that doesn't say what its letters mean may have a letter of that number.
+    places = (i for i in range(layer.count_chars()) if raw.FPDFText_GetUnicode(layer.raw, i) == ord(_HYPHEN))
+    known = all(raw.FPDFText_IsHyphen(layer.raw, place) for place in places)
+    return text.replace(_HYPHEN, "-\n") if known else text
 
 
 @contextmanager
