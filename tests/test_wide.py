@@ -4,6 +4,7 @@ from itertools import combinations, product
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.wide import cover, leave_out
 
@@ -30,8 +31,10 @@ def test_values_are_shared_evenly():
 class Item:
     """A test with a mark and parameters."""
 
-    def __init__(self, name: str, mark: pytest.Mark | None = None, **params: object) -> None:
-        self.nodeid, self._mark = f"{name}[{params}]", mark
+    def __init__(
+        self, name: str, mark: pytest.Mark | None = None, fixtures: tuple[str, ...] = (), **params: object
+    ) -> None:
+        self.nodeid, self._mark, self.fixturenames = f"{name}[{params}]", mark, fixtures
         if params:
             self.callspec = SimpleNamespace(params=params)
 
@@ -49,8 +52,26 @@ def test_what_is_left_out():
     others = [Item("other", mark, size=size, run=object) for size in (1, 2)]
     same = Item("other", mark, size=2, run=object)
     items = [*kept, Item("wide", pytest.mark.wide.mark), *table, *others, same]
+    assert names_left_out(items) == ["wide", "other"]
+    assert items == [*kept, *table, *others]
+
+
+def names_left_out(items: list[Item]) -> list[str]:
+    """Leave tests out, and return their names."""
     left_out = []
     hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
     leave_out(items, SimpleNamespace(hook=hook))
-    assert items == [*kept, *table, *others]
-    assert [item.nodeid.split("[")[0] for item in left_out] == ["wide", "other"]
+    return [item.nodeid.split("[")[0] for item in left_out]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU all cases run")
+def test_one_case_of_a_test_says_that_there_is_no_gpu():
+    marked = [Item("marked", pytest.mark.gpu.mark, size=size) for size in range(3)]
+    hopper = [Item("hopper", None, ("hopper",), size=size) for size in range(2)]
+    names, fixtures = ("float32", "bfloat16", "float16"), ("device", "dtype")
+    dtypes = [Item("dtype", None, fixtures, dtype=name, size=n) for name in names for n in range(2)]
+    other = [Item("other", None, ("dtype",), dtype=name) for name in names]
+    values = [Item("value", None, ("device",), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    items = [*marked, *hopper, *dtypes, *other, *values]
+    assert names_left_out(items) == ["marked"] * 2 + ["hopper"] + ["dtype"] * 3
+    assert items == [marked[0], hopper[0], *dtypes[:3], *other, *values]

@@ -3,7 +3,8 @@
 A test with the mark ``wide`` is left out. Of a test with the mark ``covering(n)`` enough cases are kept to
 have each combination of values of ``n`` parameters: with 1 each value, with 2 each pair of values. Most
 faults need no more than two values together. A test whose body has a table of its own takes the fixture
-``wide``. On a machine with a GPU all cases run: there kernels take little time.
+``wide``. On a machine with a GPU all cases run: there kernels take little time. Without one, the first case
+of each test that needs a GPU is kept, and says so: more than a thousand would only be skipped.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from hypothesis import settings
 
 #: Parameters of which a value may be skipped on this machine: each of their values is covered by itself.
 _APART = ("dtype",)
+#: Values of the fixture ``dtype`` of kernels' tests that need a GPU: the interpreter computes in float32.
+ONLY_ON_GPU = ("bfloat16", "float16")
 #: Types of values that are compared: a table may have rows of several parameters.
 _PLAIN = (str, int, float, tuple, type(None))
 
@@ -37,6 +40,13 @@ def leave_out(items: list[pytest.Item], config: pytest.Config) -> None:
     """Deselect the tests that only ``--wide`` runs."""
     tables: dict[Any, list[pytest.Item]] = defaultdict(list)
     out = {item for item in items if item.get_closest_marker("wide")}
+    skipped: set[str] = set()
+    for item in items:
+        if item not in out and needs_gpu(item):
+            name = item.nodeid.split("[")[0]
+            if name in skipped:
+                out.add(item)
+            skipped.add(name)
     for item in items:
         mark = item.get_closest_marker("covering")
         if mark is not None and hasattr(item, "callspec"):
@@ -48,6 +58,16 @@ def leave_out(items: list[pytest.Item], config: pytest.Config) -> None:
     if out:
         config.hook.pytest_deselected(items=[item for item in items if item in out])
         items[:] = [item for item in items if item not in out]
+
+
+def needs_gpu(item: pytest.Item) -> bool:
+    """Return whether a test is skipped where there is no GPU: it is marked, or needs a Hopper GPU, or the
+    kernels of a dtype that the interpreter does not compute in."""
+    fixtures = getattr(item, "fixturenames", ())
+    if item.get_closest_marker("gpu") is not None or "hopper" in fixtures:
+        return True
+    dtype = item.callspec.params.get("dtype") if hasattr(item, "callspec") else None
+    return isinstance(dtype, str) and dtype in ONLY_ON_GPU and "device" in fixtures
 
 
 def _values(item: pytest.Item) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction, InterpreterOptions, interpreter_builder
 
+from tests.wide import ONLY_ON_GPU
+
 
 @pytest.fixture
 def device() -> torch.device:
@@ -20,9 +22,9 @@ def hopper(device: torch.device) -> torch.device:
     return device
 
 
-@pytest.fixture(params=["float32", "bfloat16", "float16"])
+@pytest.fixture(params=["float32", *ONLY_ON_GPU])
 def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
-    if request.param != "float32" and device.type == "cpu":
+    if request.param in ONLY_ON_GPU and device.type == "cpu":
         pytest.skip("kernels of 16 bits run on a GPU only: the interpreter computes in float32")
     return getattr(torch, request.param)
 
