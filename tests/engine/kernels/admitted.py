@@ -262,8 +262,9 @@ def on_hopper() -> None:
     device._BACKEND = "triton"
     device.compute_capability = lambda _: (9, 0)
     gemm_activation.fills_gpu = lambda rows, *_: rows > 1000
-    # Products of torch's own compute nothing that matters.
+    # What torch's own operations compute does not matter, and takes a third of the time.
     functional.linear = lambda x, weight, bias=None: x.new_empty(*x.shape[:-1], len(weight))
+    functional.layer_norm = lambda x, *_: torch.empty_like(x)
     dispatch.scaled_gemm = lambda x, weight, *_: tensor(len(x.numbers), len(weight))
 
 
