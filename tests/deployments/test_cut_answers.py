@@ -237,7 +237,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 NOT_STREAMED = ("scored prompt", "scored prompts with echo")
 #: Cuts of an answer, with ``wide`` and without.
-MOST_CUTS = {True: 12, False: 6}
+MOST_CUTS = {True: 12, False: 4}
 
 #: Updates of an answer's first try before it is lost; None: nothing is lost. Negative: every try is lost
 #: after this many.
