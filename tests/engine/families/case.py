@@ -39,12 +39,20 @@ class CasePrompt:
         """Return the prompt's words with other images and frames."""
         return replace(self, pictures=_others(self.pictures), frames=_others(self.frames))
 
-    def others(self) -> list[CasePrompt]:
-        """Return prompts with one image, or one frame, replaced by another: as many as it has."""
+    def others(self, every_frame: bool = True) -> list[CasePrompt]:
+        """Return prompts with one image replaced by another, each in turn, or one frame.
+
+        Args:
+            every_frame: replace each frame in turn. If False, the first and the last one only.
+        """
+        frames = range(0, len(self.frames), 1 if every_frame else max(len(self.frames) - 1, 1))
         return [
             replace(self, **{kind: (*images[:i], *_others(images[i : i + 1]), *images[i + 1 :])})
-            for kind, images in (("pictures", self.pictures), ("frames", self.frames))
-            for i in range(len(images))
+            for kind, images, places in (
+                ("pictures", self.pictures, range(len(self.pictures))),
+                ("frames", self.frames, frames),
+            )
+            for i in places
         ]
 
 

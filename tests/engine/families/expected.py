@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -70,6 +71,17 @@ class Expected:
     def table(self, tokens: Sequence[int]) -> torch.Tensor:
         """Log-probabilities at each token, as :meth:`logits`."""
         return self.logits(tokens).log_softmax(-1)
+
+    def logprobs(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities of the prompt's tokens but the first, and of an answer beginning with ``tokens``.
+
+        NaN where an embedding row has no id of its own.
+        """
+        known = [0 if token is None else token for token in self.ids[1:]]
+        table = torch.cat([self.prompt_table[: len(known)], self.table(tokens)])
+        found = table.gather(1, torch.tensor([*known, *tokens])[:, None])[:, 0]
+        found[[i for i, token in enumerate(self.ids[1:]) if token is None]] = math.nan
+        return found
 
     @property
     def vector(self) -> torch.Tensor:

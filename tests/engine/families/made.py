@@ -80,17 +80,38 @@ class Made:
         prompts: Sequence[CasePrompt],
         prompt_logprobs: int | None = None,
         block: int | None = None,
-    ) -> None:
+    ) -> list[Any]:
         """Compare ``llm``'s outputs for a batch with the reference, field by field; nothing is left behind.
 
         Args:
             prompt_logprobs: alternatives asked for at each token of the prompts.
             block: block size, if all full blocks of the prompts are in the prefix cache.
+
+        Returns:
+            The outputs.
         """
         outputs = self.run(llm, [prompt.entry for prompt in prompts], prompt_logprobs)
         for output, prompt in zip(outputs, prompts, strict=True):
             self.compare(output, self.answer(prompt), prompt_logprobs, block)
         llm.check_integrity()
+        return outputs
+
+    def check_closely(
+        self, llm: LLM, prompts: Sequence[CasePrompt], prompt_logprobs: int = 0, most: float = 1e-4
+    ) -> None:
+        """As :meth:`check`; and all numbers of an output together are near the reference's.
+
+        Args:
+            most: the greatest distance: of a vector absolute, of log-probabilities a share of their spread.
+        """
+        outputs = self.check(llm, prompts, prompt_logprobs)
+        for output, prompt in zip(outputs, prompts, strict=True):
+            answer = self.answer(prompt)
+            if self.case.embeds:
+                distance = float((torch.tensor(output.embedding) - answer.vector).norm())
+            else:
+                distance = _distance(_logprobs(output), answer.logprobs(output.outputs[0].token_ids))
+            assert distance < most
 
     def run(
         self, llm: LLM, entries: Sequence[dict[str, Any]], prompt_logprobs: int | None = None
@@ -102,9 +123,7 @@ class Made:
 
     def check_all(self) -> None:
         """Tokens and all logits of a batch of all kinds of prompts are the reference's."""
-        llm, prompts = self.llm(), self.case.prompts()
-        self.check(llm, prompts)
-        assert max(self.distances(llm, prompts, prompts)) < 1e-4
+        self.check_closely(self.llm(), self.case.prompts())
 
     def compare(
         self, output: Any, answer: Expected, prompt_logprobs: int | None = None, block: int | None = None
@@ -159,14 +178,8 @@ class Made:
         )
         outputs, found = llm.generate(entries, params, use_tqdm=False), []
         for output, prompt in zip(outputs, prompts, strict=True):
-            (completion,) = output.outputs
-            of_prompt = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
-            ours = torch.cat(
-                [torch.tensor([row[token].logprob for row, token in of_prompt]), _logprobs(completion)]
-            )
-            theirs = self.logprobs(prompt, completion.token_ids)
-            ours, theirs = ours[~theirs.isnan()], theirs[~theirs.isnan()]
-            found.append(float((ours - theirs).norm() / (theirs - theirs.mean()).norm()))
+            theirs = self.logprobs(prompt, output.outputs[0].token_ids)
+            found.append(_distance(_logprobs(output), theirs))
         return found
 
 
@@ -186,6 +199,16 @@ def greedy(prompt_logprobs: int | None = None) -> SamplingParams:
     )
 
 
-def _logprobs(completion: Any) -> torch.Tensor:
-    rows = zip(completion.logprobs, completion.token_ids, strict=True)
-    return torch.tensor([row[token].logprob for row, token in rows])
+def _logprobs(output: Any) -> torch.Tensor:
+    """Log-probabilities of a prompt's tokens but the first, and of its answer's."""
+    (completion,) = output.outputs
+    rows = [*output.prompt_logprobs[1:], *completion.logprobs]
+    tokens = [*output.prompt_token_ids[1:], *completion.token_ids]
+    return torch.tensor([row[token].logprob for row, token in zip(rows, tokens, strict=True)])
+
+
+def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """How far ``ours`` are from ``theirs``, as a share of their spread; NaN in ``theirs`` stands for none."""
+    known = ~theirs.isnan()
+    ours, theirs = ours[known], theirs[known]
+    return float((ours - theirs).norm() / (theirs - theirs.mean()).norm())
