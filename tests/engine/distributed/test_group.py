@@ -11,6 +11,7 @@ import torch.multiprocessing as multiprocessing
 
 from engine.distributed.group import SingleProcessGroup, TorchGroup
 from engine.errors import ConfigError
+from tests.engine import forked
 from tests.engine.distributed.ranks import CPU, compute, logits, stop_after_one
 from tests.engine.tiny import make_text
 from tests.serving import free_port
@@ -39,7 +40,9 @@ def test_two_ranks_equal_one(tmp_path):
     paths = [make_text(tmp_path / name, kind, **options) for name, (kind, options) in KINDS.items()]
     # One after the other in the same two processes, as an engine that is loaded again joins anew.
     groups = [(by_port(tmp_path), paths), (by_file(tmp_path), paths[:1])]
-    multiprocessing.spawn(compute, (2, groups, tmp_path), nprocs=2)
+    multiprocessing.start_processes(
+        compute, (2, groups, tmp_path), nprocs=2, start_method=forked.start_method()
+    )
     for number, (_, paths) in enumerate(groups):
         ranks = [torch.load(tmp_path / f"group{number}-rank{rank}.pt") for rank in range(2)]
         for path, first, second in zip(paths, *ranks, strict=True):
@@ -50,7 +53,7 @@ def test_two_ranks_equal_one(tmp_path):
 def test_who_waits_for_a_silent_rank_can_be_freed(tmp_path):
     """Its connections stay open, as those of a host that is gone do."""
     address = by_file(tmp_path)
-    peer = multiprocessing.get_context("spawn").Process(target=stop_after_one, args=(address,), daemon=True)
+    peer = forked.context().Process(target=stop_after_one, args=(address,), daemon=True)
     peer.start()
     try:
         group = TorchGroup.join(rank=0, size=2, address=address, device=CPU, timeout_s=250)

@@ -36,9 +36,8 @@ def captured(monkeypatch):
 @pytest.mark.parametrize("case", _CASES)
 def test_answers_are_the_reference_s(captured, made, case, wide):
     model, prompts = made(case), case.prompts()
-    # One launch of the tower with several items, then each by itself.
-    model.check(model.llm(max_num_seqs=4), prompts)
-    prompts = prompts if wide else prompts[:1]
     llm = model.llm(max_num_seqs=4, enable_prefix_caching=False)
-    for prompt in prompts:
+    # One launch of the tower with several items, then each by itself.
+    model.check(llm, prompts)
+    for prompt in prompts if wide else prompts[:1]:
         model.check(llm, [prompt])

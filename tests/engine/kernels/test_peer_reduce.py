@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from multiprocessing import get_context
-
 import pytest
 import torch
 
 from engine.kernels.peer_reduce import HALF_BYTES, MAX_BYTES, PROGRAMS, ReduceTile, choose_tile
+from tests.engine import forked
 from tests.engine.kernels.peer_ranks import make_buffers, take_part
 
 pytestmark = pytest.mark.processes
@@ -36,7 +35,7 @@ def test_all_ranks_get_the_same_and_leave_nothing_behind(tmp_path, monkeypatch):
     calls = [(given, tile) for given, (_, tile) in zip(inputs, CALLS, strict=True)]
     parts, weight = torch.randn(size, 3, 16).half(), torch.randn(40, 16).half()
     make_buffers(tmp_path, size)
-    context, ranks = get_context("spawn"), []
+    context, ranks = forked.context(), []
     for rank in range(size):
         ours, theirs = context.Pipe()
         arguments = (theirs, rank, size, tmp_path, calls, parts, weight)
