@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection
 from typing import Any, Literal
 
-from engine.parsers.events import whole_characters
+from engine.parsers.events import CallArguments, CallStart, Event, whole_characters
 
 _SPACE = " \t\r\n"
 
@@ -206,7 +206,7 @@ class JsonCall:
 
 class HeldCall:
     """Reads a :class:`JsonCall` from a buffer that is held until the name is known: the text may be no call.
-    Afterwards the buffer keeps what :meth:`feed` gives back.
+    Afterwards the buffer keeps what :meth:`read` gives back.
 
     Args:
         call: of which nothing was read.
@@ -217,23 +217,33 @@ class HeldCall:
 
     def __init__(self, call: JsonCall) -> None:
         self.call = call
-        self._read = 0
+        self._consumed = 0
 
-    def feed(self, buffer: str, start: int) -> tuple[str, str]:
-        """Read on in the buffer.
+    def read(self, buffer: str, start: int, index: int, events: list[Event]) -> str | None:
+        """Read on in the buffer, and report what is new of the call: its name, and text of its arguments.
 
         Args:
             start: where the call begins, or goes on once its name is known.
+            index: number of the call in the answer.
+            events: what is new is appended to it.
 
         Returns:
-            As :meth:`JsonCall.feed`. While the name isn't known, nothing is passed on.
+            What the buffer holds behind that; None while the name isn't known.
 
         Raises:
-            MalformedCall: as there.
+            MalformedCall: as :meth:`JsonCall.feed`.
         """
-        arguments, rest = self.call.feed(buffer[max(start, self._read) :])
-        self._read = len(buffer) if self.call.name is None else 0
-        return arguments, rest
+        was_named = self.call.name is not None
+        arguments, rest = self.call.feed(buffer[max(start, self._consumed) :])
+        if self.call.name is None:
+            self._consumed = len(buffer)
+            return None
+        self._consumed = 0
+        if not was_named:
+            events.append(CallStart(index, self.call.name))
+        if arguments:
+            events.append(CallArguments(index, arguments))
+        return rest
 
 
 def _decoded(raw: list[str]) -> Any:

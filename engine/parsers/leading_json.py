@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.parsers.events import CallArguments, CallStart, Event, SteppedParser, Text
+from engine.parsers.events import Event, SteppedParser, Text
 from engine.parsers.json_call import HeldCall, JsonCall, MalformedCall
 
 #: Characters between two calls.
@@ -69,20 +69,16 @@ class LeadingJsonCalls(SteppedParser):
 
     def _read_call(self, events: list[Event]) -> bool:
         """Hold the text while the name isn't known; afterwards pass the arguments on."""
-        call, was_named = self._held.call, self._named
-        start = 0 if was_named or self._calls else self._buffer.find("{")
+        call = self._held.call
+        start = 0 if self._named or self._calls else self._buffer.find("{")
         try:
-            arguments, rest = self._held.feed(self._buffer, start)
+            rest = self._held.read(self._buffer, start, self._calls, events)
         except MalformedCall:
             self._state = "text" if self._calls == 0 else "rest"
             return True
-        if call.name is None:
+        if rest is None:
             return False
-        if not was_named:
-            events.append(CallStart(self._calls, call.name))
         self._buffer = rest
-        if arguments:
-            events.append(CallArguments(self._calls, arguments))
         if call.broken:
             self._state = "rest"
         elif call.done:

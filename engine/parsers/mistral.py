@@ -78,25 +78,20 @@ class MistralCalls(SteppedParser):
 
     def _read_list(self, events: list[Event]) -> bool:
         call = self._held.call
-        was_named = call.name is not None
-        start = 0 if was_named else self._buffer.find("{")
+        start = 0 if call.name is not None else self._buffer.find("{")
         if start < 0:
             return False
         try:
-            arguments, rest = self._held.feed(self._buffer, start)
+            rest = self._held.read(self._buffer, start, self._calls, events)
         except MalformedCall:
             self._held, self._state = HeldCall(self._new_call()), self._read_rest
             if self._calls == 0:
                 events.append(Text(self._tag))
                 self._state = self._read_text
             return True
-        if call.name is None:
+        if rest is None:
             return False
-        if not was_named:
-            events.append(CallStart(self._calls, call.name))
         self._buffer = rest
-        if arguments:
-            events.append(CallArguments(self._calls, arguments))
         if call.broken:
             self._state = self._read_rest
         elif call.done:
