@@ -61,10 +61,13 @@ def given_embeddings(value: Any, processor: MediaProcessor) -> list[tuple[MediaI
     if unknown := given.keys() - {_ROWS, name}:
         raise InvalidRequest(f"{_WHERE} has no entry {sorted(map(str, unknown))[0]!r}.", param=_WHERE)
     tensors = _tensors(given[_ROWS])
+    hint = (
+        "" if isinstance(value, Mapping) else " An array of floats is taken for embeddings; pixels are uint8."
+    )
     descriptions: list[tuple[int, ...]] = [()] * len(tensors)
     if field is not None:
         if field.name not in given:
-            raise InvalidRequest(f"Embeddings for this model need {name} beside {_ROWS}.", param=_WHERE)
+            raise InvalidRequest(f"Embeddings for this model need {name} beside {_ROWS}.{hint}", param=_WHERE)
         descriptions = _descriptions(given[field.name], field)
     describer: EmbeddingProcessor = processor
     if isinstance(processor, PromptAwareProcessor):
@@ -80,7 +83,8 @@ def given_embeddings(value: Any, processor: MediaProcessor) -> list[tuple[MediaI
     for index, (rows, count, description) in enumerate(zip(tensors, counts, descriptions, strict=True)):
         if len(rows) != count:
             raise InvalidRequest(
-                f"Item {index} of {_ROWS} has {len(rows)} rows; its placeholder in the prompt needs {count}.",
+                f"Item {index} of {_ROWS} has {len(rows)} rows; its placeholder in the prompt needs {count}."
+                + hint,
                 param=_WHERE,
             )
         item = describer.embedding_item(description, "")

@@ -174,6 +174,8 @@ def test_what_are_no_sampling_params(llm, given):
         ({"prompt": "a", "multi_modal_data": "a.png"}, "multi_modal_data must be a dict, not str"),
         (about(np.zeros((4, 4, 4, 3), np.uint8)), r"shape \(4, 4, 4, 3\) is no image"),
         (about(np.zeros((3, 5, 5), np.uint8)), r"shape \(3, 5, 5\) is no image"),
+        (about(np.zeros((4, 4, 3), np.float32)), "pixels are uint8"),
+        (about({"image_embeds": torch.zeros(4, 8)}), "beside image_embeds.$"),
         (about(np.zeros((4, 8), np.int32)), "must be of floating-point numbers"),
         (about({"image_embeds": torch.zeros(1, 4, 8, device="meta")}), "on the device meta"),
         (b"ab", "not bytes"),
