@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import math
 import re
 import zlib
+from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -28,6 +30,8 @@ _LARGE = 1 << 17
 _MAX_DEPTH = 256
 #: The beginning of half a surrogate pair, as JSON spells it.
 _SURROGATE = re.compile(r"\\u[dD]")
+_HALF = "has half of a surrogate pair, which is no character. Cut texts between whole characters."
+_INFINITE = "must be a finite number: JSON has no NaN or Infinity, and 1e308 is about the largest here."
 _TOO_DEEP = f"The JSON is nested too deeply: more than {_MAX_DEPTH} lists and objects are within each other."
 
 #: The way to a value within a body: its key or index, and the way to what holds it.
@@ -115,7 +119,7 @@ def _parse(body: bytes, model: type[M]) -> M:
     try:
         # Not the bytes: json takes half a surrogate in UTF-8 for a character, and other encodings too.
         text = body.decode("utf-8-sig")
-        data: Any = json.loads(text)
+        data, is_finite = _loaded(text)
     except (ValueError, RecursionError) as error:
         raise BadBody(_no_json(body, error)) from None
     if not isinstance(data, dict):
@@ -124,8 +128,28 @@ def _parse(body: bytes, model: type[M]) -> M:
         raise BadBody(_TOO_DEEP)
     # The single character is found a hundred times as fast.
     if "\\" in text and _SURROGATE.search(text):
-        _refuse_half_characters(data)
+        _refuse(data, _is_half, _HALF)
+    if not is_finite:
+        _refuse(data, _is_infinite, _INFINITE)
     return model.read(data)
+
+
+def _loaded(text: str) -> tuple[Any, bool]:
+    """The value of a JSON text, and whether all of its numbers are finite: Python reads ``NaN`` and
+    ``Infinity``, which JSON doesn't have, and makes infinity of ``1e400``.
+
+    Raises:
+        ValueError, RecursionError: it can't be read.
+    """
+    odd: list[str] = []
+
+    def number(spelled: str) -> float:
+        value = float(spelled)
+        if not math.isfinite(value):
+            odd.append(spelled)
+        return value
+
+    return json.loads(text, parse_float=number, parse_constant=number), not odd
 
 
 def _may_be_deep(text: str) -> bool:
@@ -155,8 +179,11 @@ def _is_deep(data: Any) -> bool:
     return True
 
 
-def _refuse_half_characters(data: Any) -> None:
-    """Refuse a lone surrogate, which JSON can spell, but which is no text: neither tokens nor UTF-8 have it.
+def _refuse(data: Any, is_bad: Callable[[Any], bool], said: str) -> None:
+    """Refuse a body that has a bad value, or a field of a bad name.
+
+    Args:
+        said: what is wrong with it, behind the name of the field.
 
     Raises:
         BadBody: naming the field.
@@ -167,32 +194,37 @@ def _refuse_half_characters(data: Any) -> None:
         value, way = waiting.pop()
         if isinstance(value, dict):
             for key, inner in value.items():
-                if _is_half(key):
-                    raise _half(way)
+                if is_bad(key):
+                    raise _bad(way, said)
                 waiting.append((inner, (key, way)))
         elif isinstance(value, list):
             waiting += [(inner, (index, way)) for index, inner in enumerate(value)]
-        elif isinstance(value, str) and _is_half(value):
-            raise _half(way)
+        elif is_bad(value):
+            raise _bad(way, said)
 
 
-def _is_half(text: str) -> bool:
-    if text.isascii():
+def _is_half(value: Any) -> bool:
+    """A lone surrogate, which JSON can spell, but which is no text: neither tokens nor UTF-8 have it."""
+    if not isinstance(value, str) or value.isascii():
         return False
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError:
         return True
     return False
 
 
-def _half(way: _Way) -> BadBody:
+def _is_infinite(value: Any) -> bool:
+    """A number that no JSON spells, so that no answer could repeat it."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _bad(way: _Way, said: str) -> BadBody:
     names: list[str] = []
     while way is not None:
         key, way = way
         names.append(f"[{key}]" if isinstance(key, int) else f".{key}")
     field = "".join(reversed(names)).removeprefix(".")[:200]
-    said = "has half of a surrogate pair, which is no character. Cut texts between whole characters."
     return BadBody(f"{field or 'The name of a field'} {said}", param=field or None)
 
 

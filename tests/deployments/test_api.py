@@ -89,6 +89,22 @@ async def test_a_body_that_an_offer_of_another_protocol_has_lost_is_told(http):
 @pytest.mark.parametrize(
     ("body", "param"),
     [
+        ('{"temperature": NaN}', "temperature"),
+        ('{"metadata": {"a": [0, 1e400]}}', "metadata.a[1]"),
+        ('{"tools": [{"parameters": {"minimum": -Infinity}}]}', "tools[0].parameters.minimum"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+async def test_numbers_that_no_answer_could_repeat_are_refused_by_name(http, path, body, param):
+    response = await http.post(path, content=body)
+    error = response.json()["error"]
+    assert response.status_code == 400 and f"{param} must be a finite number" in error["message"], error
+    assert path == "/v1/messages" or error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
         (r'{"model": "\ud83d"}', "model"),
         (
             r'{"messages": [{}, {"role": "user", "content": [{"text": "a \uDE00 b"}]}]}',
