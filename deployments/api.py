@@ -35,6 +35,7 @@ from deployments.response_store import Keeper, KeptResponses, ResponseStore
 from deployments.routers import (
     chat,
     completions,
+    decisions,
     embeddings,
     health,
     messages,
@@ -85,7 +86,7 @@ def create_api(
     api.state.collector = Collector(
         http, pipelines, config.health_timeout_s, replica=replica, ingress=ingress
     )
-    generating = (chat, completions, responses, messages)
+    generating = (chat, completions, responses, messages, decisions)
     endpoints = [*generating, embeddings, pooling, scoring, tokens, models, health, metrics]
     if config.page:
         endpoints.append(page)

@@ -37,7 +37,7 @@ class _CallerFields:
 
 def _rename(error: SightlineError, names: Mapping[str, str]) -> None:
     param = error.param
-    error.param = _renamed(param, names)
+    error.param = None if param is None else renamed(param, names)
     if param is not None and "[" in param:
         # Messages call parts of a message by their paths.
         error.message = error.message.replace(param, error.param or "")
@@ -46,9 +46,14 @@ def _rename(error: SightlineError, names: Mapping[str, str]) -> None:
         error.message = re.sub(rf"\b{name}\b", names[name], error.message)
 
 
-def _renamed(param: str | None, names: Mapping[str, str]) -> str | None:
-    if param is None or param in names:
-        return names.get(param or "", param)
+def renamed(param: str, names: Mapping[str, str]) -> str:
+    """The caller's field that the engine calls ``param``.
+
+    Args:
+        names: the caller's fields by the engine's names.
+    """
+    if param in names:
+        return names[param]
     # A part of a message, such as ``messages[2].content[0].image_url``: the longest path that has a name.
     for end in range(len(param) - 1, 0, -1):
         if param[end] in ".[" and param[:end] in names:

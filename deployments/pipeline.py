@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from deployments.access import caller_name, caller_salt, charge, media_account
 from deployments.answer_format import AnswerFormat, answer_format
@@ -67,6 +67,22 @@ class _Media:
     files: Mapping[int, KeptFiles]
     owner: Owner
     charges: MediaCharges
+
+
+@dataclass(slots=True)
+class SharedMedia:
+    """The media of a request that has several prompts. They are prepared and encoded with the first of them,
+    which must be ready before another is asked for.
+
+    Attributes:
+        sources: of all prompts.
+        media, items, rows: what the first prompt has made of them; ``rows`` by the hashes of their items.
+    """
+
+    sources: Sequence[MediaSource] = ()
+    media: _Media | None = None
+    items: list[MediaItem | PagesItem] = field(default_factory=list)
+    rows: dict[str, Rows] | None = None
 
 
 class Pipeline:
@@ -166,7 +182,7 @@ class Pipeline:
     async def prepare(
         self,
         build: Build,
-        sources: Sequence[MediaSource] = (),
+        sources: Sequence[MediaSource] | SharedMedia = (),
         *,
         params: SamplingParams | None = None,
         salt: str = "",
@@ -176,7 +192,7 @@ class Pipeline:
 
         Args:
             build: makes the prompt.
-            sources: the media.
+            sources: the media, or those of all prompts of the request; ``build`` gets an item for each.
             params: how much is to be generated; None for embeddings.
             salt: keeps the caches of tenants apart.
             short: ``build`` takes less time than a thread that does it would cost.
@@ -186,12 +202,17 @@ class Pipeline:
             Unavailable: a stage is down, or was lost too often.
         """
         patience = self._patience("prepare")
-        media = await self._media(sources, salt, patience)
+        shared = sources if isinstance(sources, SharedMedia) else SharedMedia(sources)
+        media = shared.media = shared.media or await self._media(shared.sources, salt, patience)
         charged, salt_of_caller = False, caller_salt(salt)
 
         async def prepare() -> EncodedPrompt:
             nonlocal charged
-            inputs, pixels = await self._build(build, media, short)
+            shown: list[Shown] = []
+            if shared.rows is None:
+                shown = await self._shown(media)
+                shared.items = [each.item for each in shown]
+            inputs = await self._build(build, shared.items, short)
             text = inputs.text
             inputs = replace(inputs, text=None, cache_salt=caller_salt(inputs.cache_salt))
             count, limit = len(inputs.token_ids), await self.max_model_len()
@@ -205,13 +226,20 @@ class Pipeline:
                 charge(count + (_most_tokens(params, count, limit) if params is not None else 0))
                 charged = True
 
+            def of_prompt(rows: Mapping[str, Rows]) -> tuple[Rows, ...]:
+                if shared is not sources:
+                    return tuple(rows.values())
+                hashes = {span.item.hash for span in inputs.spans}
+                return tuple(row for name, row in rows.items() if name in hashes)
+
             async def encode_again() -> tuple[Rows, ...]:
                 rows, _ = await self._encode(await self._same_pixels(media, inputs), salt_of_caller)
-                return rows
+                return of_prompt(rows)
 
-            rows, items = await self._encode(pixels, salt_of_caller)
-            current_report().prepared(items)
-            return EncodedPrompt(inputs, text, rows, encode_again)
+            if shared.rows is None:
+                shared.rows, reports = await self._encode(_pixels(shown), salt_of_caller)
+                current_report().prepared(reports)
+            return EncodedPrompt(inputs, text, of_prompt(shared.rows), encode_again)
 
         return await patience.call(prepare)
 
@@ -221,8 +249,11 @@ class Pipeline:
         """Build a prompt without encoding its media; arguments and errors as :meth:`prepare`."""
         patience = self._patience("prepare")
         media = await self._media(sources, salt, patience)
-        inputs, _ = await patience.call(lambda: self._build(build, media))
-        return inputs
+
+        async def built() -> EngineInput:
+            return await self._build(build, [each.item for each in await self._shown(media)])
+
+        return await patience.call(built)
 
     async def _media(self, sources: Sequence[MediaSource], salt: str, patience: Patience) -> _Media:
         """The media of a request, with the files that its references name.
@@ -250,13 +281,12 @@ class Pipeline:
         return _Media(resolved, files, owner, charges)
 
     async def _build(
-        self, build: Build, media: _Media, short: bool = False
-    ) -> tuple[EngineInput, list[Pixels]]:
-        shown = await self._shown(media)
-        items, began = [each.item for each in shown], time.perf_counter()
+        self, build: Build, items: list[MediaItem | PagesItem], short: bool = False
+    ) -> EngineInput:
+        began = time.perf_counter()
         inputs = build(items) if short else await on_thread(self._threads, build, items)
         current_report().took("prompt", time.perf_counter() - began)
-        return inputs, _pixels(shown)
+        return inputs
 
     async def _shown(self, media: _Media) -> list[Shown]:
         if not media.sources:
@@ -298,12 +328,12 @@ class Pipeline:
             )
         return pixels
 
-    async def _encode(self, pixels: Sequence[Pixels], salt: str) -> tuple[tuple[Rows, ...], list[ItemReport]]:
-        """Embedding rows of the distinct items, and a report for every item. All items are sent at once: the
-        encoder batches those that wait."""
+    async def _encode(self, pixels: Sequence[Pixels], salt: str) -> tuple[dict[str, Rows], list[ItemReport]]:
+        """Embedding rows of the distinct items by their hashes, and a report for every item. All items are
+        sent at once: the encoder batches those that wait."""
         distinct = {each.item.hash: each for each in pixels}
         if not distinct:
-            return (), []
+            return {}, []
         encoder, asked = self._stages.encoder, _asked()
         assert encoder is not None
 
@@ -321,7 +351,7 @@ class Pipeline:
             rows, seconds = encoded[each.item.hash]
             times = {**each.seconds, "encode": seconds}
             items.append(ItemReport(each.item, rows.cached, times, each.frames, each.note))
-        return tuple(rows for rows, _ in encoded.values()), items
+        return {name: rows for name, (rows, _) in encoded.items()}, items
 
     def generate(
         self,

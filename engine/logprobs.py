@@ -17,28 +17,39 @@ class LogprobTensors:
         ranks: (N,) int64, 1 for the likeliest; equals share the best rank.
         top_ids: (N, k) int64, likeliest first.
         top_logprobs: (N, k) float32.
+        wanted_logprobs: (N, w) float32, of tokens that the caller names; None if no row has any.
+        wanted_ranks: (N, w) int64, likewise.
     """
 
     token_logprobs: Tensor
     ranks: Tensor
     top_ids: Tensor
     top_logprobs: Tensor
+    wanted_logprobs: Tensor | None = None
+    wanted_ranks: Tensor | None = None
 
 
-def compute_logprobs(logits: Tensor, tokens: Tensor, k: int) -> LogprobTensors:
+def compute_logprobs(logits: Tensor, tokens: Tensor, k: int, wanted: Tensor | None = None) -> LogprobTensors:
     """Log-probabilities of one token per row.
 
     Args:
         logits: (N, V) of any float dtype.
         tokens: (N,) int64; where a row has none, -1, its values mean nothing.
         k: alternatives per row.
+        wanted: (N, w) int64, further tokens of each row.
     """
     logits = logits.float()
     chosen = logits.gather(1, tokens.clamp(min=0)[:, None])
     normaliser = logits.logsumexp(dim=1, keepdim=True)
     ranks = (logits > chosen).sum(dim=1) + 1
     top, top_ids = logits.topk(min(k, logits.shape[1]), dim=1)
-    return LogprobTensors((chosen - normaliser)[:, 0], ranks, top_ids, top - normaliser)
+    found = (chosen - normaliser)[:, 0], ranks, top_ids, top - normaliser
+    if wanted is None:
+        return LogprobTensors(*found)
+    named = logits.gather(1, wanted)
+    # As many are likelier as stand behind the token's place in ascending order.
+    likelier = logits.shape[1] - torch.searchsorted(logits.sort(dim=1).values, named, right=True)
+    return LogprobTensors(*found, named - normaliser, likelier + 1)
 
 
 def prompt_logprobs(

@@ -261,7 +261,10 @@ class OutputProcessor:
         if count is None or step.logprobs is None:
             delta.token_ids.append(token)
         else:
-            found = token_row(step.logprobs, row, token, count, sequence.texts, adds_text=adds_text)
+            wanted = request.params.logprob_token_ids
+            found = token_row(
+                step.logprobs, row, token, count, sequence.texts, wanted=wanted, adds_text=adds_text
+            )
             sequence.give_row(delta, token, found)
 
     def _update(

@@ -26,6 +26,7 @@ GREEDY_TEMPERATURE = 1e-5
 
 MAX_N = 128
 MAX_LOGPROBS = 20
+MAX_LOGPROB_TOKEN_IDS = 512
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 128
@@ -93,7 +94,9 @@ class SamplingParams:
         max_tokens: most tokens of the output. A request whose prompt leaves too little room is refused. None
             goes on to the end of the context.
         logprobs: alternatives returned per token (0: the sampled one alone; None: none), at most 20.
-        prompt_logprobs: the same for the tokens of the prompt.
+        logprob_token_ids: ids whose log-probabilities are returned beside those of ``logprobs``, which is 0
+            then if it is None; at most 512.
+        prompt_logprobs: the same as ``logprobs`` for the tokens of the prompt.
         structured: a grammar that the whole answer follows; not together with ``min_tokens`` or
             ``ignore_eos``.
         default_max_tokens: where ``max_tokens`` is None, the output ends after this many tokens or at the end
@@ -128,6 +131,7 @@ class SamplingParams:
     min_tokens: int = 0
     max_tokens: int | None = 16
     logprobs: int | None = None
+    logprob_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     structured: StructuredSpec | None = None
@@ -197,6 +201,7 @@ class SamplingParams:
             ("logit_bias", self.logit_bias),
             ("stop_token_ids", self.stop_token_ids),
             ("allowed_token_ids", self.allowed_token_ids or ()),
+            ("logprob_token_ids", self.logprob_token_ids),
             ("bad_words_ids", [token for word in self.bad_words_ids for token in word]),
             ("bad_words", [token for word in self.bad_sequences for token in word]),
         ):
@@ -283,6 +288,10 @@ class SamplingParams:
             self.allowed_token_ids = check_list("allowed_token_ids", self.allowed_token_ids)
             if not self.allowed_token_ids:
                 raise InvalidRequest("allowed_token_ids must not be empty.", param="allowed_token_ids")
+        self.logprob_token_ids = check_list("logprob_token_ids", self.logprob_token_ids)
+        check_count("logprob_token_ids", self.logprob_token_ids, MAX_LOGPROB_TOKEN_IDS)
+        if self.logprob_token_ids and self.logprobs is None:
+            self.logprobs = 0
         biases = self.logit_bias or {}
         if not isinstance(biases, Mapping):
             raise InvalidRequest("logit_bias must have a number for each token id.", param="logit_bias")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from engine.logprobs import LogprobTensors
@@ -15,15 +15,23 @@ Row = dict[int, TokenLogprob]
 
 
 def token_row(
-    values: LogprobTensors, index: int, token: int, count: int, texts: TokenTexts, *, adds_text: bool = True
+    values: LogprobTensors,
+    index: int,
+    token: int,
+    count: int,
+    texts: TokenTexts,
+    *,
+    wanted: Sequence[int] = (),
+    adds_text: bool = True,
 ) -> Row:
-    """Log-probabilities of one token and its alternatives: the token itself first, then the likeliest.
+    """Log-probabilities of one token and others: the token itself first, then the likeliest, then the wanted.
 
     Args:
         values: on the host.
         index: the token's row of ``values``.
         count: alternatives.
         texts: the sequence so far; the token is added to it.
+        wanted: the tokens of which ``values`` has log-probabilities by id.
         adds_text: whether the token is part of the text, which one that ends an answer is not.
     """
     tops = zip(values.top_ids[index].tolist(), values.top_logprobs[index].tolist(), strict=True)
@@ -32,6 +40,12 @@ def token_row(
         for rank, (other, value) in enumerate(list(tops)[:count], start=1)
         if other != token
     }
+    if wanted:
+        assert values.wanted_logprobs is not None and values.wanted_ranks is not None
+        named = values.wanted_logprobs[index].tolist(), values.wanted_ranks[index].tolist()
+        for other, value, rank in zip(wanted, *named, strict=False):
+            if other != token and other not in others:
+                others[other] = TokenLogprob(value, rank, *texts.look(other))
     text, piece = texts.take(token) if adds_text else (texts.name(token), b"")
     chosen = TokenLogprob(float(values.token_logprobs[index]), int(values.ranks[index]), text, piece)
     return {token: chosen, **others}

@@ -62,7 +62,7 @@ SERVER_FLOORS = [
     ["media"],
     ["pipeline"],
     ["conversations", "messages", "readiness", "responses"],
-    ["vectors"],
+    ["decisions", "vectors"],
     ["routers"],
     ["api"],
     ["in_process", "preflight", "ray_serve"],

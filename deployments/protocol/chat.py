@@ -106,6 +106,8 @@ class ChatCompletionRequest(ConversationBody):
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
+        if self.logprob_token_ids and not self.logprobs:
+            raise InvalidRequest("logprob_token_ids needs logprobs to be true.", param="logprob_token_ids")
         check_verbosity(self.verbosity, "verbosity")
         if self.modalities is not None and set(self.modalities) - {"text"}:
             raise InvalidRequest("modalities can only be text here: there is no audio.", param="modalities")

@@ -51,6 +51,9 @@ class CompletionRequest(GenerationBody):
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest("max_tokens must be at least 1 unless echo is true.", param="max_tokens")
 
+        if self.logprob_token_ids and (self.logprobs is None or self.echo):
+            raise InvalidRequest("logprob_token_ids needs logprobs, and no echo.", param="logprob_token_ids")
+
     @property
     def prompts(self) -> list[str | list[int]]:
         """All prompts, each a text or a list of token ids."""
@@ -80,7 +83,8 @@ class CompletionLogprobs(BaseModel):
     Attributes:
         text_offset: where a token's text begins in the choice's text, in characters.
         token_logprobs, top_logprobs: None for the first token of a prompt, which nothing precedes.
-        top_logprobs: of the likeliest tokens, and of the token itself where it is none of them.
+        top_logprobs: of the likeliest tokens, of ``logprob_token_ids``, and of the token itself where it is
+            none of them.
     """
 
     text_offset: list[int]

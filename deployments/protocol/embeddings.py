@@ -35,10 +35,12 @@ class VectorBody(RequestBody):
         "chat_template": "it is set where the model is configured",
         "embed_dtype": "numbers are float32",
         "endianness": "base64 holds little-endian numbers",
+        "padding": "inputs are never padded",
     }
     DEFAULTS: ClassVar[Mapping[str, Collection[Any]]] = {
         "embed_dtype": ("float32",),
         "endianness": ("native", "little"),
+        "padding": ("do_not_pad",),
     }
     SILENT: ClassVar[Mapping[str, str]] = {
         "priority": "prompts are pooled in the order of their arrival",

@@ -31,6 +31,7 @@ SAMPLING = (
     "ignore_eos",
     "min_tokens",
     "skip_special_tokens",
+    "logprob_token_ids",
     "prompt_logprobs",
     "allowed_token_ids",
     "bad_words",
@@ -141,7 +142,6 @@ class GenerationBody(RequestBody):
         "json_schema": "use response_format",
         "kv_transfer_params": "the stages pass keys and values on by themselves",
         "length_penalty": "beam search is not offered",
-        "logprob_token_ids": "ask for the likeliest tokens at each place",
         "logits_processors": "use logit_bias, allowed_token_ids or bad_words",
         "logits_processor_pattern": "use logit_bias, allowed_token_ids or bad_words",
         "lora_path": "serve the adapter merged into its model",
@@ -152,12 +152,14 @@ class GenerationBody(RequestBody):
         "return_hidden_states": "use /pooling",
         "return_prompt_text": "/tokenize with return_token_strs shows the prompt",
         "return_token_offsets": "log-probabilities come with each token's text",
+        "return_weight_versions": "weights never change while they are served",
         "stop_regex": "use stop",
         "top_n_sigma": _NO_SUCH_SAMPLER,
         "truncate_prompt_tokens": "shorten the prompt",
         "typical_p": _NO_SUCH_SAMPLER,
         "use_beam_search": "beam search is not offered",
         "vllm_xargs": "there are no extensions that take arguments",
+        "watermarking": "answers carry no watermark",
     }
     DEFAULTS: ClassVar[Mapping[str, Collection[Any]]] = {
         "best_of": (1,),
@@ -167,14 +169,19 @@ class GenerationBody(RequestBody):
     }
     SILENT: ClassVar[Mapping[str, str]] = {
         "metadata": "a note for the caller's own records",
+        "mm_payload": "answers hold no pixels",
         "prompt_cache_key": "every prompt is cached; cache_salt keeps callers apart",
         "prompt_cache_options": "every prompt is cached",
         "prompt_cache_retention": "the cache keeps what was used last",
         "request_id": "the header x-request-id names a request",
+        "return_mm_kwargs": "answers hold no pixels",
         "rid": "the header x-request-id names a request",
+        "routed_experts_prompt_start": "answers don't tell the experts of a token",
         "safety_identifier": "a note for the provider's records",
+        "session_id": "requests that begin alike find the same cache without it",
         "spaces_between_special_tokens": "tokens spell themselves",
         "store": "chats and completions are never kept",
+        "stream_interval": "the configuration says how many tokens an event holds at least",
         "truncation_side": "prompts are never cut",
         "user": "a note for the provider's records",
     }
@@ -200,6 +207,7 @@ class GenerationBody(RequestBody):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     skip_special_tokens: bool | None = None
+    logprob_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None

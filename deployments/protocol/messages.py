@@ -118,6 +118,7 @@ class MessagesRequest(MessagesBody):
         **GenerationBody.REFUSED,
         "container": "tools that run on the server are not offered",
         "context_management": "send the messages that the model should see",
+        "logprob_token_ids": "use /v1/chat/completions",
         "mcp_servers": "tools that run on the server are not offered",
         "prompt_logprobs": "use /v1/chat/completions or /v1/completions",
         "return_token_ids": "use /v1/chat/completions or /v1/completions",

@@ -132,5 +132,20 @@ ITEM = _shape(
     summary=_shape("type", "text"),
 )
 
+#: A part of an input or a question of a decision.
+_DECIDED = _shape(*PART.known, "data", **PART.parts)
+
+#: What a decision is about.
+DECISION: Mapping[str, Shape] = {
+    "input": _shape(*ITEM.known, **{**ITEM.parts, "content": _DECIDED, "output": _DECIDED}),
+    "questions": _shape(
+        "type",
+        "name",
+        instructions=_DECIDED,
+        choices=_shape("value", "description"),
+        levels=_shape("label", "description"),
+    ),
+}
+
 #: A query or a document that is scored.
 SCORED = _shape("text", "image", image_url=_ADDRESS, content=PART, multi_modal=PART)

@@ -56,6 +56,7 @@ class ResponsesRequest(ConversationBody):
         "previous_input_messages": "send the items in input",
         "conversation": "send previous_response_id",
         "image": "answers are text",
+        "logprob_token_ids": "use /v1/chat/completions",
         "messages": "send input, or use /v1/chat/completions",
         "moderation": "answers are not moderated here",
         "prompt": "prompt templates are not stored here",

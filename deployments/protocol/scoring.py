@@ -1,6 +1,6 @@
 """Scores of pairs and ranks of documents on the wire."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import AliasChoices, BaseModel, Field, PrivateAttr
@@ -45,9 +45,11 @@ class ScoringBody(RequestBody):
         "max_chunks_per_doc": "cut documents into chunks, and send each",
         "max_tokens_per_doc": "shorten the documents",
         "max_tokens_per_query": "shorten the query",
+        "padding": "texts are never padded",
         "rank_fields": "send the text of each document",
         "truncate_prompt_tokens": "shorten the texts",
     }
+    DEFAULTS: ClassVar[Mapping[str, Collection[Any]]] = {"padding": ("do_not_pad",)}
     SILENT: ClassVar[Mapping[str, str]] = {
         "priority": "prompts are pooled in the order of their arrival",
         "request_id": "the header x-request-id names a request",

@@ -61,8 +61,8 @@ class Encoded:
 
 #: Largest part of an item. A gRPC message holds 4 MiB.
 PIECE_BYTES = 1 << 20
-#: Bytes that a character or a token id takes at most, pickled; and a row of log-probabilities.
-CHARACTER_BYTES, _ROW_BYTES = 5, 1 << 12
+#: Bytes that a character or a token id takes at most, pickled; and a log-probability with its token.
+CHARACTER_BYTES, _LOGPROB_BYTES = 5, 192
 
 #: A :class:`StreamUpdate` as nested tuples; fields in the order of the dataclasses.
 PackedUpdate = tuple[
@@ -114,10 +114,10 @@ def weight(update: StreamUpdate) -> int:
         delta = update.deltas[0]
         if delta.logprobs is None:
             return (len(delta.text) + len(delta.token_ids)) * CHARACTER_BYTES
-    rows = sum(len(delta.logprobs) for delta in update.deltas if delta.logprobs is not None)
-    rows += len(update.prompt_logprobs or ())
+    rows = [row for delta in update.deltas for row in delta.logprobs or ()]
+    values = sum(len(row) for row in [*rows, *(update.prompt_logprobs or ())] if row is not None)
     characters = sum(len(delta.text) + len(delta.token_ids) for delta in update.deltas)
-    return rows * _ROW_BYTES + characters * CHARACTER_BYTES
+    return values * _LOGPROB_BYTES + characters * CHARACTER_BYTES
 
 
 class Assembly:

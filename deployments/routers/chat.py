@@ -22,6 +22,7 @@ from deployments.routers.models import read_request
 from deployments.routers.values import content_logprobs, prompt_row, token_name, usage_body
 from engine.outputs import StreamUpdate
 from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Text
+from engine.sampling_params import SamplingParams
 
 router = APIRouter()
 
@@ -174,7 +175,7 @@ def _whole(answer: Answer, found: WholeAnswer, running: RunningAnswer) -> dict:
         id=answer.id,
         created=answer.created,
         model=answer.model,
-        choices=[_choice(answer, choice, running.params.logprobs or 0) for choice in found.choices],
+        choices=[_choice(answer, choice, running.params) for choice in found.choices],
         usage=usage_body(found.usage, found.reasoning_tokens, running.usage_extras()),
         service_tier=answer.body.service_tier,
         prompt_logprobs=[prompt_row(row) for row in found.prompt_logprobs],
@@ -194,7 +195,7 @@ def _whole(answer: Answer, found: WholeAnswer, running: RunningAnswer) -> dict:
     return response
 
 
-def _choice(answer: Answer, found: FinishedChoice, tops: int) -> wire.Choice:
+def _choice(answer: Answer, found: FinishedChoice, params: SamplingParams) -> wire.Choice:
     message = wire.ChatMessage(content=found.text)
     if found.reasoning:
         message.reasoning_content = message.reasoning = found.reasoning
@@ -209,7 +210,7 @@ def _choice(answer: Answer, found: FinishedChoice, tops: int) -> wire.Choice:
     logprobs = None
     if found.logprobs is not None:
         name = token_name(answer.body)
-        content = content_logprobs(found.token_ids, found.logprobs, tops, name=name)
+        content = content_logprobs(found.token_ids, found.logprobs, params, name=name)
         logprobs = wire.Logprobs(content=content)
     return wire.Choice(
         index=found.index,
@@ -299,8 +300,8 @@ def _delta_events(
         wire.ChunkChoice(index=delta.index, delta=part, logprobs=None, finish_reason=None) for part in deltas
     ]
     if delta.logprobs is not None:
-        tops = running.params.logprobs or 0
-        content = content_logprobs(delta.token_ids, delta.logprobs, tops, name=token_name(answer.body))
+        name = token_name(answer.body)
+        content = content_logprobs(delta.token_ids, delta.logprobs, running.params, name=name)
         choices[0].logprobs = wire.Logprobs(content=content)
     if ids:
         choices[0].token_ids = delta.token_ids

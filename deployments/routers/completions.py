@@ -19,7 +19,7 @@ from deployments.protocol import completions as wire
 from deployments.protocol.usage import usage_extras
 from deployments.report import current_report
 from deployments.routers.models import read_request
-from deployments.routers.values import TokenName, finite, prompt_row, token_name, usage_body
+from deployments.routers.values import TokenName, finite, is_asked, prompt_row, token_name, usage_body
 from deployments.tasks import all_or_none, merged
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage, merge_updates
 from engine.prompt import EngineInput, MediaItem, PagesItem
@@ -293,10 +293,10 @@ def _added(answer: Answer, token: int, row: Mapping[int, TokenLogprob] | None) -
 
 
 def _tops(answer: Answer, own: int, row: Mapping[int, TokenLogprob]) -> dict[str, float]:
-    """The likeliest tokens, and the token itself where it is none of them. Of those with the same text the
-    likeliest."""
-    count = answer.params.logprobs or 0
-    shown = [(token, value) for token, value in row.items() if token == own or (value.rank or 0) <= count]
+    """The tokens that were asked for, and the token itself where it is none of them. Of those with the same
+    text the likeliest."""
+    params = answer.params
+    shown = [(token, value) for token, value in row.items() if token == own or is_asked(token, value, params)]
     shown.sort(key=lambda each: -each[1].logprob)
     found: dict[str, float] = {}
     for token, value in shown:

@@ -82,9 +82,8 @@ async def events_of(
                     read = cuts.cut(read)
                 logprobs: list[Json] = []
                 if read.logprobs is not None:
-                    tops = running.params.logprobs or 0
                     begin = read.num_thought
-                    found = content_logprobs(read.token_ids[begin:], read.logprobs[begin:], tops)
+                    found = content_logprobs(read.token_ids[begin:], read.logprobs[begin:], running.params)
                     logprobs = [entry.model_dump() for entry in found]
                 for event in builder.add(read, logprobs):
                     yield event

@@ -7,6 +7,7 @@ from deployments.protocol.chat import ChatCompletionRequest, ChatLogprob, TopLog
 from deployments.protocol.completions import CompletionRequest
 from deployments.protocol.usage import CompletionTokensDetails, PromptTokensDetails, UsageBody
 from engine.outputs import TokenLogprob, Usage
+from engine.sampling_params import SamplingParams
 
 #: What log-probabilities call a token, given its id.
 TokenName = Callable[[int, TokenLogprob], str]
@@ -46,11 +47,11 @@ def usage_body(usage: Usage, reasoning_tokens: int = 0, extras: Mapping[str, Any
 def content_logprobs(
     token_ids: Sequence[int],
     rows: Sequence[Mapping[int, TokenLogprob]],
-    count: int,
+    params: SamplingParams,
     *,
     name: TokenName = token_text,
 ) -> list[ChatLogprob]:
-    """Each token of the content with the ``count`` likeliest tokens at its position.
+    """Each token of the content with the tokens at its position that ``params`` ask for.
 
     Tokens that add nothing to the content, such as the one that ends it, are left out: bytes and texts join
     up to the content.
@@ -59,14 +60,15 @@ def content_logprobs(
     for token, row in zip(token_ids, rows, strict=False):
         if not row[token].bytes:
             continue
-        tops = [
-            _top(other, value, name)
-            for other, value in row.items()
-            if value.rank is not None and value.rank <= count
-        ]
+        tops = [_top(other, value, name) for other, value in row.items() if is_asked(other, value, params)]
         tops.sort(key=lambda top: -top.logprob)
         found.append(ChatLogprob(**_top(token, row[token], name).model_dump(), top_logprobs=tops))
     return found
+
+
+def is_asked(token: int, value: TokenLogprob, params: SamplingParams) -> bool:
+    """Return whether a token is one of the likeliest that ``params`` ask for, or is named there."""
+    return (value.rank or 0) <= (params.logprobs or 0) or token in params.logprob_token_ids
 
 
 def prompt_row(row: Mapping[int, TokenLogprob] | None) -> dict[int, dict[str, Any]] | None:

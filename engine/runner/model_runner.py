@@ -240,7 +240,7 @@ class ModelRunner:
                 self._state.take(slots, tokens, drafts)
             else:
                 self._state.advance(slots, tokens)
-        logprobs = self.sampler.logprobs(logits, tokens, plan)
+        logprobs = self.sampler.logprobs(logits, slots, tokens, plan)
         return LaunchedStep(tokens, logprobs, prompts, idle_wait=self.idle_waits)
 
     def _settle(
@@ -598,7 +598,7 @@ class ModelRunner:
 @lru_cache(256)
 def _captured(plan: SamplingPlan) -> SamplingPlan | None:
     """The plan by which captured graphs sample for ``plan``; None if there is none."""
-    captured = replace(plan, num_logprobs=-1)
+    captured = replace(plan, num_logprobs=-1, wanted_width=0)
     return captured if captured in _CAPTURED_PLANS else None
 
 

@@ -39,6 +39,7 @@ class SamplingPlan:
         bad_words_width: most bad words of several tokens of a row, rounded up alike.
         ngram_width: most tokens of the sequences that a row must not repeat, rounded up alike.
         num_logprobs: alternatives per token, rounded up to 0, 1, 5 or 20; -1 if no row wants any.
+        wanted_width: most tokens whose log-probabilities a row wants by id, rounded up to a power of two.
     """
 
     random: bool = False
@@ -51,6 +52,7 @@ class SamplingPlan:
     bad_words_width: int = 0
     ngram_width: int = 0
     num_logprobs: int = -1
+    wanted_width: int = 0
 
     @property
     def all_greedy(self) -> bool:
@@ -197,9 +199,17 @@ class Sampler:
         if plan.penalties:
             self._states.penalties.advance(slots, tokens, torch.ones_like(slots))
 
-    def logprobs(self, logits: Tensor, sampled: Tensor, plan: SamplingPlan) -> LogprobTensors | None:
-        """Log-probabilities of raw ``logits`` (N, V), with ``plan.num_logprobs`` alternatives per row."""
-        return compute_logprobs(logits, sampled, plan.num_logprobs) if plan.num_logprobs >= 0 else None
+    def logprobs(
+        self, logits: Tensor, slots: Tensor, sampled: Tensor, plan: SamplingPlan
+    ) -> LogprobTensors | None:
+        """Log-probabilities of raw ``logits`` (N, V), with ``plan.num_logprobs`` alternatives per row; other
+        arguments as for :meth:`sample`, whose result is ``sampled``."""
+        if plan.num_logprobs < 0:
+            return None
+        wanted = None
+        if plan.wanted_width:
+            wanted = self._states.wanted_ids.tensor[:, : plan.wanted_width][slots]
+        return compute_logprobs(logits, sampled, plan.num_logprobs, wanted)
 
     def _process(
         self,
@@ -281,6 +291,7 @@ def _plan_of(params: SamplingParams, stop_ids: frozenset[int], vocab_size: int) 
         num_logprobs=-1
         if params.logprobs is None
         else next(k for k in (0, 1, 5, 20) if k >= params.logprobs),
+        wanted_width=_round_up(len(params.logprob_token_ids)),
     )
 
 

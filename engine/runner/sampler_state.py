@@ -14,6 +14,7 @@ from engine.sampling_params import (
     MAX_BAD_WORD_TOKENS,
     MAX_BEGIN_SUPPRESS,
     MAX_LOGIT_BIAS,
+    MAX_LOGPROB_TOKEN_IDS,
     MAX_STOP_TOKEN_IDS,
     SamplingParams,
 )
@@ -135,6 +136,7 @@ class SlotStates:
         allowed: (R, ceil(V / 32)) int32 bitmask.
         bad_prefixes, bad_last: (R, 128, 15) int32 and (R, 128) int64, see ``forbid_bad_words``.
         recent: (R, 15) int32, latest tokens of the slots that have bad words.
+        wanted_ids: (R, 512) int64, tokens whose log-probabilities are wanted; 0 where there is none.
     """
 
     def __init__(self, max_slots: int, vocab_size: int, device: torch.device) -> None:
@@ -154,11 +156,13 @@ class SlotStates:
         self.bad_prefixes = table(MAX_BAD_SEQUENCES, BAD_PREFIX, fill=-1, dtype=np.int32)
         self.bad_last = table(MAX_BAD_SEQUENCES, fill=-1, dtype=np.int64)
         self.recent = table(BAD_PREFIX, fill=-2, dtype=np.int32)
+        self.wanted_ids = table(MAX_LOGPROB_TOKEN_IDS, fill=0, dtype=np.int64)
         self.penalties = PenaltyCounts(rows, vocab_size, device)
         self.history = TokenHistory(rows, device)
         self._tables = (
             *(self.floats, self.ints, self.early_ids, self.early_until, self.bias_ids, self.bias_values),
-            *(self.allowed, self.bad_prefixes, self.bad_last, self.recent, self.penalties, self.history),
+            *(self.allowed, self.bad_prefixes, self.bad_last, self.recent, self.wanted_ids),
+            *(self.penalties, self.history),
         )
         # The padded row, and every slot before its first admission, must exist.
         self.floats.write(max_slots, np.empty(0, dtype=np.float32))
@@ -194,6 +198,8 @@ class SlotStates:
             self.early_ids.reset(slot)
         self._write_bias(slot, params)
         self._write_allowed(slot, params)
+        if params.logprob_token_ids:
+            self.wanted_ids.write(slot, np.array(params.logprob_token_ids, dtype=np.int64))
         tokens = [*prompt_ids, *output_ids] if params.no_repeat_ngram_size else ()
         self.history.write(slot, params.no_repeat_ngram_size, tokens)
         self._write_bad_words(slot, params, [*prompt_ids[-BAD_PREFIX:], *output_ids[-BAD_PREFIX:]])

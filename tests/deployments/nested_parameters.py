@@ -45,6 +45,9 @@ _FILLED: dict[str, dict[str, Any]] = {
         }
     },
     "document": {"source": {"type": "base64", "media_type": "application/pdf", "data": _PDF_DATA}},
+    # One of their kind would be refused.
+    "choice": {"choices": [{"value": "x"}, {"value": "y"}]},
+    "score": {"levels": [{"label": "x"}, {"label": "y"}]},
 }
 
 

@@ -12,12 +12,14 @@ from typing import Any, get_type_hints
 import anthropic.types.message_create_params
 import openai.types.chat.completion_create_params
 import openai.types.completion_create_params
+import openai.types.decision_create_params
 import openai.types.embedding_create_params
 import openai.types.responses.response_create_params
 
 from deployments.protocol.base import RequestBody, known_fields
 from deployments.protocol.chat import ChatCompletionRequest
 from deployments.protocol.completions import CompletionRequest
+from deployments.protocol.decisions import DecisionRequest
 from deployments.protocol.embeddings import EmbeddingRequest, PoolingRequest
 from deployments.protocol.messages import MessagesRequest
 from deployments.protocol.responses import ResponsesRequest
@@ -91,6 +93,8 @@ NESTED: Mapping[str, tuple[str, str]] = {
     ".output_schema": ("no effect", "models are not shown it"),
     "<function>.async": ("no effect", "a result may come with any later request"),
     "<custom>.async": ("no effect", "a result may come with any later request"),
+    "<custom_tool_call>.status": ("no effect", "items are taken as they are"),
+    "<custom_tool_call_output>.status": ("no effect", "items are taken as they are"),
     "<custom_tool_call>.async": ("no effect", "items are taken as they are"),
     "<custom_tool_call>.caller": ("no effect", "only models call functions"),
     "<custom_tool_call_output>.id": ("no effect", "items are known by their place"),
@@ -132,6 +136,25 @@ KINDS: Mapping[str, tuple[str, ...]] = {
         "url_citation",
         "container_file_citation",
         "file_path",
+    ),
+    "/v1/decisions": (
+        "user",
+        "developer",
+        "system",
+        "assistant",
+        "message",
+        "input_text",
+        "input_image",
+        "input_json",
+        "output_text",
+        "refusal",
+        "function_call",
+        "function_call_output",
+        "custom_tool_call",
+        "custom_tool_call_output",
+        "predicate",
+        "choice",
+        "score",
     ),
     "/v1/messages": (
         "user",
@@ -182,6 +205,11 @@ LIMITS: Mapping[str, Mapping[str, str]] = {
         "most 20 digits in a row",
         "truncation": "with `auto` too, a conversation that is too long is refused, never cut",
     },
+    "/v1/decisions": {
+        "input": "the last message, if it is the user's, gets the question at its end",
+        "questions": "each choice is named by one token: a letter, or of more than 26 two letters, as far as "
+        "the tokenizer has them; images of questions count with those of the input",
+    },
     "/v1/messages": {
         "max_tokens": "more than the context has room for is cut to what is left",
         "thinking": "off unless it is asked for",
@@ -192,46 +220,54 @@ LIMITS: Mapping[str, Mapping[str, str]] = {
 _CHATS = "/v1/chat/completions"
 
 #: The release of vLLM whose server takes these parameters.
-VLLM_VERSION = "0.26.0"
+VLLM_VERSION = "0.33.0"
 
 #: What vLLM's server takes beside the parameters of OpenAI's types, by endpoint.
 VLLM: Mapping[str, str] = {
-    "/v1/chat/completions": """add_generation_prompt add_special_tokens allowed_token_ids bad_words
-        cache_salt chat_template chat_template_kwargs continue_final_message documents
+    "/v1/chat/completions": """add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt
+        chat_template chat_template_kwargs continue_final_message documents
         ec_transfer_params echo ignore_eos include_reasoning include_stop_str_in_output
         kv_transfer_params length_penalty logprob_token_ids media_io_kwargs min_p min_tokens
-        mm_processor_kwargs priority prompt_logprobs repetition_detection repetition_penalty request_id
-        return_prompt_text return_token_ids return_token_offsets return_tokens_as_token_ids
-        skip_special_tokens spaces_between_special_tokens stop_token_ids structured_outputs
+        mm_payload mm_processor_kwargs priority prompt_logprobs repetition_detection
+        repetition_penalty request_id return_mm_kwargs return_prompt_text return_token_ids
+        return_token_offsets return_tokens_as_token_ids return_weight_versions
+        routed_experts_prompt_start session_id skip_special_tokens
+        spaces_between_special_tokens stop_token_ids stream_interval structured_outputs
         thinking_token_budget top_k truncate_prompt_tokens truncation_side use_beam_search
-        vllm_xargs""",
+        vllm_xargs watermarking""",
     "/v1/responses": """cache_salt chat_template_kwargs ec_transfer_params enable_response_messages
-        frequency_penalty ignore_eos include_reasoning include_stop_str_in_output kv_transfer_params
-        logit_bias media_io_kwargs mm_processor_kwargs presence_penalty previous_input_messages priority
-        repetition_penalty request_id seed skip_special_tokens stop structured_outputs top_k
-        vllm_xargs""",
+        frequency_penalty ignore_eos include_reasoning include_stop_str_in_output
+        kv_transfer_params logit_bias media_io_kwargs min_p mm_payload mm_processor_kwargs
+        presence_penalty previous_input_messages priority repetition_penalty request_id
+        return_mm_kwargs seed session_id skip_special_tokens spaces_between_special_tokens
+        stop stop_token_ids structured_outputs top_k vllm_xargs watermarking""",
     "/v1/completions": """add_special_tokens allowed_token_ids bad_words cache_salt ec_transfer_params
-        ignore_eos include_stop_str_in_output kv_transfer_params length_penalty logprob_token_ids min_p
-        min_tokens priority prompt_embeds prompt_logprobs repetition_detection repetition_penalty
-        request_id response_format return_token_ids return_token_offsets return_tokens_as_token_ids
-        skip_special_tokens spaces_between_special_tokens stop_token_ids structured_outputs
+        ignore_eos include_stop_str_in_output kv_transfer_params length_penalty
+        logprob_token_ids min_p min_tokens mm_payload priority prompt_embeds prompt_logprobs
+        repetition_detection repetition_penalty request_id response_format return_mm_kwargs
+        return_token_ids return_token_offsets return_tokens_as_token_ids
+        return_weight_versions routed_experts_prompt_start session_id skip_special_tokens
+        spaces_between_special_tokens stop_token_ids stream_interval structured_outputs
         thinking_token_budget top_k truncate_prompt_tokens truncation_side use_beam_search
-        vllm_xargs""",
+        vllm_xargs watermarking""",
     "/v1/embeddings": """add_generation_prompt add_special_tokens cache_salt chat_template
-        chat_template_kwargs continue_final_message embed_dtype endianness media_io_kwargs messages
-        mm_processor_kwargs priority request_id truncate_prompt_tokens truncation_side
-        use_activation""",
-    "/v1/messages": "ec_transfer_params kv_transfer_params",
+        chat_template_kwargs continue_final_message embed_dtype endianness media_io_kwargs
+        messages mm_processor_kwargs padding priority request_id truncate_prompt_tokens
+        truncation_side use_activation""",
+    "/v1/messages": """cache_salt chat_template_kwargs ec_transfer_params kv_transfer_params mm_payload
+        return_mm_kwargs temperature top_k top_p vllm_xargs watermarking""",
+    "/v1/decisions": "cache_salt joint",
     "/pooling": """add_generation_prompt add_special_tokens cache_salt chat_template
-        chat_template_kwargs continue_final_message dimensions embed_dtype encoding_format endianness
-        input media_io_kwargs messages mm_processor_kwargs model priority request_id task
-        truncate_prompt_tokens truncation_side use_activation user""",
+        chat_template_kwargs continue_final_message dimensions embed_dtype encoding_format
+        endianness input media_io_kwargs messages mm_processor_kwargs model padding priority
+        request_id task truncate_prompt_tokens truncation_side use_activation user""",
     "/v1/score": """cache_salt chat_template_kwargs data_1 data_2 documents instruction items
-        max_tokens_per_doc max_tokens_per_query mm_processor_kwargs model priority queries request_id
-        text_1 text_2 truncate_prompt_tokens truncation_side use_activation user""",
+        max_tokens_per_doc max_tokens_per_query mm_processor_kwargs model padding priority
+        queries request_id text_1 text_2 truncate_prompt_tokens truncation_side
+        use_activation user""",
     "/v1/rerank": """cache_salt chat_template_kwargs documents instruction max_tokens_per_doc
-        max_tokens_per_query mm_processor_kwargs model priority query request_id top_n
-        truncate_prompt_tokens truncation_side use_activation user""",
+        max_tokens_per_query mm_processor_kwargs model padding priority query request_id
+        top_n truncate_prompt_tokens truncation_side use_activation user""",
     "/tokenize": """add_generation_prompt add_special_tokens chat_template chat_template_kwargs
         continue_final_message media_io_kwargs messages mm_processor_kwargs model prompt
         return_token_strs tools""",
@@ -360,6 +396,12 @@ ENDPOINTS = [
         "/v1/embeddings",
         (openai.types.embedding_create_params.EmbeddingCreateParams,),
         EmbeddingRequest,
+    ),
+    Parameters(
+        "openai",
+        "/v1/decisions",
+        (openai.types.decision_create_params.DecisionCreateParams,),
+        DecisionRequest,
     ),
     Parameters(
         "anthropic",

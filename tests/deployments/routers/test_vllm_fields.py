@@ -73,6 +73,50 @@ async def test_log_probabilities_name_tokens_by_their_ids(http):
     assert "".join(plain["choices"][0]["logprobs"]["tokens"]) == choice["text"]
 
 
+async def test_log_probabilities_of_tokens_by_id(http):
+    """Those of tokens that are unlikely too, streamed and whole, in both forms."""
+    asked = {"return_tokens_as_token_ids": True}
+    wanted = {**asked, "logprobs": True, "top_logprobs": 1, "max_tokens": 3}
+    _, most = await post(http, "/v1/chat/completions", **CHAT, **{**wanted, "top_logprobs": 20})
+    tops = most["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    ids = [*(int(tops[rank]["token"].removeprefix("token_id:")) for rank in (3, 10, 3)), 600, 601]
+    names = {f"token_id:{token}" for token in ids}
+    _, made = await post(http, "/v1/chat/completions", **CHAT, **wanted, logprob_token_ids=ids)
+    known = 0
+    for row, likeliest in zip(
+        *(each["choices"][0]["logprobs"]["content"] for each in (made, most)), strict=True
+    ):
+        tops = {top["token"]: top["logprob"] for top in row["top_logprobs"]}
+        assert tops.keys() == names | {likeliest["top_logprobs"][0]["token"]}
+        both = {top["token"]: top["logprob"] for top in likeliest["top_logprobs"] if top["token"] in names}
+        assert {name: tops[name] for name in both} == pytest.approx(both, abs=1e-4)
+        known += len(both)
+    assert known >= 2
+    response = await http.post(
+        "/v1/chat/completions", json={**CHAT, **wanted, "logprob_token_ids": ids, "stream": True}
+    )
+    events = [json.loads(line[6:]) for line in response.text.splitlines() if line[6:].startswith("{")]
+    rows = [
+        row for e in events for c in e["choices"] for row in (c["logprobs"] or {"content": []})["content"]
+    ]
+    assert rows == made["choices"][0]["logprobs"]["content"]
+    given = {"model": "pocket", "prompt": "a red", "temperature": 0, "max_tokens": 2, "logprobs": 0, **asked}
+    _, made = await post(http, "/v1/completions", **given, logprob_token_ids=ids)
+    for token, tops in zip(
+        *(made["choices"][0]["logprobs"][n] for n in ("tokens", "top_logprobs")), strict=True
+    ):
+        assert tops.keys() == names | {token}
+    for path, fields in (
+        ("/v1/chat/completions", {**CHAT, "logprob_token_ids": ids}),
+        ("/v1/chat/completions", {**CHAT, "logprobs": True, "logprob_token_ids": [100_000]}),
+        ("/v1/chat/completions", {**CHAT, "logprobs": True, "logprob_token_ids": [5] * 513}),
+        ("/v1/completions", {"model": "pocket", "prompt": "a", "logprob_token_ids": ids}),
+        ("/v1/completions", {**given, "logprob_token_ids": ids, "echo": True}),
+    ):
+        status, made = await post(http, path, **fields)
+        assert (status, made["error"]["param"]) == (400, "logprob_token_ids")
+
+
 async def test_a_streamed_completion_begins_with_the_ids_of_its_prompt(http):
     given = {"model": "pocket", "prompt": ["a red", "a"], "temperature": 0, "max_tokens": 3}
     given |= {"return_token_ids": True}

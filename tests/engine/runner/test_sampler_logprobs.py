@@ -38,5 +38,27 @@ def test_plan_says_how_many():
         sampler.admit(slot, SamplingParams(logprobs=k), [], [], seed=0, stop_ids=frozenset())
     assert [sampler.plan([slot]).num_logprobs for slot in range(4)] == [-1, 0, 5, 20]
     logits, tokens = torch.randn(2, 30), torch.tensor([3, 4])
-    assert sampler.logprobs(logits, tokens, sampler.plan([0])) is None
-    assert sampler.logprobs(logits, tokens, sampler.plan([0, 2])).top_ids.shape == (2, 5)
+    assert sampler.logprobs(logits, torch.tensor([0, 0]), tokens, sampler.plan([0])) is None
+    found = sampler.logprobs(logits, torch.tensor([0, 2]), tokens, sampler.plan([0, 2]))
+    assert found.top_ids.shape == (2, 5) and found.wanted_logprobs is None
+
+
+def test_each_slot_has_the_log_probabilities_of_the_tokens_that_it_names():
+    sampler, named = Sampler(4, 30, "cpu"), {0: [7, 3, 29], 1: [], 2: [5, 5, 0, 8, 9]}
+    for slot, ids in named.items():
+        params = SamplingParams(logprob_token_ids=ids, logprobs=None if ids else 1)
+        sampler.admit(slot, params, [], [], seed=0, stop_ids=frozenset())
+    sampler.flush()
+    # Equal logits share the best rank; a slot may have several rows.
+    logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(8)).round(decimals=1)
+    slots = torch.tensor([2, 0, 1, 0, 2])
+    plan = sampler.plan([0, 1, 2])
+    assert (plan.num_logprobs, plan.wanted_width) == (1, 8)
+    found = sampler.logprobs(logits, slots, torch.zeros(5, dtype=torch.long), plan)
+    exact = torch.log_softmax(logits.double(), dim=-1)
+    for row, slot in enumerate(slots.tolist()):
+        for place, token in enumerate(named[slot]):
+            assert found.wanted_logprobs[row, place].item() == pytest.approx(
+                exact[row, token].item(), abs=1e-5
+            )
+            assert found.wanted_ranks[row, place] == 1 + (logits[row] > logits[row, token]).sum()
