@@ -73,6 +73,7 @@ class RunningAnswer:
 
     Attributes:
         prompt_token_ids: of the whole prompt.
+        prompt_text: what the chat template wrote, in which each image is its placeholder.
         params: how it is sampled.
         updates: what the engine gives; refusals and failures are raised under the caller's field names.
         reader: parses the updates.
@@ -81,6 +82,7 @@ class RunningAnswer:
     """
 
     prompt_token_ids: list[int]
+    prompt_text: str
     params: SamplingParams
     updates: AsyncGenerator[StreamUpdate, None]
     reader: AnswerReader
@@ -171,7 +173,9 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
         pipeline.builder.tokenizer,
         shows_thoughts=given.include_reasoning,
     )
-    return RunningAnswer(prompt.inputs.token_ids, params, updates, reader, relay, given.include_timings)
+    return RunningAnswer(
+        prompt.inputs.token_ids, text or "", params, updates, reader, relay, given.include_timings
+    )
 
 
 def _is_short(given: Conversation, messages: Sequence[Message], sources: Sequence[MediaSource]) -> bool:

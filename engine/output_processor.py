@@ -243,6 +243,10 @@ class OutputProcessor:
             group.usage.cached_tokens = request.num_cached or 0
         group.usage.completion_tokens += 1
         text = ""
+        if sequence.watch is not None and sequence.watch.add(token) and reason is None:
+            # Behind what another engine made, too, and not within the tokens that must come.
+            made = sequence.detokenizer.num_tokens_consumed + 1
+            reason = "repetition" if made >= request.params.min_tokens else None
         adds_text = reason != "stop" or request.params.include_stop_str_in_output
         if adds_text:
             text = sequence.detokenizer.append_one(token)
@@ -255,6 +259,8 @@ class OutputProcessor:
             delta.finish_reason = reason
             if reason == "stop" and token in request.params.stop_token_ids:
                 delta.stop_reason = token
+            elif reason == "repetition":
+                delta.stop_reason = "repetition_detected"
         sequence.give(delta, text)
         sequence.done = delta.finish_reason is not None
         count = request.params.logprobs

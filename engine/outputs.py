@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 
 T = TypeVar("T")
 
@@ -40,7 +40,8 @@ class OutputDelta:
         token_ids: all tokens since the last delta.
         logprobs: per token a map of token id to log-probability, the sampled token first; None if not asked.
         finish_reason: set on the last delta of the sequence.
-        stop_reason: the stop string or stop token id that ended it; with the finish reason ``error`` a
+        stop_reason: the stop string or stop token id that ended it; ``repetition_detected`` with the finish
+            reason ``repetition``; with the finish reason ``error`` a
             sentence that says why no token could follow.
     """
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from engine.outputs import OutputDelta, StreamUpdate, Usage
 from engine.progress import ChoiceProgress, Progress
+from engine.repetition import RepetitionWatch
 from engine.request import Request
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.token_texts import TokenTexts
@@ -28,6 +29,7 @@ class ChoiceText:
         num_characters: of the text so far.
         num_given: characters at the text's beginning that the caller has from another engine.
         plain: a token adds its text and nothing else, unless it ends the text: the usual, kept cheap.
+        watch: looks for repetitions; None if they don't end the text.
         done: nothing will follow.
     """
 
@@ -39,6 +41,7 @@ class ChoiceText:
     num_characters: int = 0
     num_given: int = 0
     plain: bool = False
+    watch: RepetitionWatch | None = None
     done: bool = False
 
     @classmethod
@@ -57,14 +60,20 @@ class ChoiceText:
         found = cls(request.choice, request, detokenizer, TokenTexts(tokenizer, skipped=skipped))
         if params.stop and params.logprobs is not None:
             found.unsettled = UnsettledRows()
+        if params.repetition_detection is not None:
+            found.watch = RepetitionWatch(params.repetition_detection)
         for token in known.token_ids:
             found._pass_over(token)
         found.num_given = known.num_characters
-        found.plain = not params.stop and params.logprobs is None and not known.num_characters
+        found.plain = (
+            not params.stop and params.logprobs is None and found.watch is None and not known.num_characters
+        )
         return found
 
     def _pass_over(self, token: int) -> None:
         self.num_characters += len(self.detokenizer.append_one(token))
+        if self.watch is not None:
+            self.watch.add(token)
         if self.request.params.logprobs is not None:
             text, piece = self.texts.take(token)
             if self.unsettled is not None:

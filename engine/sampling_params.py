@@ -20,6 +20,7 @@ from engine.param_checks import (
     shown,
     token_id,
 )
+from engine.repetition import RepetitionDetection
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy: noise would be lost in the rounding of ``logit / temperature``."""
@@ -104,6 +105,8 @@ class SamplingParams:
         max_length: likewise, after this many tokens of prompt and output. A prompt that long is no fault; it
             has no limit but the context.
         min_length: EOS and stop ids are masked until prompt and output have this many tokens.
+        repetition_detection: ends the output with the reason ``repetition`` once it repeats itself, but not
+            before ``min_tokens``; its fields may be given by name.
         any_end: where a grammar allows nothing but several tokens that end the answer, one is taken without a
             step that samples it: for those who see texts, in which none of them stands.
     """
@@ -138,6 +141,7 @@ class SamplingParams:
     default_max_tokens: int | None = None
     max_length: int | None = None
     min_length: int = 0
+    repetition_detection: RepetitionDetection | None = None
     any_end: bool = False
     _bad_sequences: list[list[int]] | None = field(default=None, repr=False)
     _from_checkpoint: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
@@ -148,6 +152,7 @@ class SamplingParams:
         self._check_lengths()
         self._check_texts()
         self._check_token_lists()
+        self.repetition_detection = RepetitionDetection.of(self.repetition_detection)
         if self.structured is not None:
             self._check_structured(self.structured)
 

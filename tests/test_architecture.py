@@ -21,7 +21,7 @@ FLOORS = [
         *("graphs", "logprobs", "outputs", "param_checks", "parsers", "prompt", "kernels", "watchdog"),
         *("startup", "helpers", "lru", "goal_queue", "transfers", "turns", "settings"),
     ],
-    ["distributed"],
+    ["distributed", "repetition"],
     [
         *("config", "generation_config", "sampling_params", "pooling_params"),
         *("checkpoint", "text", "mailbox", "media", "metrics", "layers", "progress"),

@@ -82,6 +82,7 @@ class ChatCompletionRequest(ConversationBody):
     logprobs: bool = False
     top_logprobs: int | None = None
     return_tokens_as_token_ids: bool = False
+    return_prompt_text: bool = False
     tools: Any = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
@@ -263,6 +264,7 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str | None = None
     prompt_logprobs: list[dict[int, Any] | None] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_text: str | None = None
 
 
 class Delta(BaseModel):
@@ -294,3 +296,4 @@ class ChatCompletionChunk(BaseModel):
     usage: UsageBody | None = None
     service_tier: str | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_text: str | None = None

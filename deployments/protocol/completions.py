@@ -27,6 +27,7 @@ class CompletionRequest(GenerationBody):
         "mm_processor_kwargs": "prompts hold no media; use /v1/chat/completions",
         "prompt_embeds": "send text or token ids",
         "thinking_token_budget": "use /v1/chat/completions",
+        "return_prompt_text": "it is the prompt that was sent",
         "suffix": "write both texts into the prompt, in the form that the model was trained on",
         "tools": "use /v1/chat/completions",
     }

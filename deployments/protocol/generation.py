@@ -124,6 +124,14 @@ class StreamOptions(Part):
     event_ids: bool = False
 
 
+class RepetitionOptions(Part):
+    """See :class:`~engine.repetition.RepetitionDetection`."""
+
+    max_pattern_size: int = 0
+    min_pattern_size: int = 0
+    min_count: int = 0
+
+
 class GenerationBody(RequestBody):
     """Fields that completions and chats share. Ranges are checked by
     :class:`~engine.sampling_params.SamplingParams`."""
@@ -148,9 +156,7 @@ class GenerationBody(RequestBody):
         "mirostat": _NO_SUCH_SAMPLER,
         "no_stop_trim": "use include_stop_str_in_output",
         "regex": "use structured_outputs.regex",
-        "repetition_detection": "use repetition_penalty or no_repeat_ngram_size",
         "return_hidden_states": "use /pooling",
-        "return_prompt_text": "/tokenize with return_token_strs shows the prompt",
         "return_token_offsets": "log-probabilities come with each token's text",
         "return_weight_versions": "weights never change while they are served",
         "stop_regex": "use stop",
@@ -222,6 +228,7 @@ class GenerationBody(RequestBody):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    repetition_detection: RepetitionOptions | None = None
     return_token_ids: bool = False
     include_timings: bool = False
     priority: int = Field(default=0, ge=-(1 << 31), lt=1 << 31)
@@ -259,6 +266,8 @@ class GenerationBody(RequestBody):
             # The smallest set of likely tokens is the likeliest alone.
             found |= {"top_p": None, "temperature": 0.0}
         found = {name: value for name, value in found.items() if value is not None}
+        if self.repetition_detection is not None:
+            found["repetition_detection"] = self.repetition_detection.model_dump()
         found["any_end"] = not (self.return_token_ids or self.include_stop_str_in_output)
         return SamplingParams.from_defaults({"max_tokens": None, **defaults}, **found)
 

@@ -119,6 +119,8 @@ class MessagesRequest(MessagesBody):
         "container": "tools that run on the server are not offered",
         "context_management": "send the messages that the model should see",
         "logprob_token_ids": "use /v1/chat/completions",
+        "repetition_detection": "use /v1/chat/completions",
+        "return_prompt_text": "/tokenize with return_token_strs shows the prompt",
         "mcp_servers": "tools that run on the server are not offered",
         "prompt_logprobs": "use /v1/chat/completions or /v1/completions",
         "return_token_ids": "use /v1/chat/completions or /v1/completions",

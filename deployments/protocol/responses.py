@@ -57,6 +57,8 @@ class ResponsesRequest(ConversationBody):
         "conversation": "send previous_response_id",
         "image": "answers are text",
         "logprob_token_ids": "use /v1/chat/completions",
+        "repetition_detection": "use /v1/chat/completions",
+        "return_prompt_text": "/tokenize with return_token_strs shows the prompt",
         "messages": "send input, or use /v1/chat/completions",
         "moderation": "answers are not moderated here",
         "prompt": "prompt templates are not stored here",

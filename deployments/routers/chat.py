@@ -98,6 +98,15 @@ class Answer:
             self._call_ids[choice, index] = f"call_{digest[:24]}"
         return self._call_ids[choice, index]
 
+    def prompt_fields(self, running: RunningAnswer) -> dict[str, Any]:
+        """What the request wants to be told of its prompt."""
+        fields: dict[str, Any] = {}
+        if self.body.return_token_ids:
+            fields["prompt_token_ids"] = running.prompt_token_ids
+        if self.body.return_prompt_text:
+            fields["prompt_text"] = running.prompt_text
+        return fields
+
     def finish_reason(self, reason: str | None) -> str | None:
         return "function_call" if reason == "tool_calls" and self.calls_functions else reason
 
@@ -179,10 +188,14 @@ def _whole(answer: Answer, found: WholeAnswer, running: RunningAnswer) -> dict:
         usage=usage_body(found.usage, found.reasoning_tokens, running.usage_extras()),
         service_tier=answer.body.service_tier,
         prompt_logprobs=[prompt_row(row) for row in found.prompt_logprobs],
-        prompt_token_ids=running.prompt_token_ids if answer.body.return_token_ids else None,
+        **answer.prompt_fields(running),
     )
     absent = {"prompt_logprobs"} if running.params.prompt_logprobs is None else set()
-    absent |= {name for name in ("service_tier", "prompt_token_ids") if getattr(completion, name) is None}
+    absent |= {
+        name
+        for name in ("service_tier", "prompt_token_ids", "prompt_text")
+        if getattr(completion, name) is None
+    }
     response = completion.model_dump(exclude=absent)
     for choice in response["choices"]:
         # Fields of thoughts, calls and ids that aren't there are left out.
@@ -261,10 +274,10 @@ async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -
 
 
 def _first_event(answer: Answer, running: RunningAnswer) -> bytes:
-    choices = _beginning(running.params.n)
-    if not answer.body.return_token_ids:
+    choices, fields = _beginning(running.params.n), answer.prompt_fields(running)
+    if not fields:
         return answer.event(choices)
-    before, after = sse.around_choices(answer.chunk([], prompt_token_ids=running.prompt_token_ids))
+    before, after = sse.around_choices(answer.chunk([], **fields))
     return before + choices + after
 
 

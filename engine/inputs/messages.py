@@ -32,6 +32,18 @@ _ROWS_PART = "image_embeds"
 #: Longest ``uuid`` of a part.
 MAX_UUID = 256
 _DOCUMENT_PARTS = ("document_url", "document")
+#: The fields that tell the kind of a part without a type.
+_NAMED_AS_KIND = (
+    "text",
+    "image_url",
+    "image",
+    "video_url",
+    "video",
+    "document_url",
+    "file",
+    _ROWS_PART,
+    "refusal",
+)
 _KEPT = ("name", "tool_call_id", "reasoning_content")
 #: The name of thoughts that newer clients read, and send back.
 _THOUGHT = "reasoning"
@@ -117,6 +129,8 @@ def _part(part: Any, where: str, sources: list[MediaSource]) -> TextPart | Media
     if isinstance(part, str):
         return TextPart(part)
     kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind is None and isinstance(part, Mapping):
+        kind = next((name for name in _NAMED_AS_KIND if name in part), None)
     kind = kind if isinstance(kind, str) else ""
     if kind in _TEXT_PARTS:
         key = _TEXT_PARTS[kind]

@@ -29,8 +29,10 @@ def tokenizer() -> Tokenizer:
 
 
 def groups(tokenizer: Tokenizer) -> list[RequestGroup]:
-    """Two completions of one prompt; with log-probabilities; with a stop string; one that ends early."""
+    """Two completions of one prompt; with log-probabilities; with a stop string; one that ends early; one
+    that ends when it repeats itself."""
     wanted = [{"n": 2}, {"logprobs": 2}, {"stop": [tokenizer.decode([70, 71])[1:]]}, {}]
+    wanted.append({"repetition_detection": {"max_pattern_size": 2, "min_count": 2}})
     found = []
     for index, fields in enumerate(wanted):
         params = SamplingParams(temperature=0.0, max_tokens=24, **fields)
@@ -122,7 +124,7 @@ def test_merged_updates_grow_in_place():
 def test_steps_together_give_what_they_give_one_by_one(tokenizer, seed, sizes, interval):
     apart, counted, stopped = play(tokenizer, seed, [1])
     together, counted_together, stopped_together = play(tokenizer, seed, sizes, interval)
-    assert together.keys() == apart.keys() == {"0", "1", "2", "3"}
+    assert together.keys() == apart.keys() == {"0", "1", "2", "3", "4"}
     for key, update in apart.items():
         other = together[key]
         assert sorted(other.deltas, key=lambda d: d.index) == sorted(update.deltas, key=lambda d: d.index)
@@ -130,6 +132,7 @@ def test_steps_together_give_what_they_give_one_by_one(tokenizer, seed, sizes, i
         assert other.times is not None and update.times is not None, "the first token's time is kept"
     assert sorted(stopped_together) == sorted(stopped)
     assert apart["2"].deltas[0].stop_reason is not None, "the stop string has to come up"
+    assert apart["4"].deltas[0].finish_reason == "repetition"
     for name in ("requests_finished", "completion_tokens"):
         assert counted_together[name] == counted[name]
     assert counted_together["time_between_tokens_s"]["count"] == counted["time_between_tokens_s"]["count"]

@@ -129,6 +129,50 @@ async def test_a_streamed_completion_begins_with_the_ids_of_its_prompt(http):
         assert not any("prompt_token_ids" in choice for choice in found[1:])
 
 
+async def test_an_answer_that_repeats_itself_ends(http):
+    """Also in the middle of tokens that a grammar appends together, and not before min_tokens."""
+    chat = "/v1/chat/completions"
+    _, made = await post(http, "/tokenize", model="pocket", prompt="red")
+    once = {**CHAT, "max_tokens": 30, "return_token_ids": True, "ignore_eos": True}
+    once |= {"allowed_token_ids": made["tokens"][:1]}
+    wanted = {"max_pattern_size": 1, "min_count": 4}
+    for fields, count in (({}, 4), ({"min_tokens": 7}, 7), ({"max_tokens": 3}, 3)):
+        _, made = await post(http, chat, **{**once, **fields}, repetition_detection=wanted)
+        (choice,) = made["choices"]
+        assert len(choice["token_ids"]) == count == made["usage"]["completion_tokens"]
+        ends = ("length", None) if count == 3 else ("repetition", "repetition_detected")
+        assert (choice["finish_reason"], choice["stop_reason"]) == ends
+    forced = {**CHAT, "structured_outputs": {"regex": "(red ){30}"}, "return_token_ids": True}
+    _, whole = await post(http, chat, **forced)
+    _, made = await post(http, chat, **forced, repetition_detection={"max_pattern_size": 9, "min_count": 3})
+    (choice,), ids = made["choices"], whole["choices"][0]["token_ids"]
+    count = len(choice["token_ids"])
+    assert choice["finish_reason"] == "repetition" and choice["token_ids"] == ids[:count]
+    size = count // 3
+    assert ids[count - 3 * size : count] == ids[count - size : count] * 3 and count < len(ids)
+    given = {**forced, "repetition_detection": {"max_pattern_size": 9, "min_count": 3}, "stream": True}
+    response = await http.post(chat, json=given)
+    events = [json.loads(line[6:]) for line in response.text.splitlines() if line[6:].startswith("{")]
+    choices = [choice for event in events for choice in event["choices"]]
+    assert "".join(each["delta"].get("content") or "" for each in choices) == choice["message"]["content"]
+    assert choices[-1]["finish_reason"] == "repetition"
+    status, made = await post(http, chat, **CHAT, repetition_detection={"max_pattern_size": 9})
+    assert (status, made["error"]["param"]) == (400, "repetition_detection.min_count")
+
+
+async def test_a_client_may_see_what_the_template_wrote(http):
+    given = {**CHAT, "messages": PICTURE, "max_tokens": 1, "return_prompt_text": True}
+    _, made = await post(http, "/v1/chat/completions", **given)
+    _, plain = await post(http, "/v1/chat/completions", **{**given, "return_prompt_text": False})
+    assert made["prompt_text"].count("<|image_pad|>") == 1 and "prompt_text" not in plain
+    assert made["prompt_text"].endswith("assistant\n")
+    response = await http.post("/v1/chat/completions", json={**given, "stream": True})
+    events = [json.loads(line[6:]) for line in response.text.splitlines() if line[6:].startswith("{")]
+    assert [event.get("prompt_text") for event in events] == [made["prompt_text"]] + [None] * (
+        len(events) - 1
+    )
+
+
 #: An answer with a thought, on a model that knows none.
 THOUGHTFUL = {
     "structured_outputs": {"grammar": 'start: "<think>" /[a-f]{6}/ "</think>" /[a-f]{6}/'},

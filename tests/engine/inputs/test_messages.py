@@ -110,7 +110,8 @@ def test_function_calls_in_the_older_form_are_tool_calls():
         ([{"role": "user", "content": {"type": "text"}}], "messages[0].content"),
         ([{"role": "user", "content": "x", "name": 1}], "messages[0].name"),
         (user({"type": "text", "text": "a"}, {"type": "text"}), "messages[0].content[1].text"),
-        (user({"text": "a"}), "messages[0].content[0].type"),
+        (user({"texts": "a"}), "messages[0].content[0].type"),
+        (user({"text": 7}), "messages[0].content[0].text"),
         (user({"type": ["text"]}), "messages[0].content[0].type"),
         (user(None), "messages[0].content[0].type"),
         (user({"type": "audio"}), "messages[0].content[0].type"),
@@ -180,6 +181,15 @@ def test_arguments_that_a_model_has_broken_off_stay_text(arguments):
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
     (message,), _ = parse_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
     assert message.extra["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+def test_a_part_without_a_type_is_what_its_field_says():
+    """vLLM's server takes such parts."""
+    url = "https://example.com/a"
+    parts = [{"text": "x"}, {"image_url": {"url": url}}, {"image_url": url, "uuid": "u"}, {"video_url": url}]
+    typed = [{"type": next(iter(part)), **part} for part in parts]
+    found, wanted = (parse_messages([{"role": "user", "content": each}]) for each in (parts, typed))
+    assert found == wanted and [source.kind for source in found[1]] == ["image", "image", "video"]
 
 
 def test_a_thought_is_taken_under_both_of_its_names():
