@@ -66,7 +66,7 @@ SERVER_FLOORS = [
     ["routers"],
     ["api"],
     ["in_process", "preflight", "ray_serve"],
-    ["app"],
+    ["app", "batch"],
 ]
 
 #: The engine's modules that deployments may import.
@@ -145,13 +145,14 @@ NEVER_LOADED = {
 MAY_LOAD = {
     "torch": {
         "deployments.app",
+        "deployments.batch",
         "deployments.encoder",
         "deployments.in_process",
         "deployments.language_model",
         "deployments.ray_serve.hosts",
         "deployments.ray_serve.replicas",
     },
-    "ray": {"deployments.app", "deployments.preflight", "deployments.ray_serve"},
+    "ray": {"deployments.app", "deployments.batch", "deployments.preflight", "deployments.ray_serve"},
 }
 
 Imports = Mapping[str, frozenset[str]]
