@@ -71,9 +71,15 @@ def total_usage(outputs: list[EmbeddingOutput]) -> Usage:
     return sum((output.usage for output in outputs), Usage())
 
 
-def encoded(vector: np.ndarray) -> str:
-    """Base64 of little-endian float32."""
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+def encoded(vector: np.ndarray, body: VectorBody) -> str:
+    """Base64 of numbers in the dtype and byte order that ``body`` asks for."""
+    found = vector.astype(np.float16 if body.embed_dtype == "float16" else np.float32)
+    if body.embed_dtype == "bfloat16":
+        # The upper half of a float32, rounded to the nearest, ties to even.
+        bits = found.view(np.uint32)
+        found = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    ordered = found.dtype.newbyteorder(">" if body.endianness == "big" else "<")
+    return base64.b64encode(found.astype(ordered).tobytes()).decode()
 
 
 async def chat_prompt(

@@ -33,13 +33,9 @@ class VectorBody(RequestBody):
     TASKS: ClassVar[tuple[str, ...]] = ("embed",)
     REFUSED: ClassVar[Mapping[str, str]] = {
         "chat_template": "it is set where the model is configured",
-        "embed_dtype": "numbers are float32",
-        "endianness": "base64 holds little-endian numbers",
         "padding": "inputs are never padded",
     }
     DEFAULTS: ClassVar[Mapping[str, Collection[Any]]] = {
-        "embed_dtype": ("float32",),
-        "endianness": ("native", "little"),
         "padding": ("do_not_pad",),
     }
     SILENT: ClassVar[Mapping[str, str]] = {
@@ -53,6 +49,8 @@ class VectorBody(RequestBody):
     messages: Messages | list[Messages] | None = None
     encoding_format: Literal["float", "base64"] = "float"
     # Beyond OpenAI.
+    embed_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    endianness: Literal["native", "little", "big"] = "native"
     instruction: str | None = Field(default=None, max_length=16384)
     pooling: str = "last"
     normalize: bool | None = None
@@ -96,6 +94,9 @@ class VectorBody(RequestBody):
                 raise unsupported("add_special_tokens", "the chat template writes them")
             if self.truncate_prompt_tokens is not None:
                 raise unsupported("truncate_prompt_tokens", "shorten the messages")
+        for name, usual in (("embed_dtype", ("float32",)), ("endianness", ("native", "little"))):
+            if self.encoding_format != "base64" and getattr(self, name) not in usual:
+                raise InvalidRequest(f"{name} is for encoding_format base64.", param=name)
         if self.normalize is not None and self.use_activation not in (None, self.normalize):
             raise InvalidRequest(
                 "normalize and use_activation contradict each other.", param="use_activation"
@@ -174,7 +175,8 @@ class PoolingRequest(VectorBody):
 
 
 class EmbeddingObject(BaseModel):
-    """One vector: numbers, or base64 of little-endian float32."""
+    """One vector: numbers, or base64 of little-endian float32, unless ``embed_dtype`` and ``endianness`` ask
+    for something else."""
 
     object: Literal["embedding"] = "embedding"
     index: int
@@ -182,8 +184,8 @@ class EmbeddingObject(BaseModel):
 
 
 class PoolingObject(BaseModel):
-    """The vectors of one input: one of numbers, a list of those of its tokens, or base64 of little-endian
-    float32, token after token. ``shape`` tells how to read base64."""
+    """The vectors of one input: one of numbers, a list of those of its tokens, or base64, token after token,
+    as of :class:`EmbeddingObject`. ``shape`` tells how to read base64."""
 
     object: Literal["pooling"] = "pooling"
     index: int

@@ -48,7 +48,7 @@ async def create_embedding(request: Request) -> Response:
 
 def _embedding(output: EmbeddingOutput, body: wire.EmbeddingRequest) -> list[float] | str:
     vector = _shortened(output.embedding, body)
-    return vector if body.encoding_format == "float" else encoded(np.array(vector))
+    return vector if body.encoding_format == "float" else encoded(np.array(vector), body)
 
 
 def _shortened(vector: list[float], body: wire.EmbeddingRequest) -> list[float]:

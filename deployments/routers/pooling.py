@@ -33,7 +33,7 @@ async def pool(request: Request) -> Response:
             id=name,
             created=int(time.time()),
             model=pipeline.name,
-            data=[_object(index, output, body.encoding_format) for index, output in enumerate(outputs)],
+            data=[_object(index, output, body) for index, output in enumerate(outputs)],
             usage=usage_body(total_usage(outputs)),
         )
         return made.model_dump_json().encode()
@@ -42,8 +42,8 @@ async def pool(request: Request) -> Response:
     return Response(await asyncio.to_thread(response), media_type="application/json")
 
 
-def _object(index: int, output: EmbeddingOutput, encoding: str) -> wire.PoolingObject:
+def _object(index: int, output: EmbeddingOutput, body: wire.PoolingRequest) -> wire.PoolingObject:
     found = output.token_embeddings
     array = np.array(output.embedding, np.float32) if found is None else found
-    data = array.tolist() if encoding == "float" else encoded(array)
+    data = array.tolist() if body.encoding_format == "float" else encoded(array, body)
     return wire.PoolingObject(index=index, data=data, shape=list(array.shape))

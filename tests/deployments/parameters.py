@@ -286,11 +286,15 @@ VLLM_LIMITS: Mapping[str, Mapping[str, str]] = {
     "/v1/completions": {"structured_outputs": "without `structural_tag` and `whitespace_pattern`"},
     "/v1/embeddings": {
         "add_special_tokens": "of `input`",
+        "embed_dtype": "`float32`, `float16` or `bfloat16`, in base64",
+        "endianness": "in base64",
         "truncate_prompt_tokens": "of `input`",
         "use_activation": "the same as `normalize`",
     },
     "/pooling": {
         "add_special_tokens": "of `input`",
+        "embed_dtype": "`float32`, `float16` or `bfloat16`, in base64",
+        "endianness": "in base64",
         "task": "`token_embed` or `embed`",
         "truncate_prompt_tokens": "of `input`",
         "use_activation": "the same as `normalize`",

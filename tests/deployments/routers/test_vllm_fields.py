@@ -1,11 +1,14 @@
 """Fields that users of vLLM's server send: they work, or are refused by name."""
 
+import base64
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from deployments.vectors import encoded
 from engine.parsers.formats import REASONING_TAGS
 from tests.deployments.parameters import BODIES
 from tests.deployments.pictures import circle, data_url
@@ -256,6 +259,43 @@ async def test_activation_is_vllms_word_for_length_one(http):
     long, short = await vector(http, input="red", use_activation=False), await vector(http, input="red")
     assert np.linalg.norm(long) > 1.5 and np.linalg.norm(short) == pytest.approx(1, abs=1e-4)
     assert np.allclose(long, await vector(http, input="red", normalize=False), atol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/pooling"])
+async def test_base64_holds_the_numbers_that_were_asked_for(http, path):
+    async def data(**fields):
+        _, made = await post(http, path, model="tests/vectors", input="a red circle", **fields)
+        (found,) = made["data"]
+        return found["embedding" if path == "/v1/embeddings" else "data"]
+
+    exact = torch.tensor(await data())
+    for dtype in ("float32", "float16", "bfloat16"):
+        for order in ("little", "big", "native"):
+            raw = base64.b64decode(await data(encoding_format="base64", embed_dtype=dtype, endianness=order))
+            wanted = exact.to(getattr(torch, dtype))
+            size = wanted.element_size()
+            numbers = np.frombuffer(raw, f"{'>' if order == 'big' else '<'}i{size}").astype(f"i{size}")
+            found = torch.from_numpy(numbers).view(wanted.dtype).view(wanted.shape)
+            # A sum of floats may have other last bits in another batch.
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=2**-7 if size == 2 else 1e-5)
+            if dtype != "float32":
+                assert len(raw) == 2 * exact.numel()
+    for name, value in (("embed_dtype", "float16"), ("endianness", "big"), ("embed_dtype", "int8")):
+        encoding = "base64" if value == "int8" else "float"
+        status, made = await post(
+            http, path, model="tests/vectors", input="a", encoding_format=encoding, **{name: value}
+        )
+        assert (status, made["error"]["param"]) == (400, name)
+
+
+def test_bfloat16_is_rounded_as_torch_does():
+    values = torch.randn(4096, generator=torch.Generator().manual_seed(3)) * 3
+    values[:3] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -0.0])
+    body = BODIES["/v1/embeddings"].read(
+        {"input": "a", "encoding_format": "base64", "embed_dtype": "bfloat16"}
+    )
+    raw = np.frombuffer(base64.b64decode(encoded(values.numpy(), body)), "<i2")
+    assert torch.equal(torch.from_numpy(raw.copy()), values.bfloat16().view(torch.int16))
 
 
 async def test_many_conversations_have_a_vector_each(http):
