@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from engine.settings import Settings
 
@@ -16,6 +17,10 @@ _TASK_NAMES = {"embedding": "embed"}
 _MOST_BLOCKS, _MOST_TOKENS, _MOST_SEQUENCES = (1 << 31) - 1, 1 << 24, 1 << 16
 _INT64 = 1 << 63
 _DTYPE_NAMES = {"half": "float16", "float": "float32"}
+#: vLLM's names of values, by option.
+_VALUE_NAMES = {"kv_cache_dtype": {"fp8_e4m3": "fp8"}, "load_format": {"safetensors": "auto"}}
+#: Forms of quantised weights that a checkpoint states itself, as vLLM names them.
+_STATED_FORMS = ("awq", "gptq", "compressed-tensors", "modelopt", "mxfp4", "nvfp4")
 
 
 class Speculation(Settings):
@@ -90,6 +95,46 @@ class EngineConfig(Settings):
         seed: seed of offline requests that bring none, and of dummy weights.
     """
 
+    #: vLLM's options that its users of vision-language models give.
+    ELSEWHERE: ClassVar[Mapping[str, str]] = {
+        "allowed_media_domains": "fetch.allowed_hosts lists them",
+        "async_scheduling": "run_ahead says how many steps are enqueued",
+        "attention_backend": "kernels are chosen by the GPU",
+        "calculate_kv_scales": "the checkpoint's scales are taken",
+        "cpu_offload_gb": "weights stay on the GPU; tensor_parallel_size splits them",
+        "data_parallel_size": "language_model.num_replicas in a server's configuration has that effect",
+        "disable_log_requests": "logging.level in a server's configuration has that effect",
+        "disable_log_stats": "leave it out",
+        "disable_mm_preprocessor_cache": "preprocessor.cache_bytes: 0 has that effect in a server",
+        "enable_chunked_prefill": "prompts are always computed in chunks",
+        "enable_lora": "serve the adapter merged into its model",
+        "enable_mm_embeds": "image_embeds beside engine in a server's configuration has that effect",
+        "generation_config": "sampling parameters come with requests, or from generation_config.json",
+        "hf_overrides": "change the checkpoint's config.json",
+        "hf_token": "set HF_TOKEN in the environment",
+        "interleave_mm_strings": "images stand where the messages have them",
+        "kv_cache_memory_bytes": "kv_cache_bytes is its name on a CPU; on a GPU num_kv_blocks",
+        "kv_transfer_config": "keys and values stay on their GPU",
+        "language_model_only": "limit_mm_per_prompt: {image: 0, video: 0} refuses media",
+        "max_logprobs": "requests may ask for 20",
+        "media_io_kwargs": "requests may have it",
+        "mm_encoder_tp_mode": "encoder.num_replicas in a server's configuration spreads images over GPUs",
+        "mm_processor_cache_gb": "preprocessor.cache_bytes in a server's configuration bounds what is kept",
+        "mm_processor_cache_type": "preprocessor.cache_bytes in a server's configuration bounds what is kept",
+        "override_generation_config": "sampling parameters come with requests",
+        "pipeline_parallel_size": "tensor_parallel_size splits a model over GPUs",
+        "reasoning_parser": "reasoning_parser beside engine in a server's configuration has that effect",
+        "runner": "task says what a model is for",
+        "convert": "task says what a model is for",
+        "served_model_name": "name beside engine in a server's configuration has that effect",
+        "skip_mm_profiling": "nothing is profiled",
+        "speculative_config": "speculation has the guesses that are offered",
+        "swap_space": "what is preempted is computed again",
+        "tokenizer_mode": "the tokenizer's files say which it is",
+        "tool_call_parser": "tool_parser beside engine in a server's configuration has that effect",
+        "trust_remote_code": "code from checkpoints is never run",
+    }
+
     model: str = Field(min_length=1)
     tokenizer: str | None = Field(default=None, min_length=1)
     revision: str | None = None
@@ -140,6 +185,29 @@ class EngineConfig(Settings):
     def _dtype_by_any_name(cls, value: Any) -> str:
         name = str(value).removeprefix("torch.")
         return _DTYPE_NAMES.get(name, name)
+
+    @field_validator("kv_cache_dtype", "load_format", mode="before")
+    @classmethod
+    def _value_by_any_name(cls, value: Any, info: ValidationInfo) -> Any:
+        return _VALUE_NAMES[info.field_name or ""].get(value, value) if isinstance(value, str) else value
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _stated_by_the_checkpoint(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(_STATED_FORMS):
+            raise ValueError(f"a checkpoint states itself that it is {value}; leave this out")
+        return value
+
+    @field_validator("limit_mm_per_prompt", mode="before")
+    @classmethod
+    def _limit_by_its_count(cls, value: Any) -> Any:
+        """vLLM's form: an object with ``count``, and sizes for its profiling."""
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            kind: limit["count"] if isinstance(limit, Mapping) and "count" in limit else limit
+            for kind, limit in value.items()
+        }
 
     @field_validator("limit_mm_per_prompt")
     @classmethod

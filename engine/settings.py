@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Settings(BaseModel):
     """A part of the configuration. Unknown fields are refused by name, and so are booleans where numbers
-    belong: YAML reads ``yes`` and ``on`` as such, and pydantic takes them for 1."""
+    belong: YAML reads ``yes`` and ``on`` as such, and pydantic takes them for 1.
+
+    Attributes:
+        ELSEWHERE: options that other servers have under these names, each with what to do here.
+    """
+
+    ELSEWHERE: ClassVar[Mapping[str, str]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -47,10 +53,12 @@ def no_such_option(whole: type[BaseModel], place: Sequence[str | int]) -> str:
         place: of the option, as pydantic's errors have it.
     """
     *steps, name = place
-    part = whole
+    part: type[BaseModel] = whole
     for step in steps:
         if isinstance(step, str) and (inner := _part_of(part, step)) is not None:
             part = inner
+    if issubclass(part, Settings) and (advice := part.ELSEWHERE.get(str(name))):
+        return f"there is no such option; {advice}"
     if near := nearest(str(name), part.model_fields):
         return f"there is no such option; did you mean {near}?"
     ways = [way for way, each in _parts(whole) if name in each.model_fields]

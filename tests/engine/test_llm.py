@@ -238,7 +238,12 @@ def test_a_limit_on_media_is_named_and_the_others_stay(path, llm):
     ("options", "words"),
     [
         ({"max_model_length": 5}, r"max_model_length: there is no such option; did you mean max_model_len\?"),
-        ({"swap_space": 4}, "swap_space: there is no such option$"),
+        ({"swap_spaces": 4}, "swap_spaces: there is no such option$"),
+        ({"swap_space": 4}, "swap_space: there is no such option; what is preempted is computed again$"),
+        (
+            {"quantization": "awq_marlin"},
+            "quantization: .* states itself that it is awq_marlin; leave this out",
+        ),
         ({"prompt_lookup": 4}, "prompt_lookup: there is no such option here, but in speculation"),
         ({"speculation": {"prompt_lookups": 4}}, r"speculation\.prompt_lookups: .* mean prompt_lookup\?"),
         ({"fetch": {"allow_https": True}}, r"fetch\.allow_https: .*did you mean allow_http\?"),
@@ -268,6 +273,15 @@ def test_a_limit_on_media_is_named_and_the_others_stay(path, llm):
 def test_bad_options_are_named(path, options, words):
     with pytest.raises(ConfigError, match=words):
         LLM(str(path), **options)
+
+
+def test_options_and_values_under_vllms_names():
+    given = {"limit_mm_per_prompt": {"image": {"count": 3, "width": 512}, "video": 0}}
+    found = EngineConfig(model="a", kv_cache_dtype="fp8_e4m3", load_format="safetensors", **given)
+    assert (found.kv_cache_dtype, found.load_format) == ("fp8", "auto")
+    assert found.limit_mm_per_prompt == {"image": 3, "video": 0}
+    # What is offered is not said to be missing.
+    assert not EngineConfig.ELSEWHERE.keys() & EngineConfig.model_fields.keys()
 
 
 def test_kv_blocks_stay_within_the_limit_of_a_container(path, tmp_path, monkeypatch):

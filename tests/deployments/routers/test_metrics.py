@@ -39,6 +39,8 @@ async def test_the_page_lists_what_is_exported(scrape):
         name: (kind, set(re.findall(r"`(\w+)`", labels)))
         for name, kind, labels in re.findall(r"^\| `(\w+)` \| (\w+) \| ([^|]*)\|", PAGE, re.MULTILINE)
     }
+    # Names within texts and in the table for other servers' dashboards.
+    assert set(re.findall(r"`(sightline_\w+)`", PAGE)) <= listed.keys()
     exported = {}
     # The second scrape counts the first.
     await scrape()
