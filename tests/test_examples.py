@@ -49,6 +49,7 @@ def test_offline(monkeypatch, capsys, name):
 def test_none_is_left_out():
     clients = {
         "chat_client.py",
+        "decision_client.py",
         "embedding_client.py",
         "rerank_client.py",
         "structured_client.py",
@@ -74,6 +75,13 @@ def test_clients_say_that_no_server_answers(monkeypatch, capsys, name):
 def test_clients(monkeypatch, capsys, served):
     run(monkeypatch, "chat_client.py", "Describe this image.", "--base-url", served.base_url)
     assert "red circle and a blue square" in capsys.readouterr().out
+    run(monkeypatch, "decision_client.py", "--base-url", served.base_url)
+    said = [line.partition(" yes: ") for line in capsys.readouterr().out.splitlines()]
+    assert [question for question, _, share in said if float(share[:-1]) > 90] == [
+        "Is there a red circle?",
+        "Is there a blue square?",
+    ]
+    assert len(said) == 3 and float(said[2][2][:-1]) < 10
     run(monkeypatch, "embedding_client.py", "--model", "tests/vectors", "--base-url", served.base_url)
     assert capsys.readouterr().out.startswith("Embedding output: [")
     run(monkeypatch, "rerank_client.py", "--model", "tests/vectors", "--base-url", served.base_url)
