@@ -43,11 +43,9 @@ class ScoringBody(RequestBody):
         "chat_template": "it is set where the model is configured",
         "chat_template_kwargs": "the template of pairs has no options",
         "max_chunks_per_doc": "cut documents into chunks, and send each",
-        "max_tokens_per_doc": "shorten the documents",
-        "max_tokens_per_query": "shorten the query",
         "padding": "texts are never padded",
         "rank_fields": "send the text of each document",
-        "truncate_prompt_tokens": "shorten the texts",
+        "truncate_prompt_tokens": "use max_tokens_per_doc",
     }
     DEFAULTS: ClassVar[Mapping[str, Collection[Any]]] = {"padding": ("do_not_pad",)}
     SILENT: ClassVar[Mapping[str, str]] = {
@@ -60,6 +58,8 @@ class ScoringBody(RequestBody):
     # Beyond Cohere's and Jina's.
     instruction: str | None = Field(default=None, max_length=16384)
     use_activation: bool = True
+    max_tokens_per_query: int = Field(default=0, ge=0)
+    max_tokens_per_doc: int = Field(default=0, ge=0)
     mm_processor_kwargs: dict[str, Any] | None = None
     media_io_kwargs: dict[str, Any] | None = None
     cache_salt: str = Field(default="", max_length=256)

@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -74,6 +75,8 @@ async def _scores(
     pipeline: Pipeline, name: str, pairs: Sequence[wire.Pair], body: wire.ScoringBody
 ) -> tuple[list[float], Usage]:
     """The score of each pair, and what all cost."""
+    if body.max_tokens_per_query or body.max_tokens_per_doc:
+        pairs = await asyncio.to_thread(_cut, pipeline, pairs, body)
     if pipeline.retrieval.ranks_pairs:
         return await _judge(pipeline, name, pairs, body)
     vectors, usage = await _embed(pipeline, name, pairs, body)
@@ -83,6 +86,29 @@ async def _scores(
 
     # Thousands of vectors per item make this long.
     return await asyncio.to_thread(compared), usage
+
+
+def _cut(pipeline: Pipeline, pairs: Sequence[wire.Pair], body: wire.ScoringBody) -> list[wire.Pair]:
+    """The pairs with items that are nothing but text cut to as many tokens as ``body`` allows; 0 is all."""
+    tokenizer = pipeline.builder.tokenizer
+
+    @cache
+    def cut(text: str, most: int) -> str:
+        ids = tokenizer.encode_plain(text)
+        # The last token may hold a part of a character.
+        return text if len(ids) <= most else tokenizer.decode(ids[:most]).rstrip("\ufffd")
+
+    def shortened(item: wire.Item, most: int) -> wire.Item:
+        text = only_text(item)
+        return item if text is None or not most else cut(text, most)
+
+    return [
+        pair._replace(
+            one=shortened(pair.one, body.max_tokens_per_query),
+            other=shortened(pair.other, body.max_tokens_per_doc),
+        )
+        for pair in pairs
+    ]
 
 
 async def _judge(

@@ -299,8 +299,16 @@ VLLM_LIMITS: Mapping[str, Mapping[str, str]] = {
         "truncate_prompt_tokens": "of `input`",
         "use_activation": "the same as `normalize`",
     },
-    "/v1/score": {"use_activation": "only true"},
-    "/v1/rerank": {"use_activation": "only true"},
+    "/v1/score": {
+        "max_tokens_per_doc": "of documents that are a text",
+        "max_tokens_per_query": "of queries that are a text",
+        "use_activation": "only true",
+    },
+    "/v1/rerank": {
+        "max_tokens_per_doc": "of documents that are a text",
+        "max_tokens_per_query": "of a query that is a text",
+        "use_activation": "only true",
+    },
     "/tokenize": {"add_special_tokens": "of `prompt`"},
 }
 

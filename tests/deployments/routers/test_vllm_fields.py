@@ -390,6 +390,34 @@ async def test_what_is_refused_is_named(http, path, fields, param):
     assert (status, made["error"]["param"]) == (400, param), made
 
 
+async def test_texts_of_pairs_are_cut_to_as_many_tokens_as_were_asked_for(http):
+    _, made = await post(http, "/tokenize", model="tests/vectors", prompt="a red circle and a blue square")
+    _, short = await post(http, "/detokenize", model="tests/vectors", tokens=made["tokens"][:3])
+    long, short = "a red circle and a blue square", short["prompt"]
+    assert long.startswith(short) and len(short) < len(long)
+
+    async def ranks(query: str, documents: list, **fields):
+        asked = {"query": query, "documents": documents, **fields}
+        status, found = await post(http, "/v1/rerank", model="tests/vectors", **asked)
+        assert status == 200, found
+        return sorted(found["results"], key=lambda each: each["index"]), found["usage"]["prompt_tokens"]
+
+    documents = [long, {"text": long}, "a", {"content": PICTURE[0]["content"]}]
+    cut, count = await ranks(long, documents, max_tokens_per_query=3, max_tokens_per_doc=3)
+    wanted, fewer = await ranks(short, [short, short, "a", documents[3]])
+    scores = [each["relevance_score"] for each in wanted]
+    assert [each["relevance_score"] for each in cut] == pytest.approx(scores, abs=1e-4) and count == fewer
+    # The documents are given back as they came.
+    assert cut[0]["document"]["text"] == long
+    whole, _ = await ranks(long, documents)
+    assert whole[2]["relevance_score"] != pytest.approx(scores[2], abs=1e-3)
+    pair = {"text_1": long, "text_2": [long, "a"]}
+    _, made = await post(http, "/v1/score", model="tests/vectors", **pair, max_tokens_per_doc=3)
+    _, other = await post(http, "/v1/score", model="tests/vectors", text_1=long, text_2=[short, "a"])
+    found = [each["score"] for each in made["data"]]
+    assert found == pytest.approx([each["score"] for each in other["data"]], abs=1e-4)
+
+
 async def test_scored_images_follow_the_processors_options(http):
     pair = {"text_1": "a red circle", "text_2": {"content": PICTURE[0]["content"]}}
 
