@@ -53,7 +53,7 @@ class MediaItem:
         placeholder: the token runs that stand for it in a prompt; their ``is_embed`` counts sum to
             ``num_tokens``. Derived from the same processor result as ``num_tokens``.
         times: the time in seconds of each step of ``grid`` in time, for families whose models get it; of
-            families whose models get it too, the video's duration is the last.
+            families whose models get it too, the video's duration is the last, or all that there is.
     """
 
     kind: str

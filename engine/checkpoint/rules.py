@@ -136,6 +136,15 @@ HUNYUAN_RULES: tuple[tuple[str, str], ...] = (
 )
 """Rules of a decoder by Hunyuan's names."""
 
+HYPERCLOVAX_RULES: tuple[tuple[str, str], ...] = (
+    (_LAYER + r"post_norm1\.(.*)", r"\1attention_out_norm.\2"),
+    (_LAYER + r"post_norm2\.(.*)", r"\1mlp_out_norm.\2"),
+    (r"model\.language_model\.lm_head\.(.*)", r"lm_head.\1"),
+    (r"model\.language_model\.model\.(.*)", r"\1"),
+    *DECODER_RULES,
+)
+"""Rules of a decoder by HyperCLOVA X's names."""
+
 _MOLMO2_BLOCK = r"model\.transformer\.blocks\.(\d+)\."
 MOLMO2_RULES: tuple[tuple[str, str], ...] = (
     (r"model\.transformer\.wte\.embedding", "embed_tokens.weight"),

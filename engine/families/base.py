@@ -70,6 +70,8 @@ class PromptFormat:
             text before it; the rest of a video's text is the family's ``placeholder``.
         video_behind: text that prompts have before a video's placeholder string anyway, where the rows of
             images and videos have the same token; tells a video in token ids from an image.
+        video_mark: text in a rendered prompt that the family's ``video_mark_text`` replaces: the n-th one by
+            that of the n-th video; empty if there is none.
         separator: joins the parts of a message for chat templates that take strings.
         split_at_media: whether the texts before, between and after placeholder strings are tokenised piece by
             piece, each with the tokenizer's special tokens (Phi-3.5-vision), instead of as one text.
@@ -85,6 +87,7 @@ class PromptFormat:
     video: str | None = None
     video_prefix: str = ""
     video_behind: str = ""
+    video_mark: str = ""
     separator: str = ""
     split_at_media: bool = False
     start: str = ""

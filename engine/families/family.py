@@ -73,6 +73,7 @@ class Family:
             kind in a prompt; ``encode`` tokenises text without adding special tokens.
         around: texts that a prompt gets before and behind an item's placeholder string. They are tokenised
             with the text beside them.
+        video_mark_text: what a prompt has of a video in place of the format's ``video_mark``.
         positions: rotary positions ``(axes, len(ids))`` int64 of a prompt's ``ids``, and the number to add to
             the index of every later token to get its position on all axes; None if positions are token
             indices.
@@ -93,6 +94,7 @@ class Family:
         [ModelConfig, MediaItem, int, Callable[[str], list[int]]], tuple[PlaceholderRun, ...]
     ] = item_placeholder
     around: Callable[[ModelConfig, MediaItem], tuple[str, str]] = nothing_around
+    video_mark_text: Callable[[ModelConfig, MediaItem], str] = lambda config, item: ""
     positions: Callable[[ModelConfig, Sequence[int], Sequence[MediaSpan]], Positions | None] = plain_positions
     processor: Callable[[Checkpoint, ModelConfig, Options], MediaProcessor] | None = None
     options: tuple[str, ...] = ()

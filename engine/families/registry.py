@@ -29,6 +29,10 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "got_ocr2": ("GotOcr2ForConditionalGeneration",),
     "hunyuan_vl": ("HunYuanVLForConditionalGeneration",),
+    "hyperclovax_vision_v2": (
+        "HCXVisionV2ForCausalLM",
+        "HyperCLOVAXVisionV2ForConditionalGeneration",
+    ),
     "granite4_vision": ("Granite4VisionForConditionalGeneration",),
     "granite_docling": ("GraniteDoclingForConditionalGeneration",),
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
@@ -71,6 +75,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "GraniteForCausalLM",
         "GraniteMoeForCausalLM",
         "HunYuanDenseV1ForCausalLM",
+        "HyperCLOVAXForCausalLM",
         "Lfm2ForCausalLM",
         "LlamaForCausalLM",
         "Ministral3ForCausalLM",

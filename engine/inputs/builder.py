@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,6 +45,7 @@ class PromptBuilder:
         prompt_format: the family's placeholder strings.
         expand: gives the token runs of an item; ``item.placeholder`` if not given.
         around: gives the texts around an item's placeholder string; none if not given.
+        mark_text: gives what replaces the format's ``video_mark`` of a video; nothing is if not given.
     """
 
     def __init__(
@@ -53,14 +55,18 @@ class PromptBuilder:
         prompt_format: PromptFormat,
         expand: Expand | None = None,
         around: Callable[[MediaItem], tuple[str, str]] | None = None,
+        mark_text: Callable[[MediaItem], str] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self._format = prompt_format
         self._expand = expand or (lambda item, index: item.placeholder)
         self._around = around or (lambda item: ("", ""))
+        self._mark_text = mark_text or (lambda item: prompt_format.video_mark)
+        self._mark = re.escape(prompt_format.video_mark)
         self._placeholders = Placeholders(prompt_format, tokenizer)
-        self._control = ControlText(tokenizer, self._placeholders.patterns)
+        patterns = [*self._placeholders.patterns, *([self._mark] if self._mark else [])]
+        self._control = ControlText(tokenizer, patterns)
         self._forms: ContentForms | None = None
         if template is not None:
             self._forms = ContentForms(template, self._placeholders, prompt_format.separator)
@@ -77,7 +83,14 @@ class PromptBuilder:
         def expand(item: MediaItem, index: int) -> tuple[PlaceholderRun, ...]:
             return family.placeholder(config, item, index, encode)
 
-        return cls(tokenizer, template, family.prompt_format(config), expand, partial(family.around, config))
+        return cls(
+            tokenizer,
+            template,
+            family.prompt_format(config),
+            expand,
+            partial(family.around, config),
+            partial(family.video_mark_text, config),
+        )
 
     def with_template(self, template: str | Path) -> PromptBuilder:
         """Make the same builder with another chat template: a file, or Jinja text.
@@ -88,7 +101,7 @@ class PromptBuilder:
             ConfigError: it is neither, or doesn't parse.
         """
         other = ChatTemplate.load("", self.tokenizer.config, template)
-        return PromptBuilder(self.tokenizer, other, self._format, self._expand, self._around)
+        return PromptBuilder(self.tokenizer, other, self._format, self._expand, self._around, self._mark_text)
 
     @property
     def thoughts(self) -> str | None:
@@ -299,6 +312,8 @@ class PromptBuilder:
             text = self._format.start + text
         if self._format.video is not None and self._format.video_prefix:
             text = text.replace(self._format.video, self._format.video_prefix + self._format.video)
+        if self._mark:
+            text = self._marked(text, items)
         if items:
             text = self._placeholders.surrounded(text, partial(self._texts_around, items))
         if self._placeholders.split:
@@ -317,6 +332,16 @@ class PromptBuilder:
                 start = place + 1
             built.add_ids(ids[start:])
         return EngineInput(built.ids, built.spans, stand_ins.restore(text), cache_salt)
+
+    def _marked(self, text: str, items: Sequence[MediaItem]) -> str:
+        """``text`` with what is written of each video; marks beyond the last video stay."""
+        videos = (item for item in items if item.kind == "video")
+
+        def written(match: re.Match[str]) -> str:
+            video = next(videos, None)
+            return match.group() if video is None else self._mark_text(video)
+
+        return re.sub(self._mark, written, text)
 
     def _texts_around(self, items: Sequence[MediaItem], kind: str, number: int) -> tuple[str, str]:
         """The texts around the placeholder string of a kind's ``number``-th item, from 0. Without such an

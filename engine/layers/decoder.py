@@ -276,6 +276,8 @@ class Decoder(nn.Module):
         logits, cap = self.lm_head(hidden), self.config.logits_cap
         if self.config.logits_divisor != 1:
             logits = logits / self.config.logits_divisor
+        if self.config.logits_multiplier != 1:
+            logits = logits * self.config.logits_multiplier
         return logits if cap is None else (logits / cap).tanh() * cap
 
     def logit_gap(self, hidden: torch.Tensor, first: int, second: int) -> torch.Tensor:
@@ -286,7 +288,8 @@ class Decoder(nn.Module):
         if self.config.logits_cap is not None:
             logits = self.logits(hidden).float()
             return logits[:, first : first + 1] - logits[:, second : second + 1]
-        return self.lm_head.gap(hidden, first, second) / self.config.logits_divisor
+        factor = self.config.logits_multiplier / self.config.logits_divisor
+        return self.lm_head.gap(hidden, first, second) * factor
 
     def vectors(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map hidden states ``(N, hidden_size)`` to vectors ``(N, width)`` of any length."""

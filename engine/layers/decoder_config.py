@@ -201,6 +201,7 @@ class DecoderConfig:
         multiplies_rows: the factor is that of embedding rows too.
         residual_multiplier: factor of the results of attention and MLP.
         logits_divisor: divides the logits.
+        logits_multiplier: multiplies the logits.
         logits_cap: a logit ``s`` becomes ``cap * tanh(s / cap)``; None leaves logits as they are.
         attention_cap: the same for attention scores.
         attention_scale: factor of the attention scores; ``head_dim ** -0.5`` if None.
@@ -263,6 +264,7 @@ class DecoderConfig:
     multiplies_rows: bool = False
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    logits_multiplier: float = 1.0
     logits_cap: float | None = None
     attention_cap: float | None = None
     attention_scale: float | None = None

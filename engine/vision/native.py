@@ -13,6 +13,7 @@ from torch import nn
 from engine.graphs import Capture
 from engine.kernels.patchify import HEADER, describe_image, patchify, patchify_described
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
+from engine.layers.linear import Linear
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.connector import (
     FramedMerger,
@@ -48,7 +49,8 @@ class NativeVisionEncoder(nn.Module):
         self.position_embedding = (
             build.parameter(config.position_side**2, width) if config.position_side is not None else None
         )
-        merger = partial(PatchMerger, width=width, group=group, out_features=config.out_features, build=build)
+        merged = config.merged_features or config.out_features
+        merger = partial(PatchMerger, width=width, group=group, out_features=merged, build=build)
         self.merger: nn.Module
         if config.squares is not None:
             assert config.mlp is not None and config.merge_size == 1
@@ -67,6 +69,9 @@ class NativeVisionEncoder(nn.Module):
         self.deepstack = nn.ModuleList(
             merger(make_norm(config.tower, width * group, build), norm_after=True)
             for _ in config.deepstack_layers
+        )
+        self.projector = (
+            None if config.merged_features is None else Linear(merged, config.out_features, build)
         )
         self._plan = lru_cache(maxsize=64)(lambda h, w: plan_frame(config, h, w, build.device))
 
@@ -186,6 +191,8 @@ class NativeVisionEncoder(nn.Module):
             last = self.tower.post_norm(last)
         if self.config.temporal is not None:
             return self.merger(last, grids)
+        if self.projector is not None:
+            return self.projector(self.merger(last))
         layers = self.config.deepstack_layers
         mergers = [self.deepstack[layers.index(layer)] for layer in sorted(layers)]
         appended = [merger(x) for merger, x in zip(mergers, kept, strict=True)]

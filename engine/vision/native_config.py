@@ -84,6 +84,8 @@ class NativeVisionConfig:
             patch has.
         position_cubic: whether the table is interpolated bicubically, by its edges; else bilinearly.
         merger_norm_eps: of the norm in the merger; the tower's if None.
+        merged_features: width of what the merger makes of a square, of which a projection with bias makes a
+            row (HyperCLOVA X); None: that is a row.
         deepstack_layers: blocks whose merged output is appended to the rows, in order.
         mlp: the MLP that makes a row of each patch (``merge_size`` 1); None merges patches by a
             :class:`engine.vision.connector.PatchMerger`.
@@ -107,6 +109,7 @@ class NativeVisionConfig:
     position_class: bool = False
     position_cubic: bool = False
     merger_norm_eps: float | None = None
+    merged_features: int | None = None
     deepstack_layers: tuple[int, ...] = ()
     mlp: MLPConfig | None = None
     squares: SquaresConfig | None = None

@@ -313,6 +313,7 @@ TEXT_ARCHITECTURES = (
     "granite",
     "granitemoe",
     "hunyuan_v1_dense",
+    "hyperclovax",
     "llama",
     "llama3",
     "ministral3",
@@ -524,7 +525,7 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
         rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 50.0}
     elif kind == "smollm3":
         common["no_rope_layers"] = [0, 1]
-    elif kind in ("granite", "granitemoe"):
+    elif kind in ("granite", "granitemoe", "hyperclovax"):
         common |= {"embedding_multiplier": 3.0, "logits_scaling": 2.5}
         common |= {"residual_multiplier": 0.4, "attention_multiplier": 0.5}
     elif kind == "ministral3":
@@ -555,7 +556,7 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
     names |= {"glm4_moe": "Glm4Moe", "cohere2_moe": "Cohere2Moe", "ernie4_5_moe": "Ernie4_5_Moe"}
     names |= {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
     names |= {"ernie4_5": "Ernie4_5", "seed_oss": "SeedOss", "smollm3": "SmolLM3"}
-    names["hunyuan_v1_dense"] = "HunYuanDenseV1"
+    names |= {"hunyuan_v1_dense": "HunYuanDenseV1", "hyperclovax": "HyperCLOVAX"}
     family = names.get(kind, kind.capitalize().replace("_moe", "Moe"))
     text = "Text" if kind in ("gemma3", "gemma4", *DELTA_NETS) else ""
     config_class = getattr(transformers, f"{family}{text}Config")

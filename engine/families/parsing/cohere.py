@@ -102,6 +102,6 @@ def cohere_switches(config: Json) -> dict[str, Any]:
     return {
         "parallel": True,
         "layer_norms": config.get("layer_norms", True),
-        "logits_divisor": 1 / number(config, "logit_scale"),
+        "logits_multiplier": number(config, "logit_scale"),
         "qk_layer_norm": bool(config.get("use_qk_norm")),
     }

@@ -41,6 +41,7 @@ DecoderKind = Literal[
     "granitemoe",
     "hunyuan_v1_dense",
     "hunyuan_vl_text",
+    "hyperclovax",
     "lfm2",
     "llama",
     "ministral3",
@@ -362,6 +363,7 @@ DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
     "granitemoe": {**_GRANITE, **LOCAL_EXPERTS},
     "hunyuan_v1_dense": _HUNYUAN,
     "hunyuan_vl_text": {**_HUNYUAN, "tie_word_embeddings": True},
+    "hyperclovax": {**_GRANITE, "mlp_bias": False, "attention_multiplier": None, "use_post_norm": True},
     "lfm2": LFM2_DEFAULTS,
     "llama": {
         **_COMMON,

@@ -46,6 +46,18 @@ def _granite(config: Json) -> dict[str, Any]:
     }
 
 
+def _hyperclovax(config: Json) -> dict[str, Any]:
+    # Granite with norms behind attention and MLP, whose logits are multiplied by what divides them there.
+    scaled = config["attention_multiplier"] is not None
+    return {
+        **_granite({**config, "attention_multiplier": 1.0}),
+        "attention_scale": number(config, "attention_multiplier") if scaled else None,
+        "logits_divisor": 1.0,
+        "logits_multiplier": number(config, "logits_scaling"),
+        "sandwich": flag(config, "use_post_norm"),
+    }
+
+
 def _qwen3_5(config: Json) -> dict[str, Any]:
     layers, kinds = integer(config, "num_hidden_layers"), config["layer_types"]
     if kinds is None:
@@ -114,6 +126,7 @@ SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "granite_docling_text": _granite,
     "hunyuan_v1_dense": lambda config: {"qk_norm_last": True},
     "hunyuan_vl_text": lambda config: {"qk_norm_last": True},
+    "hyperclovax": _hyperclovax,
     "lfm2": lfm2_switches,
     "molmo2_text": _molmo2,
     "olmo2": lambda config: _OLMO,

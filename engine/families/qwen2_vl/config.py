@@ -68,13 +68,28 @@ def native_vision(
     )
 
 
-def qwen_vl_rules(*vision: tuple[str, str]) -> WeightRules:
-    """Rename rules: ``vision``, the family's own, then those that all Qwen-VL towers share."""
+def qwen_vl_rules(*vision: tuple[str, str], prefix: str = VISUAL) -> WeightRules:
+    """Rename rules: ``vision``, the family's own, then those that all Qwen-VL towers share.
+
+    Args:
+        prefix: an expression for the beginning of the names of a tower's tensors.
+    """
     return WeightRules(
         vision=(
             *vision,
-            (VISUAL + r"patch_embed\.proj\.(.*)", r"tower.patch_embed.\1"),
-            (VISUAL + r"(blocks\..*)", r"tower.\1"),
+            (prefix + r"patch_embed\.proj\.(.*)", r"tower.patch_embed.\1"),
+            (prefix + r"(blocks\..*)", r"tower.\1"),
         ),
-        ignore=(r".*visual\.rotary_pos_emb\.inv_freq",),
+        ignore=(r".*" + prefix + r"rotary_pos_emb\.inv_freq",),
+    )
+
+
+def qwen2_vl_rules(*vision: tuple[str, str], prefix: str = VISUAL) -> WeightRules:
+    """:func:`qwen_vl_rules` of the towers of Qwen2-VL and Qwen2.5-VL with their mergers."""
+    return qwen_vl_rules(
+        *vision,
+        (prefix + r"merger\.ln_q\.(.*)", r"merger.norm.\1"),
+        (prefix + r"merger\.mlp\.0\.(.*)", r"merger.mlp.fc1.\1"),
+        (prefix + r"merger\.mlp\.2\.(.*)", r"merger.mlp.fc2.\1"),
+        prefix=prefix,
     )

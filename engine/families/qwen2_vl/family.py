@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from engine.checkpoint.rules import WeightRules
-from engine.families.base import ModelConfig, PromptFormat
+from engine.families.base import PromptFormat
 from engine.families.encoders import native_encoder
 from engine.families.family import Family
 from engine.families.parsing.fields import Json, integer, vision_activation
 from engine.families.parsing.model import ConfigReader, token_field
 from engine.families.parsing.tower import axial_theta
-from engine.families.qwen2_vl.config import VISUAL, native_vision, qwen_text, qwen_vl_rules
+from engine.families.qwen2_vl.config import native_vision, qwen2_vl_rules, qwen_text
 from engine.families.qwen2_vl.positions import grid_positions
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules
 from engine.vision.native_config import NativeVisionConfig
@@ -47,14 +46,6 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
     )
 
 
-def _weights(config: ModelConfig) -> WeightRules:
-    return qwen_vl_rules(
-        (VISUAL + r"merger\.ln_q\.(.*)", r"merger.norm.\1"),
-        (VISUAL + r"merger\.mlp\.0\.(.*)", r"merger.mlp.fc1.\1"),
-        (VISUAL + r"merger\.mlp\.2\.(.*)", r"merger.mlp.fc2.\1"),
-    )
-
-
 FAMILY = Family(
     name="qwen2_vl",
     architectures=("Qwen2VLForConditionalGeneration",),
@@ -68,6 +59,6 @@ FAMILY = Family(
     positions=lambda config, ids, spans: grid_positions(len(ids), spans, config.vision.merge_size),
     processor=QwenProcessor.with_videos(VideoRules()),
     options=("min_pixels", "max_pixels", "fps"),
-    weights=_weights,
+    weights=lambda config: qwen2_vl_rules(),
     build_encoder=native_encoder,
 )

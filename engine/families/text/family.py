@@ -1,4 +1,5 @@
 """Language models without images: Cohere 1 and 2, Ernie 4.5, EXAONE 4, Gemma 1 to 4, GLM-4, Granite, Hunyuan,
+HyperCLOVA X,
 LFM2, Llama, Mistral, Ministral-3, OLMo 2 and 3, Phi3, Qwen2, Qwen3, Qwen3.5, Seed-OSS, SmolLM3; with experts
 Cohere 2, Ernie 4.5, Gemma 4, GLM-4.5, Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
 
@@ -12,6 +13,7 @@ from engine.checkpoint.rules import (
     GEMMA4_RULES,
     GLM_RULES,
     HUNYUAN_RULES,
+    HYPERCLOVAX_RULES,
     LFM2_RULES,
     MULTI_TOKEN_HEADS,
     MULTI_TOKEN_LAYERS,
@@ -44,6 +46,7 @@ _KINDS: dict[str, DecoderKind] = {
     "GraniteForCausalLM": "granite",
     "GraniteMoeForCausalLM": "granitemoe",
     "HunYuanDenseV1ForCausalLM": "hunyuan_v1_dense",
+    "HyperCLOVAXForCausalLM": "hyperclovax",
     "Lfm2ForCausalLM": "lfm2",
     "LlamaForCausalLM": "llama",
     "Ministral3ForCausalLM": "ministral3",
@@ -67,6 +70,7 @@ _RULES = {
     "Cohere2MoeForCausalLM": DEEPSEEK_RULES,
     "Ernie4_5_MoeForCausalLM": ERNIE_RULES,
     "HunYuanDenseV1ForCausalLM": HUNYUAN_RULES,
+    "HyperCLOVAXForCausalLM": HYPERCLOVAX_RULES,
     "Lfm2ForCausalLM": LFM2_RULES,
 }
 

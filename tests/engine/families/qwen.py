@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from PIL import Image
@@ -30,11 +31,14 @@ from tests.engine.tiny import (
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+#: Of HyperCLOVA X, whose chat template writes how long a video is.
+LASTING_VIDEO = '{"video_duration": <|video_duration|>}\n' + VIDEO
 FRAME = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 #: Frames of a video per second, by family where it wants to know. Whole seconds from one pair of frames to
 #: the next for Qwen2.5-VL: older releases of Transformers drop fractions of them.
 FPS = {"Qwen2_5_VL": 1.0, "Qwen3VL": 1.5, "Qwen3VLMoe": 1.5, "Qwen3_5": 1.5, "Qwen3_5Moe": 1.5}
 #: Families whose videos have the time of each step among their rows.
+HAS_HYPERCLOVAX = hasattr(transformers, "HyperCLOVAXVisionV2Config")
 TIMED = ("Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -121,6 +125,50 @@ def make_exaone4_5(
         processor = {"min_pixels": 256, "max_pixels": 4096, "patch_size": 4, "merge_size": 2}
         (path / "preprocessor_config.json").write_text(json.dumps(processor))
         rewrite_tensors(path, lambda tensors: {**tensors, "mtp.norm.weight": torch.ones(64)})
+        split_shards(path)
+    return path
+
+
+def make_hyperclovax(
+    path: Path, *, tied: bool = False, gqa_ratio: int = 2, names: str = "saved", seed: int = 0
+) -> Path:
+    """A HyperCLOVA X checkpoint, with a tower as :func:`make_qwen2_5_vl` has it, and a projection.
+
+    Args:
+        names: ``saved`` as Transformers writes it; ``hub`` as the public checkpoint is: its publisher's name
+            of the architecture, a decoder within a model, preprocessor_config.json and several shards.
+    """
+    if not HAS_HYPERCLOVAX:
+        pytest.skip("this release of Transformers has no HyperCLOVA X with images")
+    text = {
+        **_TEXT,
+        "model_type": "hyperclovax",
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4 // gqa_ratio,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.4,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
+    vision = {**_VISION, "model_type": "qwen2_5_vl_vision", "out_hidden_size": 40}
+    vision |= {"depth": 3, "window_size": 16, "fullatt_block_indexes": [1]}
+    _save(path, "HyperCLOVAXVisionV2", text, vision, tied=tied, seed=seed, options={})
+    if names == "hub":
+        config = json.loads((path / "config.json").read_text())
+        config |= {"architectures": ["HCXVisionV2ForCausalLM"], "model_type": "vlm"}
+        config["vision_config"]["model_type"] = "qwen2_5_vl"
+        (path / "config.json").write_text(json.dumps(config))
+        processor = {"min_pixels": 256, "max_pixels": 4096, "patch_size": 4, "merge_size": 2}
+        (path / "preprocessor_config.json").write_text(json.dumps(processor))
+        inner = "model.language_model."
+        rewrite_tensors(
+            path,
+            lambda tensors: {
+                name if "lm_head" in name else name.replace(inner, inner + "model."): tensor
+                for name, tensor in tensors.items()
+            },
+        )
         split_shards(path)
     return path
 
@@ -386,7 +434,7 @@ class Reference:
         if prompt.frames:
             patches, grid = self.video(prompt.frames)
             rows = self.placeholder(len(prompt.frames), grid[0].tolist(), self.fps)
-            text = text.replace("<|video_pad|>", rows)
+            text = self._lasting(text.replace("<|video_pad|>", rows), len(prompt.frames))
         # The processor refuses placeholders of videos that it isn't given: another special token stands in.
         text = text.replace("<|video_pad|>", "<|vision_pad|>")
         made = self.processor(text=[text], images=list(prompt.pictures) or None, return_tensors="pt")
@@ -421,6 +469,17 @@ class Reference:
         )
         inputs = {"video_grid_thw": torch.tensor([grid]), "video_metadata": [metadata]}
         return self.processor.replace_video_token(inputs, 0)
+
+    def _lasting(self, text: str, count: int) -> str:
+        """``text`` with how long a video of ``count`` frames is, as the processors of videos that have no
+        times say it."""
+        if self.kind != "HyperCLOVAXVisionV2":
+            return text
+        seen = VideoMetadata(total_num_frames=count, frames_indices=list(range(count)))
+        self.processor.video_processor = lambda videos: {"video_metadata": [seen]}
+        self.processor.replace_video_token = lambda *processed, **options: ""
+        self.processor._process_videos([[torch.zeros(count, 3, 4, 4)]])
+        return self.processor.get_text_with_replacements([text])[0][0]
 
     def video(self, frames: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches and grid of a video."""

@@ -52,7 +52,7 @@ def test_a_configuration_of_public_sizes_is_filled_up(tmp_path, kind, image, pat
     assert model.vision.gated.intermediate_size == inner
     # Aya Vision takes the last block's output as it is.
     assert model.vision.tower.post_norm == (kind == COMMAND)
-    assert decoder.parallel and decoder.tie_word_embeddings and decoder.logits_divisor == 4
+    assert decoder.parallel and decoder.tie_word_embeddings and decoder.logits_multiplier == 0.25
     assert decoder.rope.adjacent and decoder.rope.theta == 50000 and decoder.local_rope.turning == 0
     assert decoder.local_layers == tuple(range(3, 32, 4))
     assert decoder.windows[:5] == (4096, 4096, 4096, None, 4096)

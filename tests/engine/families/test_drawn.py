@@ -43,6 +43,8 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "olmo3": (1,),
     "smollm3": (1,),
     "hunyuan_v1_dense": (1,),
+    "hyperclovax": (1,),
+    "hyperclovax_vision_v2": (1,),
     "gemma4": (1,),
     "gemma4_unified": (1,),
     "aya_vision": (1,),

@@ -32,6 +32,7 @@ _DEFAULT_KV = {
     "qwen3_vl_moe": 16,
     "gemma": 16,
     "granite": None,
+    "hyperclovax": None,
     "granitemoe": None,
     "ministral3": 8,
     "glm": 2,
@@ -67,7 +68,7 @@ _DEFAULT_HEAD_DIM = {
 }
 _HAS_HEAD_DIM = (
     *("ernie4_5_moe", "ernie4_5_vl_moe", "hunyuan_v1_dense", "hunyuan_vl"),
-    *("llama", "mistral", "mixtral", "qwen3_moe", "qwen3_vl_moe", "glm_ocr"),
+    *("hyperclovax", "llama", "mistral", "mixtral", "qwen3_moe", "qwen3_vl_moe", "glm_ocr"),
     *("glm4_moe", "glm4v_moe"),
     *_DEFAULT_HEAD_DIM,
 )
@@ -86,6 +87,7 @@ _BIASED = (
         "gemma",
         "granite",
         "granitemoe",
+        "hyperclovax",
         "glm4_moe",
         "hunyuan_v1_dense",
         "hunyuan_vl",
@@ -135,8 +137,10 @@ def draw_decoder(
     if kind in ("cohere", "cohere2", "cohere2_moe"):
         fields["logit_scale"] = draw.choice("logit scale", (2.0, 0.25, 5 / 6))
         draw.spelled(fields, "layer_norm_eps", "logit_scale")
-    if kind in ("granite", "granitemoe"):
+    if kind in ("granite", "granitemoe", "hyperclovax"):
         _multipliers(draw, fields)
+    if kind == "hyperclovax" and draw.varies("norms behind stated", 0.5):
+        fields["use_post_norm"] = draw.choice("norms behind", (True, False))
     if kind == "lfm2":
         draw_short_convs(draw, fields)
     draw_rope(draw, kind, fields, head_dim, section)
@@ -246,7 +250,7 @@ def _linear_layers(draw: Draw, fields: dict[str, Any]) -> None:
 def _biases(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
     if kind in _BIASED and draw.varies("attention bias", 0.2):
         fields["attention_bias"] = True
-    if kind in ("llama", "granite") and draw.varies("mlp bias", 0.2):
+    if kind in ("llama", "granite", "hyperclovax") and draw.varies("mlp bias", 0.2):
         fields["mlp_bias"] = True
     if kind in ("glm", "glm4", "glm4v_moe") and draw.varies("attention bias stated", 0.4):
         fields["attention_bias"] = draw.choice("attention bias", (True, False))

@@ -45,7 +45,16 @@ _ALL: tuple[Family, ...] = (
     Phi3VFamily("vlm2vec"),
     *(
         QwenVLFamily(kind)
-        for kind in ("Qwen2VL", "Qwen2_5_VL", "Exaone4_5_", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
+        for kind in (
+            "Qwen2VL",
+            "Qwen2_5_VL",
+            "Exaone4_5_",
+            "HyperCLOVAXVisionV2",
+            "Qwen3VL",
+            "Qwen3VLMoe",
+            "Qwen3_5",
+            "Qwen3_5Moe",
+        )
     ),
     *(GlmFamily(kind) for kind in ("Glm4v", "Glm46V", "Glm4vMoe", "GlmOcr")),
     PaddleOCRFamily(),

@@ -1,4 +1,4 @@
-"""Draws EXAONE 4.5, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE, Qwen3.5 and Qwen3.5-MoE checkpoints."""
+"""Draws checkpoints of EXAONE 4.5, HyperCLOVA X and the Qwen-VL families from Qwen2-VL to Qwen3.5-MoE."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine.families import qwen
-from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, same_weights, write_json, write_model
+from tests.engine.families.drawn.checkpoint import (
+    Drawn,
+    Unavailable,
+    draw_ends,
+    same_weights,
+    write_json,
+    write_model,
+)
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
@@ -19,13 +26,16 @@ _MODEL_TYPES = {
     "Qwen2VL": "qwen2_vl",
     "Qwen2_5_VL": "qwen2_5_vl",
     "Exaone4_5_": "exaone4_5",
+    "HyperCLOVAXVisionV2": "hyperclovax_vision_v2",
     "Qwen3VL": "qwen3_vl",
     "Qwen3_5": "qwen3_5",
     "Qwen3_5Moe": "qwen3_5_moe",
     "Qwen3VLMoe": "qwen3_vl_moe",
 }
-#: Its decoder counts positions as a text model does, and nothing of a video's pace is told.
-_EXAONE = "Exaone4_5_"
+_EXAONE, _HYPERCLOVAX = "Exaone4_5_", "HyperCLOVAXVisionV2"
+#: The ``model_type`` of their decoders, which count positions as text models do. No positions tell a video's
+#: pace.
+_PLAIN = {_EXAONE: "exaone4", _HYPERCLOVAX: "hyperclovax"}
 
 
 @dataclass(frozen=True)
@@ -40,18 +50,25 @@ class QwenVLFamily:
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        return (f"{self.kind}ForConditionalGeneration",)
+        published = ("HCXVisionV2ForCausalLM",) if self.kind == _HYPERCLOVAX else ()
+        return (f"{self.kind}ForConditionalGeneration", *published)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
+        if self.kind == _HYPERCLOVAX and not qwen.HAS_HYPERCLOVAX:
+            raise Unavailable("this release of Transformers has no HyperCLOVA X with images")
         tok = tokenizer(QWEN_SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
         tok.save_pretrained(path)
         # Times of Qwen3-VL's videos are text.
         long = draw.varies("long videos", 0.2)
         tokens = (4096 if self.kind.startswith("Qwen3VL") else 1024) if long else 512
         raw = self.config(draw, len(tok), tokens)
-        (architecture,) = self.architectures
-        model = write_model(draw, path, raw, architecture)
+        architecture, *others = self.architectures
+        # Its embeddings are multiplied.
+        most = 0.3 if self.kind == _HYPERCLOVAX else 1.0
+        model = write_model(draw, path, raw, architecture, most_embedding=most)
         draw_ends(draw, path, raw, 2, 0)
+        if others and draw.varies("publisher's name", 0.5):
+            raw |= {"model_type": "vlm", "architectures": others}
         write_json(path / "config.json", {"architectures": [architecture], **raw})
         vision = {"spatial_merge_size": 2, "temporal_patch_size": 2, **raw["vision_config"]}
         cell = vision["patch_size"] * vision["spatial_merge_size"]
@@ -65,7 +82,7 @@ class QwenVLFamily:
                 cell**2 * draw.choice("most cells", (9, 40)),
             )
             kwargs |= {"min_pixels": bounds[0], "max_pixels": bounds[1]}
-        if self.kind not in ("Qwen2VL", _EXAONE):
+        if self.kind != "Qwen2VL" and self.kind not in _PLAIN:
             fps = draw.choice("fps", (1.0, 2.0, 0.5) if self.kind == "Qwen2_5_VL" else (1.5, 24.0, 2.0, 0.3))
             if self.kind == "Qwen2_5_VL" and TRANSFORMERS < (5, 23):
                 # These releases cut off fractions of seconds.
@@ -75,7 +92,7 @@ class QwenVLFamily:
             qwen.FRAME,
             "<|im_end|>\n",
             placeholder=lambda index, count: qwen.IMAGE,
-            video=qwen.VIDEO,
+            video=qwen.LASTING_VIDEO if self.kind == _HYPERCLOVAX else qwen.VIDEO,
             area=60 * cell * cell,
             longest=draw.variant("longest images", (8.0, 100.0, 250.0), 0.2),
             frames=300 if long else 24,
@@ -94,9 +111,9 @@ class QwenVLFamily:
 
     def config(self, draw: Draw, vocab: int, tokens: int) -> dict[str, Any]:
         """config.json without ``architectures``."""
-        exaone = self.kind == _EXAONE
-        kind = "exaone4" if exaone else self.name
-        text = draw_decoder(draw, kind, vocab, tokens=tokens, section=not exaone)
+        plain = self.kind in _PLAIN
+        kind = _PLAIN.get(self.kind, self.name)
+        text = draw_decoder(draw, kind, vocab, tokens=tokens, section=not plain)
         special_names = ("image_pad", "video_pad", "vision_start", "vision_end")
         raw: dict[str, Any] = {
             "model_type": self.name,
@@ -105,7 +122,7 @@ class QwenVLFamily:
             **{f"{m.removesuffix('_pad')}_token_id": QWEN_SPECIALS.index(f"<|{m}|>") for m in special_names},
         }
         text |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
-        nested = exaone or self.kind in qwen.TIMED or draw.varies("text_config", 0.4)
+        nested = plain or self.kind in qwen.TIMED or draw.varies("text_config", 0.4)
         if not nested:
             return {**raw, **text}
         tied = text.pop("tie_word_embeddings", None)
@@ -114,7 +131,9 @@ class QwenVLFamily:
                 f"tied stated {'within' if target is text else 'outside'}", 0.7
             ):
                 target["tie_word_embeddings"] = tied
-        if exaone:
+        if self.kind == _HYPERCLOVAX:
+            text["model_type"] = kind
+        elif self.kind == _EXAONE:
             text["model_type"] = draw.choice("text model_type", ("exaone4", "exaone4_5_text"))
         elif self.kind in qwen.TIMED or draw.varies("text model_type", 0.6):
             text["model_type"] = f"{self.name}_text"
@@ -154,14 +173,17 @@ class QwenVLFamily:
             "out_hidden_size": hidden,
             "intermediate_size": draw.choice("tower intermediate", (24, 48, 52)),
         }
-        if self.kind in ("Qwen2_5_VL", _EXAONE):
+        if self.kind == _HYPERCLOVAX:
+            fields["out_hidden_size"] = draw.choice("merged width", (16, 40))
+            fields["model_type"] = draw.choice("tower's type", ("qwen2_5_vl", "qwen2_5_vl_vision"))
+        if self.kind in ("Qwen2_5_VL", *_PLAIN):
             cell = fields["patch_size"] * fields.get("spatial_merge_size", 2)
             fields["window_size"] = cell * draw.integer("window rows", 1, 4)
             fields["fullatt_block_indexes"] = sorted(rng.sample(range(depth), rng.randint(0, depth)))
             if self.kind == _EXAONE:
                 shares = [count for count in range(1, heads + 1) if heads % count == 0]
                 fields["num_key_value_heads"] = draw.choice("tower kv heads", shares)
-            elif draw.varies("tokens per second", 0.6):
+            elif self.kind == "Qwen2_5_VL" and draw.varies("tokens per second", 0.6):
                 fields["tokens_per_second"] = rng.choice((1, 2, 25))
             return fields
         side = draw.integer("position table's side", 2, 7)

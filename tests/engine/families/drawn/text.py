@@ -45,6 +45,7 @@ ARCHITECTURES = {
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
     "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
+    "hyperclovax": "HyperCLOVAXForCausalLM",
     "lfm2": "Lfm2ForCausalLM",
     "llama": "LlamaForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
@@ -124,5 +125,5 @@ _QWEN3_5 = ("qwen3_5_moe_text", "qwen3_5_text")
 #: Embeddings that are multiplied must be smaller, or they would hide what the layers add.
 _MOST_EMBEDDING = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gemma4_text"), 0.1),
-    **dict.fromkeys(("granite", "granitemoe"), 0.3),
+    **dict.fromkeys(("granite", "granitemoe", "hyperclovax"), 0.3),
 }
