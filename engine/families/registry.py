@@ -13,6 +13,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "colpali": ("ColPaliForRetrieval",),
     "colqwen2": ("ColQwen2ForRetrieval",),
     "deepseek_ocr2": ("DeepseekOCR2ForCausalLM", "DeepseekOcr2ForConditionalGeneration"),
+    "deepseek_vl": ("DeepseekVLForConditionalGeneration",),
     "ernie4_5_vl": (
         "Ernie4_5_VLMoeForConditionalGeneration",
         "Ernie4_5_VL_MoeForConditionalGeneration",
@@ -48,6 +49,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "minicpm_v4_7": ("MiniCPMV4_7ForConditionalGeneration",),
     "mistral3": ("Mistral3ForConditionalGeneration",),
     "molmo2": ("Molmo2ForConditionalGeneration",),
+    "muse_glimmer": ("MuseGlimmerForConditionalGeneration",),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
     "ovis2": ("Ovis2ForConditionalGeneration",),
     "paligemma": ("PaliGemmaForConditionalGeneration",),

@@ -24,7 +24,7 @@ from engine.layers.linear import RowLinear, qkv_linear
 from engine.layers.norm import RMSNorm, UnitNorm
 from engine.layers.rotary import Rotary
 
-_QKNorm = RMSNorm | HeadsNorm | HeadLayerNorms
+_QKNorm = RMSNorm | UnitNorm | HeadsNorm | HeadLayerNorms
 #: Norms that no other kernel computes.
 _UNFUSED = HeadsNorm, HeadLayerNorms
 
@@ -52,6 +52,7 @@ class Attention(nn.Module):
             build,
             bias=config.qkv_bias,
             gated=config.output_gate,
+            gate_apart=config.gate_apart,
             names=() if borrows else ("k_proj",) if self.joint else ("k_proj", "v_proj"),
         )
         self.o_proj = RowLinear(
@@ -67,11 +68,13 @@ class Attention(nn.Module):
                 else HeadsNorm(part, config.rms_norm_eps, config.norm_offset, build)
                 for part in self.qkv_proj.parts[:2]
             )
+        if config.qk_unit_norm:
+            self.q_norm = self.k_norm = UnitNorm(self.head_dim, config.rms_norm_eps, build)
         self.norms_last = config.qk_norm_last
         self.v_norm = None
         if config.value_norm and not borrows:
             self.v_norm = UnitNorm(self.head_dim, config.rms_norm_eps, build)
-        self.gated = config.output_gate
+        self.gated, self.gate_apart = config.output_gate, config.gate_apart
         self.sizes = [part.size for part in self.qkv_proj.parts]
         self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.window = config.window(layer)
@@ -150,13 +153,15 @@ class Attention(nn.Module):
         split = qkv.split(self.sizes, dim=-1)
         if isinstance(self.q_norm, _UNFUSED) and isinstance(self.k_norm, _UNFUSED):
             split = self.q_norm(split[0]), self.k_norm(split[1]), split[2]
-        parts = (part.unflatten(-1, (-1, self.head_dim)) for part in split)
+        parts = [part.unflatten(-1, (-1, self.head_dim)) for part in split]
         q, k, v = (*parts, None, None)[:3]
         if self.joint:
             v = k
         if self.v_norm is not None and v is not None:
             v = self.v_norm(v)
-        if self.gated:
+        if self.gate_apart:
+            gate = parts[-1]
+        elif self.gated:
             q, gate = q[:, ::2], q[:, 1::2]
         scales = self.head_scales if cache.keys.dtype == FP8 else None
         decode = meta.max_query_len == 1
@@ -192,6 +197,8 @@ class Attention(nn.Module):
         return self.o_proj(out if rows is None else out.index_select(0, rows))
 
     def _norms(self) -> HeadNorms | None:
+        if isinstance(self.q_norm, UnitNorm):
+            return HeadNorms(self.q_norm.ones, self.q_norm.ones, self.q_norm.eps, None)
         if not isinstance(self.q_norm, RMSNorm):
             return None
         norm = self.q_norm

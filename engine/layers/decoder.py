@@ -22,7 +22,7 @@ from engine.layers.experts import ExpertsMLP
 from engine.layers.layer_inputs import LayerInput, LayerInputs
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
-from engine.layers.norm import LayerNorm, RMSNorm
+from engine.layers.norm import LayerNorm, RMSNorm, UnitNorm
 from engine.layers.parallel_experts import ParallelExperts
 from engine.layers.parallel_layer import ParallelLayer
 from engine.layers.post_norm_layer import PostNormLayer
@@ -52,8 +52,10 @@ class DecoderLayer(nn.Module):
         short = isinstance(kind, ShortConvConfig)
         self.short_conv = ShortConv(config, build.at("short_conv")) if short else None
         self.post_attention_layernorm = norm()
-        self.attention_out_norm = norm() if config.sandwich else None
-        self.mlp_out_norm = norm() if config.sandwich else None
+        eps = config.out_norm_eps or config.rms_norm_eps
+        behind = partial(RMSNorm, config.hidden_size, eps, build, offset=config.norm_offset)
+        self.attention_out_norm = behind() if config.sandwich else None
+        self.mlp_out_norm = behind() if config.sandwich else None
         self.multiplier = config.residual_multiplier
         self.mlp = _make_mlp(config, layer, build.at("mlp"))
         inputs = config.layer_inputs
@@ -154,6 +156,8 @@ class Decoder(nn.Module):
         self.embed_tokens = VocabEmbedding(
             config.vocab_size, config.hidden_size, build, apart=config.further_embeddings
         )
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.embedding_norm = UnitNorm(width, eps, build) if config.embedding_norm else None
         self.row_token: torch.Tensor | None
         token = None if config.row_token is None else torch.tensor([config.row_token], device=build.device)
         self.register_buffer("row_token", token, persistent=False)
@@ -163,11 +167,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             make(config, index, rotary, build.at(f"layers.{index}")) for index, rotary in enumerate(rotaries)
         )
-        width, eps = config.hidden_size, config.rms_norm_eps
+        last = config.norm_offset if config.last_norm_offset is None else config.last_norm_offset
         self.norm = (
             LayerNorm(width, eps, build, shift=False)
             if config.layer_norms
-            else RMSNorm(width, eps, build, offset=config.norm_offset)
+            else RMSNorm(width, eps, build, offset=last)
         )
         tied = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = LMHead(
@@ -203,6 +207,8 @@ class Decoder(nn.Module):
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Map token ids ``(T,)`` to embeddings ``(T, hidden_size)``."""
         embeds = self.embed_tokens(self._named(ids))
+        if self.embedding_norm is not None:
+            embeds = self.embedding_norm(embeds)
         return embeds if self._multiplier == 1 else embeds * self._multiplier
 
     def _named(self, ids: torch.Tensor) -> torch.Tensor:

@@ -183,20 +183,25 @@ class DecoderConfig:
         qk_norm_last: it is behind the rotation instead.
         qk_norm_whole: it is over all heads of q together, and over all of k (OLMo).
         qk_layer_norm: in its place are LayerNorms without shift, with weights for each head (Command R+).
+        qk_unit_norm: in its place each head of q and k is divided by its root mean square.
         output_gate: each head's attention is multiplied by the sigmoid of a gate; ``q_proj`` makes each
             head's query and behind it its gate.
+        gate_apart: a projection of its own makes the gates, ``gate_proj``.
         recurrence: what the layers ``linear_layers`` have in place of attention; None if all layers have
             attention.
         windows: sliding window per layer in tokens (a query sees keys with ``0 <= q - k < window``), None for
             full attention; an empty tuple means full attention everywhere.
         norm_offset: added to the weights of all norms, which checkpoints of Gemma up to 3 store less one;
             None to round before scaling, see :func:`~engine.kernels.rms_norm.rms_norm`.
+        last_norm_offset: the same of the norm behind the last layer, where it differs.
         parallel: attention and MLP of a layer have one input, see
             :class:`~engine.layers.parallel_layer.ParallelLayer`.
         layer_norms: norms are LayerNorms without shift; of such models alone.
         post_norm: norms come after attention and MLP alone, see
             :class:`~engine.layers.post_norm_layer.PostNormLayer`.
         sandwich: norms after attention and MLP as well, before their results are added to the residual.
+        out_norm_eps: of these; ``rms_norm_eps`` if None.
+        embedding_norm: the token embeddings are divided by their root mean square.
         embedding_multiplier: factor of the token embeddings, rounded to the model's dtype.
         multiplies_rows: the factor is that of embedding rows too.
         residual_multiplier: factor of the results of attention and MLP.
@@ -251,15 +256,20 @@ class DecoderConfig:
     qk_norm_last: bool = False
     qk_norm_whole: bool = False
     qk_layer_norm: bool = False
+    qk_unit_norm: bool = False
     output_gate: bool = False
+    gate_apart: bool = False
     recurrence: DeltaNetConfig | ShortConvConfig | None = None
     linear_layers: tuple[int, ...] = ()
     windows: tuple[int | None, ...] = ()
     norm_offset: float | None = None
+    last_norm_offset: float | None = None
     parallel: bool = False
     layer_norms: bool = False
     post_norm: bool = False
     sandwich: bool = False
+    out_norm_eps: float | None = None
+    embedding_norm: bool = False
     embedding_multiplier: float = 1.0
     multiplies_rows: bool = False
     residual_multiplier: float = 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -388,6 +388,7 @@ def qkv_linear(
     bias: bool,
     fused_name: str = "qkv_proj",
     gated: bool = False,
+    gate_apart: bool = False,
     names: Sequence[str] = ("k_proj", "v_proj"),
 ) -> FusedColumnLinear:
     """Make the query, key and value projections.
@@ -396,6 +397,7 @@ def qkv_linear(
 
     Args:
         gated: each query is followed by a gate of its head, of ``head_dim`` too.
+        gate_apart: these gates are a projection of their own, ``gate_proj``, which comes last.
         names: the projections to KV heads.
     """
     heads = build.share(num_heads, "attention heads")
@@ -406,11 +408,13 @@ def qkv_linear(
     else:
         kv_heads = 1
         kv_start = rank // (size // num_kv_heads)
-    query_dim = 2 * head_dim if gated else head_dim
+    query_dim = 2 * head_dim if gated and not gate_apart else head_dim
     queries = FusedPart("q_proj", num_heads * query_dim, rank * heads * query_dim, heads * query_dim)
     others = [
         FusedPart(name, num_kv_heads * head_dim, kv_start * head_dim, kv_heads * head_dim) for name in names
     ]
+    if gated and gate_apart:
+        others.append(replace(queries, name="gate_proj"))
     return FusedColumnLinear(hidden, [queries, *others], build, fused_name=fused_name, bias=bias)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import keyword
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import llguidance
@@ -55,28 +56,46 @@ def embedded(schema: Any, layout: Mapping[str, Any] = _SPACING) -> str:
     return f"%json {json.dumps(spaced, ensure_ascii=False)}"
 
 
-#: The text behind a parameter's value.
-_XML_END = "\n</parameter>\n"
+@dataclass(frozen=True, slots=True)
+class _Tags:
+    """A tag for each argument, with its name in it.
 
+    Attributes:
+        before, behind: the text of the tag around the name.
+        end: the text behind a value, which begins or ends with the ``closing`` tag.
+        closing: see :func:`tagged_value`.
+        after: the text behind all arguments.
+        others: a regex of the names of arguments that the schema doesn't name.
+    """
 
-def _xml_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
-    """A tag for each parameter, in the schema's order."""
-    rules.left_out.update(left_out_of_object(tool.parameters))
-    parts, named = [], arguments_of(tool.parameters)
-    for place, (key, each) in enumerate(named.items()):
-        tag = rules.special.literal(f"<parameter={key}>\n")
-        value = tagged_value(
-            rules, tool.parameters, each.schema, f"value_{number}_{place}", _XML_END, "</parameter>"
-        )
-        parts.append(f"{tag} {value}" if each.required else f"({tag} {value})?")
-    if (others := others_of(tool.parameters)) is not None:
-        key = rules.add(f"KEY_{number}", other_key(r"[^<>\n ]{1,64}", named))
-        value = _other_value(
-            rules, tool.parameters, others, f"value_{number}_other", _XML_END, "</parameter>"
-        )
-        parts.append(f'("<parameter=" {key} ">\\n" {value})*')
-    parts.append(rules.special.literal("</function>\n</tool_call>"))
-    return rules.add(f"parameters_{number}", " ".join(parts))
+    before: str
+    behind: str
+    end: str
+    closing: str
+    after: str
+    others: str
+
+    def arguments(self, rules: Rules, tool: ToolSchema, number: int) -> str:
+        """A tag for each parameter, in the schema's order."""
+        rules.left_out.update(left_out_of_object(tool.parameters))
+        parts, named = [], arguments_of(tool.parameters)
+        for place, (key, each) in enumerate(named.items()):
+            tag = rules.special.literal(f"{self.before}{key}{self.behind}")
+            name = f"value_{number}_{place}"
+            value = tagged_value(rules, tool.parameters, each.schema, name, self.end, self.closing)
+            parts.append(f"{tag} {value}" if each.required else f"({tag} {value})?")
+        if (others := others_of(tool.parameters)) is not None:
+            key = rules.add(f"KEY_{number}", other_key(self.others, named))
+            name = f"value_{number}_other"
+            value = _other_value(rules, tool.parameters, others, name, self.end, self.closing)
+            parts.append(f"({json.dumps(self.before)} {key} {json.dumps(self.behind)} {value})*")
+        parts.append(rules.special.literal(self.after))
+        return rules.add(f"parameters_{number}", " ".join(parts))
+
+    def form(self, head: Callable[[str], str]) -> CallForm:
+        """The form of calls with these tags behind a ``head``."""
+        text = TextForm(f"{self.before}{ARGUMENT}{self.behind}", self.end + self.after, self.closing)
+        return CallForm(head, self.arguments, text)
 
 
 def tagged_value(
@@ -184,11 +203,24 @@ def lark_regex(pattern: str) -> str:
 
 
 #: ``<function=NAME>`` with a tag for each parameter (Qwen3-Coder).
-XML_CALL = CallForm(
-    lambda name: f"\n<function={name}>\n",
-    _xml_arguments,
-    TextForm(f"<parameter={ARGUMENT}>\n", f"{_XML_END}</function>\n</tool_call>", "</parameter>"),
-)
+XML_CALL = _Tags(
+    "<parameter=",
+    ">\n",
+    "\n</parameter>\n",
+    "</parameter>",
+    "</function>\n</tool_call>",
+    r"[^<>\n ]{1,64}",
+).form(lambda name: f"\n<function={name}>\n")
+
+#: ``<atem:invoke name="NAME">`` with a tag for each parameter (Muse Glimmer).
+ATEM_CALL = _Tags(
+    '<atem:parameter name="',
+    '">',
+    "</atem:parameter>\n",
+    "</atem:parameter>",
+    "</atem:invoke>",
+    r'[^<>"\n ]{1,64}',
+).form(lambda name: f'\n<atem:invoke name="{name}">\n')
 
 
 def _glm_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from engine.parsers.call_forms import GLM_CALL, PYTHON_CALL, XML_CALL, json_call
+from engine.parsers.call_forms import ATEM_CALL, GLM_CALL, PYTHON_CALL, XML_CALL, json_call
 from engine.parsers.events import Parser
 from engine.parsers.gemma4 import CALL as GEMMA4_TAG
 from engine.parsers.gemma4 import Gemma4Calls
@@ -18,6 +18,9 @@ from engine.parsers.grammar import CallLayout
 from engine.parsers.json_call import JsonCall
 from engine.parsers.leading_json import LeadingJsonCalls
 from engine.parsers.mistral import MistralCalls
+from engine.parsers.muse import CALLS as MUSE_CALLS
+from engine.parsers.muse import CALLS_END as MUSE_CALLS_END
+from engine.parsers.muse import MuseCalls
 from engine.parsers.pythonic import PythonicCalls
 from engine.parsers.qwen_xml import QwenXmlCalls
 from engine.parsers.reasoning import ReasoningTags
@@ -58,6 +61,12 @@ _COHERE_CALL = replace(
 )
 _COHERE_TAGS = ReasoningTags(
     "<|START_THINKING|>", "<|END_THINKING|>", around=("<|START_RESPONSE|>", "<|END_RESPONSE|>")
+)
+_MUSE_TAGS = ReasoningTags(
+    "to=self<|message|>",
+    "<|eom|>",
+    around=("<|start|>assistant to=user<|message|>", "<|eom|>"),
+    bare="to=user<|message|>",
 )
 _FENCED = "\n```python\n"
 
@@ -118,6 +127,13 @@ TOOL_FORMATS = {
             tags=_COHERE_TAGS,
         ),
         ToolFormat(
+            "muse",
+            ((MUSE_CALLS,), ("<atem:invoke",)),
+            MuseCalls,
+            CallLayout(MUSE_CALLS, ATEM_CALL, between="", closing=f"\n{MUSE_CALLS_END}"),
+            tags=_MUSE_TAGS,
+        ),
+        ToolFormat(
             "internlm",
             (("<|action_start|>",), ("<|plugin|>",)),
             lambda schemas: TaggedCalls(_INTERNLM_TAGS, "<|action_end|>"),
@@ -161,6 +177,7 @@ REASONING_TAGS = {
     "seed": ReasoningTags("<seed:think>", "</seed:think>"),
     "kimi": ReasoningTags("◁think▷", "◁/think▷"),
     "cohere": _COHERE_TAGS,
+    "muse": _MUSE_TAGS,
     "gemma4": ReasoningTags("<|channel>", "<channel|>", "thought\n"),
 }
 

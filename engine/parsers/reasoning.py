@@ -19,12 +19,14 @@ class ReasoningTags:
         end: closes it.
         label: text that the model writes behind ``start``; it is no part of the thought.
         around: the tags before and behind the visible text, which are no part of it; none if empty.
+        bare: what is left of the tag before it where the prompt has begun that; of answers without a thought.
     """
 
     start: str
     end: str
     label: str = ""
     around: tuple[()] | tuple[str, str] = ()
+    bare: str = ""
 
     def open_in(self, prompt: str) -> bool:
         """Return whether ``prompt`` ends within a thought that has just begun."""
@@ -46,7 +48,7 @@ class ReasoningParser(SteppedParser):
         self._tags = tags
         self._state: ThoughtState = "inside" if begins_inside else "before" if thinks else "none"
         super().__init__()
-        self._trim = thinks
+        self._trim, self._bare = thinks, tags.bare
 
     @property
     def state(self) -> ThoughtState:
@@ -91,6 +93,13 @@ class ReasoningParser(SteppedParser):
 
     def _read_visible(self, events: list[Event]) -> bool:
         """Pass on the visible text up to the next of the tags around it, which is dropped."""
+        if self._bare and self._state == "none":
+            stripped = self._buffer.lstrip()
+            if self._bare.startswith(stripped) and stripped != self._bare:
+                return False
+            if stripped.startswith(self._bare):
+                self._buffer = stripped[len(self._bare) :]
+            self._bare = ""
         around = self._tags.around
         position, tag = first_marker(self._buffer, around) or (
             len(self._buffer) - held_back(self._buffer, around),

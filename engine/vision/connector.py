@@ -11,9 +11,10 @@ from torch import nn
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
-from engine.layers.norm import LayerNorm, RMSNorm
+from engine.layers.norm import LayerNorm, RMSNorm, UnitNorm
 from engine.vision.mlp_config import MLPConfig
 from engine.vision.native_config import (
+    AdapterConfig,
     FramedMergerConfig,
     GatedMergerConfig,
     SquaresConfig,
@@ -138,6 +139,30 @@ class GatedMerger(nn.Module):
         # The convolution's kernel lies behind its channels.
         squares = x.view(-1, self.group, x.shape[-1]).transpose(1, 2).flatten(1)
         return self.mlp(F.gelu(self.norm(self.proj(self.reduction(squares)))))
+
+
+class AdapterMerger(nn.Module):
+    """Projects each ``group`` consecutive features by two layers with activations, and that to a row, which
+    is divided by its root mean square (Muse Glimmer).
+
+    Input ``(N, width)``, output ``(N / group, out_features)``.
+    """
+
+    def __init__(
+        self, width: int, group: int, config: AdapterConfig, out_features: int, build: BuildContext
+    ) -> None:
+        super().__init__()
+        self.group, self.activation = group, config.activation
+        self.fc1 = Linear(width * group, config.width, build, bias=False)
+        self.fc2 = Linear(config.width, config.width, build, bias=False)
+        self.proj = Linear(config.width, out_features, build, bias=False)
+        self.norm = UnitNorm(out_features, config.norm_eps, build)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # A feature's numbers of all patches lie together.
+        squares = x.view(-1, self.group, x.shape[-1]).transpose(1, 2).flatten(1)
+        inner = self.fc2.activated(self.fc1.activated(squares, self.activation), self.activation)
+        return self.norm(self.proj(inner))
 
 
 class FramedMerger(nn.Module):

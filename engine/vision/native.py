@@ -16,6 +16,7 @@ from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.linear import Linear
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.connector import (
+    AdapterMerger,
     FramedMerger,
     GatedMerger,
     MLPConnector,
@@ -59,6 +60,8 @@ class NativeVisionEncoder(nn.Module):
             self.merger = FramedMerger(width, config.merge_size, config.framed, config.out_features, build)
         elif config.temporal is not None:
             self.merger = TemporalMerger(width, group, config.temporal, config.out_features, build)
+        elif config.adapter is not None:
+            self.merger = AdapterMerger(width, group, config.adapter, config.out_features, build)
         elif config.gated is not None:
             self.merger = GatedMerger(width, group, config.gated, config.out_features, build)
         elif config.mlp is not None:

@@ -64,6 +64,21 @@ class TemporalMergerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """The merger in :class:`engine.vision.connector.AdapterMerger`.
+
+    Attributes:
+        width: of the layers between squares and rows.
+        activation: behind each of them, by its Hugging Face name.
+        norm_eps: of the RMSNorm of rows.
+    """
+
+    width: int
+    activation: str
+    norm_eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class NativeVisionConfig:
     """A tower of native resolution, and the part that turns its features into rows.
 
@@ -82,6 +97,10 @@ class NativeVisionConfig:
             the grid's edges (``align_corners`` of ``F.interpolate``).
         position_class: whether the checkpoint's table begins with the position of a class token, which no
             patch has.
+        position_zeros: whether the table's values fall to 0 beyond the middles of its outer entries; else
+            they go on as they are.
+        position_swapped: whether the n-th patch of ``h`` rows of ``w`` has the position of the n-th one of
+            ``w`` rows of ``h`` (Muse Glimmer); square images have the same either way.
         position_cubic: whether the table is interpolated bicubically, by its edges; else bilinearly.
         merger_norm_eps: of the norm in the merger; the tower's if None.
         merged_features: width of what the merger makes of a square, of which a projection with bias makes a
@@ -95,6 +114,7 @@ class NativeVisionConfig:
             first and behind its last row, and one behind each line.
         temporal: the merger of Ernie 4.5 VL, instead of the other ones: patches are of one frame, and squares
             at the same place of several frames become a row.
+        adapter: the merger of Muse Glimmer, instead of the other ones.
     """
 
     tower: VisionConfig
@@ -107,6 +127,8 @@ class NativeVisionConfig:
     position_side: int | None = None
     position_corners: bool = True
     position_class: bool = False
+    position_zeros: bool = False
+    position_swapped: bool = False
     position_cubic: bool = False
     merger_norm_eps: float | None = None
     merged_features: int | None = None
@@ -116,6 +138,7 @@ class NativeVisionConfig:
     gated: GatedMergerConfig | None = None
     framed: FramedMergerConfig | None = None
     temporal: TemporalMergerConfig | None = None
+    adapter: AdapterConfig | None = None
 
     @property
     def frames_per_row(self) -> int:

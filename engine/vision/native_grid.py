@@ -19,7 +19,7 @@ class FramePlan:
     Attributes:
         patches: their number, ``h * w``.
         angles: cosines and sines ``(h * w, head_dim / 2)`` float32 of the angles of a patch's row, then of
-            its column; None if the tower rotates nothing.
+            its column, or the reverse; None if the tower rotates nothing.
         order: ``(h * w / merge²,)`` int64, the merged squares window by window; None if there are no windows.
         inverse: the permutation back to reading order.
         windows: patches in each window.
@@ -57,7 +57,10 @@ def plan_frame(config: NativeVisionConfig, h: int, w: int, device: torch.device)
     rows, columns = patches // w, patches % w
     taps, weights = None, None
     if config.position_side is not None:
-        taps, weights = _taps(config, (rows, h), (columns, w))
+        placed = (rows, h), (columns, w)
+        if config.position_swapped:
+            placed = (patches // h, w), (patches % h, h)
+        taps, weights = _taps(config, *placed)
         taps, weights = taps.to(device), weights.to(device)
     angles, cos, sin = None, None, None
     if config.tower.rope_theta is not None:
@@ -79,13 +82,14 @@ def _windows(height: int, width: int, side: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _angles(config: NativeVisionConfig, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Angles ``(N, head_dim / 2)`` float32: those of a patch's row, then those of its column."""
+    """Angles ``(N, head_dim / 2)`` float32: those of a patch's row and of its column, or the reverse."""
     theta, dim = config.tower.rope_theta, config.tower.head_dim
     assert theta is not None
     even = axis_frequencies(theta, dim, rows.device)
     odd = 1.0 / theta ** (torch.arange(2, dim, 4, dtype=torch.float32) / dim)
     of_columns = odd if config.tower.rope_alternates else even
-    return torch.cat([rows.float()[:, None] * even, columns.float()[:, None] * of_columns], dim=1)
+    angles = [rows.float()[:, None] * even, columns.float()[:, None] * of_columns]
+    return torch.cat(angles[::-1] if config.tower.rope_columns_first else angles, dim=1)
 
 
 def axis_frequencies(theta: float, head_dim: int, device: torch.device) -> torch.Tensor:
@@ -103,6 +107,8 @@ def _taps(config: NativeVisionConfig, *axes: tuple[torch.Tensor, int]) -> tuple[
         found = [_cubic_taps(side, (index.float() + 0.5) * side / size - 0.5) for index, size in axes]
     else:
         places = (_from_corners if config.position_corners else _from_edges)(side, axes)
+        if not (config.position_zeros or config.position_corners):
+            places = [place.clamp(0, side - 1) for place in places]
         found = [_axis_taps(side, place) for place in places]
     (row_taps, row_shares), (column_taps, column_shares) = found
     taps = row_taps[:, :, None] * side + column_taps[:, None]
@@ -116,15 +122,16 @@ def _from_corners(side: int, axes: Sequence[tuple[torch.Tensor, int]]) -> list[t
 
 def _from_edges(side: int, axes: Sequence[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
     """Places in the table: patches and entries are intervals of one line, compared by their middles."""
-    return [((index.float() + 0.5) * side / size - 0.5).clamp(0, side - 1) for index, size in axes]
+    return [(index.float() + 0.5) * side / size - 0.5 for index, size in axes]
 
 
 def _axis_taps(side: int, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     low = place.floor()
     share = place - low
-    # The last position has no upper neighbour; its weight there is 0.
-    taps = torch.stack([low.long(), (low.long() + 1).clamp(max=side - 1)], dim=1)
-    return taps, torch.stack([1 - share, share], dim=1)
+    taps = torch.stack([low.long(), low.long() + 1], dim=1)
+    # What lies outside counts nothing. The last position's own upper neighbour has a weight of 0 anyway.
+    inside = (taps >= 0) & (taps < side)
+    return taps.clamp(0, side - 1), torch.stack([1 - share, share], dim=1) * inside
 
 
 def _cubic_taps(side: int, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ from engine.kernels.fp8 import RoundedRows
 from engine.kernels.launch import compiling
 from engine.kernels.rotary import RotaryTable, rotary
 from engine.kernels.shares import part_counters
-from engine.layers.build import BuildContext, WeightSlot, plain_slot
+from engine.layers.build import BuildContext, Region, Target, WeightSlot, plain_slot
 from engine.layers.linear import FusedColumnLinear, Linear, qkv_linear
 from engine.layers.matrix_formats import Formats
 from engine.layers.mlp import MLP, GatedMLP
@@ -170,6 +170,33 @@ def _normed(
     return norm.add_rounded(x, residual) if layer.takes_rounded(x) else norm.add(x, residual)
 
 
+class PatchEmbed(Linear):
+    """The projection of patches ``(N, patch_dim)``, whose channels come before frames."""
+
+    def __init__(self, config: VisionConfig, build: BuildContext) -> None:
+        super().__init__(config.patch_dim, config.hidden_size, build, bias=config.patch_bias)
+        self.frames = config.patch_frames
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        whole, *others = super().weight_slots(prefix, names)
+        if self.frames == 1:
+            return [whole, *others]
+        weight, size = self.weight.data, self.weight.shape[1] // (3 * self.frames)
+
+        def columns(piece: int) -> slice:
+            return slice(piece * size, (piece + 1) * size)
+
+        copies: list[tuple[Region, Target]] = [
+            (
+                (slice(0, weight.shape[0]), columns(frame * 3 + colour)),
+                weight[:, columns(colour * self.frames + frame)],
+            )
+            for frame in range(self.frames)
+            for colour in range(3)
+        ]
+        return [WeightSlot(prefix + "weight", tuple(weight.shape), copies), *others]
+
+
 class VisionTransformer(nn.Module):
     """Computes features ``(N, out_features)`` from flat patches ``(N, patch_dim)``.
 
@@ -194,7 +221,7 @@ class VisionTransformer(nn.Module):
         self._embeds_captured = False
         self.pause: Callable[[], None] = lambda: None
         width = config.hidden_size
-        self.patch_embed = Linear(config.patch_dim, width, build, bias=config.patch_bias)
+        self.patch_embed = PatchEmbed(config, build)
         self.class_embedding = build.parameter(width) if config.class_token else None
         self.position_embedding = (
             build.parameter(config.num_positions, width) if config.num_positions else None

@@ -17,6 +17,8 @@ class VisionConfig:
             heads of queries; None: as many as ``num_heads``.
         patch_dim: numbers per flattened patch, channels before pixels.
         patch_bias: whether the patch projection has a bias.
+        patch_frames: frames of a patch that the checkpoint's projection has before channels (Muse Glimmer); 1
+            where channels come first, as in patches.
         bias: whether the blocks' projections have biases; an ungated MLP always has.
         qkv_bias: the same for queries, keys and values alone; None as ``bias``.
         mlp_bias: the same for a gated MLP alone; None as ``bias``.
@@ -36,6 +38,7 @@ class VisionConfig:
             columns; None if there are none.
         rope_alternates: whether rows rotate by the even and columns by the odd frequencies of a
             one-dimensional embedding (Pixtral); else both rotate by the even ones (Qwen).
+        rope_columns_first: whether columns have the first half of the angles (Muse Glimmer); else rows have.
         sandwich: norms behind attention and MLP as well, and one of values; each half of a head rotates by
             itself, by columns and by rows; see :mod:`engine.vision.sandwich`.
         bounded: inputs and outputs of the linear layers of such blocks are cut to bounds of the checkpoint.
@@ -51,6 +54,7 @@ class VisionConfig:
     patch_dim: int
     num_kv_heads: int | None = None
     patch_bias: bool = False
+    patch_frames: int = 1
     bias: bool = True
     qkv_bias: bool | None = None
     mlp_bias: bool | None = None
@@ -69,6 +73,7 @@ class VisionConfig:
     rope_theta: float | None = None
     full_layers: tuple[int, ...] | None = None
     rope_alternates: bool = False
+    rope_columns_first: bool = False
     sandwich: bool = False
     bounded: bool = False
     features: tuple[int, ...] = ()

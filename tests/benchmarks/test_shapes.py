@@ -25,6 +25,8 @@ SIZES = {
     # By its configuration.
     "ernie-4.5-vl-28b-a3b": (400, 29399),
     "exaone-4.5-33b": (400, 33873),
+    "hyperclovax-seed-think-32b": (400, 33310),
+    "muse-glimmer-30b": (400, 29777),
     "gemma-3-4b": (256, 4300),
     "glm-4.1v-9b": (400, 10293),
     "hunyuan-ocr-1b": (344, 996),

@@ -334,7 +334,7 @@ def test_calls_of_functions_that_are_not_strict_follow_what_can_be_followed(stri
 
 
 #: Formats whose own rules write texts, the object of all arguments, and the objects within it.
-OWN_TEXTS = {"qwen_xml", "glm", "gemma4"}
+OWN_TEXTS = {"qwen_xml", "glm", "gemma4", "muse"}
 OWN_ARGUMENTS = {*OWN_TEXTS, "minicpm", "pythonic"}
 OWN_OBJECTS = {"gemma4"}
 TEXT = {"type": "string"}

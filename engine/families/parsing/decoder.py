@@ -9,6 +9,7 @@ from engine.families.parsing.experts import parse_experts
 from engine.families.parsing.fields import Json, activation, flag, integer, number
 from engine.families.parsing.gemma4 import GEMMA4_KINDS, gemma4_fields
 from engine.families.parsing.lfm2 import lfm2_fields
+from engine.families.parsing.muse import muse_fields
 from engine.families.parsing.rope import parse_ropes, stretched_context
 from engine.families.parsing.switches import SWITCHES
 from engine.families.parsing.windows import local_layers, parse_windows, window_rotates
@@ -16,6 +17,8 @@ from engine.layers.decoder_config import DecoderConfig
 
 #: Read by every kind where config.json has them.
 _EXTRA = ("rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
+#: Kinds whose files call the activation ``hidden_activation``.
+_NAMED_ACTIVATION = ("gemma2", "gemma3_text", *GEMMA4_KINDS, "muse_glimmer_text")
 _BIASED_QKV = ("glm4v_text", "qwen2", "qwen2_vl")
 #: Kinds whose ``attention_bias`` is that of queries, keys and values alone.
 _UNBIASED_OUTPUT = ("glm", "glm4", "glm4_moe", "glm4v_moe_text", "molmo2_text")
@@ -43,7 +46,7 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         CheckpointError: naming the field that is missing or not supported.
     """
     defaults = DEFAULTS[kind]
-    if "hidden_activation" in raw and kind in ("gemma2", "gemma3_text", *GEMMA4_KINDS):
+    if "hidden_activation" in raw and kind in _NAMED_ACTIVATION:
         raw = {**raw, "hidden_act": raw["hidden_activation"]}
     if kind == "gemma" and raw.get("hidden_act") == "gelu":
         # Files of the first releases call the activation so.
@@ -67,6 +70,8 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
     layers, positions = integer(config, "num_hidden_layers"), integer(config, "max_position_embeddings")
     if kind == "cohere2_moe":
         config = cohere_moe_fields(config, layers)
+    if kind == "muse_glimmer_text":
+        config = muse_fields(config, layers)
     if kind == "cohere2" or (kind == "exaone4" and config["sliding_window"] is not None):
         config = window_rotates(config, layers)
     head_dim = _head_dim(config, kind, heads)

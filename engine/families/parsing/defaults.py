@@ -15,6 +15,7 @@ from engine.families.parsing.experts import (
 )
 from engine.families.parsing.gemma4 import GEMMA4_DEFAULTS, UNIFIED_DEFAULTS
 from engine.families.parsing.lfm2 import LFM2_DEFAULTS
+from engine.families.parsing.muse import MUSE_DEFAULTS
 
 DecoderKind = Literal[
     "cohere",
@@ -48,6 +49,7 @@ DecoderKind = Literal[
     "mistral",
     "mixtral",
     "molmo2_text",
+    "muse_glimmer_text",
     "olmo2",
     "olmo3",
     "paddleocr_vl",
@@ -426,6 +428,7 @@ DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "norm_after": False,
         "rope_scaling_layers": None,
     },
+    "muse_glimmer_text": MUSE_DEFAULTS,
     "olmo2": _OLMO,
     "olmo3": {
         **_OLMO,

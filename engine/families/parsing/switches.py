@@ -11,6 +11,7 @@ from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, activation, flag, integer, number
 from engine.families.parsing.gemma4 import gemma4_switches
 from engine.families.parsing.lfm2 import lfm2_switches
+from engine.families.parsing.muse import muse_switches
 from engine.families.parsing.recurrent import recurrent_layers
 from engine.layers.decoder_config import DeltaNetConfig
 
@@ -129,6 +130,7 @@ SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "hyperclovax": _hyperclovax,
     "lfm2": lfm2_switches,
     "molmo2_text": _molmo2,
+    "muse_glimmer_text": muse_switches,
     "olmo2": lambda config: _OLMO,
     "olmo3": lambda config: _OLMO,
     "qwen3_5_moe_text": _qwen3_5,

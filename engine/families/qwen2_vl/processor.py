@@ -133,12 +133,15 @@ class ImageRules:
         fill_patch: an image counts as the equal frames of a temporal patch in its area.
         named_bounds: ``min_pixels`` and ``max_pixels`` in a file count for more than its ``size``; else they
             are not read.
+        size: makes of an image's size, the factor and the two areas its new size; None for
+            :func:`smart_resize`.
     """
 
     before: Callable[[tuple[int, int], int], tuple[int, int]] = own_size
     bounds: tuple[int, int] = (56 * 56, 28 * 28 * 1280)
     fill_patch: bool = False
     named_bounds: bool = True
+    size: Callable[[tuple[int, int], int, int, int], tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +353,8 @@ class QwenProcessor:
         return self.vision.temporal_patch_size if self.images.fill_patch else 1
 
     def _image_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        if self.images.size is not None:
+            return self.images.size(size, self.factor, *self.pixels)
         frames = self._frames_of_image
         before = self.images.before(size, self.factor)
         return smart_resize(before, self.factor, *self.pixels, frames=frames, temporal=frames)

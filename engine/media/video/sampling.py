@@ -236,6 +236,30 @@ def molmo2_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> l
     return _arange(info.frames / count, count)
 
 
+def muse_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> list[int]:
+    """Indices as Transformers' ``MuseGlimmerVideoProcessor.sample_frames`` gives them: whole
+    steps, from the first frame to the last.
+
+    Args:
+        asked: its ``num_frames`` are the most frames.
+    """
+    fps, most = asked.fps or rules.fps, asked.num_frames or rules.max_frames
+    assert fps is not None
+    count = min(int(info.frames * fps / info.fps), most, info.frames) // rules.temporal * rules.temporal
+    return _linspace(info.frames - 1, min(max(rules.temporal, count), info.frames))
+
+
+def _linspace(last: int, count: int) -> list[int]:
+    """``torch.linspace(0, last, count).long()`` of float32 numbers, to the bit."""
+    if count == 1:
+        return [0]
+    step = np.float32(last) / np.float32(count - 1)
+    index = np.arange(count)
+    rising = (index * step).astype(np.float32)
+    falling = (np.float32(last) - (count - 1 - index) * step).astype(np.float32)
+    return np.where(index < count // 2, rising, falling).astype(int).tolist()
+
+
 def _paired(indices: list[int]) -> list[int]:
     """Each index once, and the last one twice if their number is odd."""
     once = list(dict.fromkeys(indices or [0]))

@@ -16,6 +16,9 @@ from tests.engine.families.colpali import ColPaliReference, make_colpali
 from tests.engine.families.colqwen2 import ColQwen2Reference, make_colqwen2
 from tests.engine.families.deepseek_ocr2 import FRAME as DEEPSEEK_FRAME
 from tests.engine.families.deepseek_ocr2 import DeepseekReference, make_deepseek_ocr2
+from tests.engine.families.deepseek_vl import FRAME as DEEPSEEK_VL_FRAME
+from tests.engine.families.deepseek_vl import IMAGE as DEEPSEEK_VL_IMAGE
+from tests.engine.families.deepseek_vl import DeepseekVLReference, make_deepseek_vl
 from tests.engine.families.ernie4_5_vl import FPS as ERNIE_FPS
 from tests.engine.families.ernie4_5_vl import FRAME as ERNIE_FRAME
 from tests.engine.families.ernie4_5_vl import IMAGE as ERNIE_IMAGE
@@ -58,6 +61,11 @@ from tests.engine.families.molmo2 import FRAME as MOLMO_FRAME
 from tests.engine.families.molmo2 import IMAGE as MOLMO_IMAGE
 from tests.engine.families.molmo2 import VIDEO as MOLMO_VIDEO
 from tests.engine.families.molmo2 import Molmo2Reference, make_molmo2
+from tests.engine.families.muse_glimmer import FPS as MUSE_FPS
+from tests.engine.families.muse_glimmer import FRAME as MUSE_FRAME
+from tests.engine.families.muse_glimmer import IMAGE as MUSE_IMAGE
+from tests.engine.families.muse_glimmer import VIDEO as MUSE_VIDEO
+from tests.engine.families.muse_glimmer import MuseGlimmerReference, make_muse_glimmer
 from tests.engine.families.onevision import OnevisionReference, make_onevision
 from tests.engine.families.ovis2 import Ovis2Reference, make_ovis2
 from tests.engine.families.paddleocr_vl import IMAGE as PADDLEOCR_IMAGE
@@ -466,6 +474,13 @@ CASES = [
         tolerance=0.15,
     ),
     FamilyCase(
+        "DeepSeek-VL",
+        make_deepseek_vl,
+        DeepseekVLReference,
+        frame=DEEPSEEK_VL_FRAME,
+        placeholder=lambda index, count: DEEPSEEK_VL_IMAGE,
+    ),
+    FamilyCase(
         "HunyuanOCR",
         make_hunyuan_vl,
         HunyuanReference,
@@ -506,6 +521,16 @@ CASES = [
         single=((210, 84), (70, 175)),
         several=(((140, 105), (32, 42)), ((20, 20), (70, 175), (84, 56))),
         few_tokens=120,
+    ),
+    FamilyCase(
+        "Muse Glimmer",
+        make_muse_glimmer,
+        MuseGlimmerReference,
+        frame=MUSE_FRAME,
+        placeholder=lambda index, count: MUSE_IMAGE,
+        video=MUSE_VIDEO,
+        windows=True,
+        options={"mm_processor_kwargs": {"fps": MUSE_FPS}},
     ),
     FamilyCase("Idefics3", make_idefics3, partial(IdeficsReference, kind="Idefics3"), **_IDEFICS),
     FamilyCase(
@@ -589,6 +614,7 @@ LIKE = {
     "Gemma 4 unified": "Gemma 4 E2B",
     "Command A Vision": "Aya Vision",
     "Granite-Docling": "Qwen3-VL",
+    "DeepSeek-VL": "LLaVA-1.5",
     **dict.fromkeys(("DeepSeek-OCR 2", "DeepSeek-OCR 2, publisher's names"), "GOT-OCR 2"),
     "InternVL, publishers' names": "InternVL",
     "Qianfan-OCR": "InternVL",
@@ -608,7 +634,7 @@ LIKE = {
     **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), "Aya Vision"),
     "exaone4": "EXAONE 4.5",
     "HyperCLOVA X": "Qwen2.5-VL",
-    "hyperclovax": "HyperCLOVA X",
+    "hyperclovax": "qwen3",
     "glm": "qwen3",
     "glm4": "qwen3",
     "glm4_moe": "qwen2_moe",

@@ -22,6 +22,7 @@ from tests.engine.tiny import (
     QWEN_SPECIALS,
     QWEN_TEMPLATE,
     picture,
+    rewrite_json,
     rewrite_tensors,
     soften_experts,
     split_shards,
@@ -154,9 +155,12 @@ def make_hyperclovax(
     vision = {**_VISION, "model_type": "qwen2_5_vl_vision", "out_hidden_size": 40}
     vision |= {"depth": 3, "window_size": 16, "fullatt_block_indexes": [1]}
     _save(path, "HyperCLOVAXVisionV2", text, vision, tied=tied, seed=seed, options={})
+    published = "HCXVisionV2ForCausalLM"
+    both = ["HyperCLOVAXVisionV2ForConditionalGeneration", published]
+    rewrite_json(path / "config.json", {"architectures": both})
     if names == "hub":
         config = json.loads((path / "config.json").read_text())
-        config |= {"architectures": ["HCXVisionV2ForCausalLM"], "model_type": "vlm"}
+        config |= {"architectures": [published], "model_type": "vlm"}
         config["vision_config"]["model_type"] = "qwen2_5_vl"
         (path / "config.json").write_text(json.dumps(config))
         processor = {"min_pixels": 256, "max_pixels": 4096, "patch_size": 4, "merge_size": 2}

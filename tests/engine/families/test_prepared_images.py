@@ -29,6 +29,8 @@ from tests.engine.families.aya_vision import PATCH as AYA_PATCH
 from tests.engine.families.aya_vision import image_processor as image_processor_of_aya
 from tests.engine.families.aya_vision import make_aya_vision
 from tests.engine.families.colpali import make_colpali
+from tests.engine.families.deepseek_vl import PATCH as DEEPSEEK_VL_PATCH
+from tests.engine.families.deepseek_vl import make_deepseek_vl
 from tests.engine.families.ernie4_5_vl import image_processor as image_processor_of_ernie
 from tests.engine.families.ernie4_5_vl import make_ernie4_5_vl
 from tests.engine.families.gemma3 import PATCH as GEMMA3_PATCH
@@ -45,6 +47,8 @@ from tests.engine.families.internvl import InternVLReference, make_internvl
 from tests.engine.families.llava_next import PATCH as LLAVA_NEXT_PATCH
 from tests.engine.families.llava_next import make_llava_next
 from tests.engine.families.llava_variants import image_processor_class, make_llava_variant
+from tests.engine.families.muse_glimmer import HAS_MUSE_GLIMMER, make_muse_glimmer
+from tests.engine.families.muse_glimmer import image_processor_of as image_processor_of_muse
 from tests.engine.families.onevision import PATCH as ONEVISION_PATCH
 from tests.engine.families.onevision import make_onevision
 from tests.engine.families.opened import encoder, media_processor
@@ -100,6 +104,21 @@ def llava(
 ) -> Patches:
     processor = image_processor_class(kind).from_pretrained(path)
     return unfolded(processor(images, return_tensors="pt", **options)["pixel_values"], 7), [(1,)]
+
+
+def deepseek_vl(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    made = transformers.DeepseekVLImageProcessorPil.from_pretrained(path)(images, return_tensors="pt")
+    return unfolded(torch.as_tensor(made["pixel_values"]), DEEPSEEK_VL_PATCH), [(1,)]
+
+
+def muse_glimmer(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    made = image_processor_of_muse(path)(list(images), return_tensors="pt", **options)
+    (grid,) = made["image_grid_thw"].tolist()
+    # Frames come before colours there, and patches of a merged square are not neighbours.
+    patches = made["pixel_values"].unflatten(1, (2, 3, -1)).transpose(1, 2).flatten(1)
+    t, h, w = grid
+    squares = patches.view(h // 2, 2, w // 2, 2, -1).transpose(1, 2).flatten(0, 3)
+    return squares, [(t, h, w)]
 
 
 def pixtral(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
@@ -321,6 +340,8 @@ ROWS = {
     "GOT-OCR 2, in tiles": Row(
         make_got_ocr2, TILED, got_ocr2, options={"crop_to_patches": True, "max_patches": 6}
     ),
+    "DeepSeek-VL": Row(make_deepseek_vl, SQUARE, deepseek_vl),
+    "DeepSeek-VL, no least side": Row(partial(make_deepseek_vl, min_size=1), SQUARE, deepseek_vl),
     "ERNIE 4.5 VL": Row(make_ernie4_5_vl, NATIVE, ernie4_5_vl),
     "HunyuanOCR": Row(partial(make_hunyuan_vl, hub=False), NATIVE, hunyuan_vl),
     "HunyuanOCR, hub": Row(partial(make_hunyuan_vl, hub=True), NATIVE, hunyuan_vl),
@@ -347,6 +368,8 @@ ROWS |= {
         "Qwen2-VL",
     )
 }
+if HAS_MUSE_GLIMMER:
+    ROWS["Muse Glimmer"] = Row(make_muse_glimmer, NATIVE, muse_glimmer)
 ROWS |= {
     "LLaVA, the crop's size alone": _with(ROWS["LLaVA, cropped"], size=None),
     # Its size is then 1456: images become large.

@@ -42,7 +42,7 @@ def _installed(name: str) -> bool:
 
 
 class WithoutTorchvision(TorchvisionBackend):
-    """Transformers' backend, but images are resized by Pillow and normalised in two steps."""
+    """Transformers' backend, but images are resized by Pillow and normalised in two steps, each rounded."""
 
     def process_image(self, image: Image.Image, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Releases before 5.23 do this by torchvision.
@@ -57,8 +57,8 @@ class WithoutTorchvision(TorchvisionBackend):
     def rescale_and_normalize(
         self, images: torch.Tensor, do_rescale, rescale_factor, do_normalize, image_mean, image_std
     ) -> torch.Tensor:
-        made = images.double() * rescale_factor if do_rescale else images.double()
+        made = (images.double() * rescale_factor if do_rescale else images).float()
         if do_normalize:
-            mean, std = (torch.tensor(list(v))[:, None, None].double() for v in (image_mean, image_std))
+            mean, std = (torch.tensor(list(v))[:, None, None] for v in (image_mean, image_std))
             made = (made - mean) / std
-        return made.float()
+        return made

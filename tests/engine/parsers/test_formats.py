@@ -9,6 +9,7 @@ from engine.parsers.gemma4 import Gemma4Calls
 from engine.parsers.glm import GlmCalls
 from engine.parsers.leading_json import LeadingJsonCalls
 from engine.parsers.mistral import MistralCalls
+from engine.parsers.muse import MuseCalls
 from engine.parsers.pythonic import PythonicCalls
 from engine.parsers.qwen_xml import QwenXmlCalls
 from engine.parsers.tagged import TaggedCalls
@@ -309,7 +310,55 @@ def test_cohere(text, visible, calls):
     check(lambda: TOOL_FORMATS["cohere"].parser({}), text, visible, calls)
 
 
+_ATEM = "<atem:function_calls>\n{}\n</atem:function_calls>"
+_INVOKED = _ATEM.format('<atem:invoke name="f">\n<atem:parameter name="x">1</atem:parameter>\n</atem:invoke>')
+_DARK = '<atem:parameter name="color"> dark\n"red"</atem:parameter>'
+
+
+@pytest.mark.parametrize(
+    ("text", "visible", "calls"),
+    [
+        (
+            " to=self<|message|>Hm.<|eom|><|start|>assistant to=f<|message|>\n" + _INVOKED + "<|eom|>"
+            "<|start|>assistant to=user<|message|>Done.",
+            " to=self<|message|>Hm.<|eom|><|start|>assistant to=user<|message|>Done.",
+            [("f", '{"x": 1}')],
+        ),
+        (f" to=f<|message|>{_INVOKED}", "", [("f", '{"x": 1}')]),
+        (_INVOKED, "", [("f", '{"x": 1}')]),
+        (
+            _ATEM.format(
+                f'<atem:invoke name="report.report">{_DARK}</atem:invoke>'
+                '<atem:invoke name="a.b"></atem:invoke>'
+            )
+            + "<|eom|>",
+            "",
+            [("report", '{"color": " dark\\n\\"red\\""}'), ("a.b", "{}")],
+        ),
+        # Calls that a thought or a text quotes are text.
+        (f" to=self<|message|>So {_INVOKED}", f" to=self<|message|>So {_INVOKED}", []),
+        (f" to=user<|message|>{_INVOKED}", f" to=user<|message|>{_INVOKED}", []),
+        # One that is to nobody makes calls.
+        (f"Say {_INVOKED} So.", "Say  So.", [("f", '{"x": 1}')]),
+        ("a <|start|> b", "a <|start|> b", []),
+        ("<|start|>assistant to=", "<|start|>assistant to=", []),
+        ("to be", "to be", []),
+        (" to=f", " to=f", []),
+        (
+            'to=f<|message|><atem:function_calls><atem:invoke name="report">'
+            '<atem:parameter name="color">dark </at',
+            "",
+            [("report", '{"color": "dark ')],
+        ),
+        ("to=f<|message|>I call it.<|eom|>", "", []),
+    ],
+)
+def test_muse(text, visible, calls):
+    check(lambda: MuseCalls(SCHEMAS), text, visible, calls)
+
+
 FORMATS = {
+    "muse": lambda: MuseCalls(SCHEMAS),
     "gemma4": Gemma4Calls,
     "tagged": lambda: TaggedCalls(("<tool_call>",), "</tool_call>"),
     "llama": LeadingJsonCalls,
@@ -329,6 +378,8 @@ PIECES = [
     "<|START_ACTION|>", '{"tool_name": "f", "parameters": ', "<|END_ACTION|>",
     "[TOOL_CALLS]", "[ARGS]", "<|tool_call_start|>", "<|tool_call_end|>", "<|python_tag|>",
     "```", "```python\n", '{"name": "f", "arguments": ', '{"a": 1}', '{"name": "g"', "}", "{", "[", "]",
+    "<|start|>assistant", " to=f", " to=user", "<|message|>", "<|eom|>", "<atem:function_calls>",
+    '<atem:invoke name="report">', '<atem:parameter name="color">', "</atem:parameter>", "</atem:invoke>",
     "<|tool_call>", "call:f{", "a:", '<|"|>', "<tool_call|>",
     "f(a=1)", "f(", ")", "'", '"', "\\", "\n", " ", ",", "text", "1", ":", "=", "<", "ü😀",
 ]  # fmt: skip

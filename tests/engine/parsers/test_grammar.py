@@ -228,6 +228,7 @@ def call_of(found: ToolFormat, name: str) -> str:
         "mistral_names": "[TOOL_CALLS]NAME[ARGS]{}",
         "internlm": '<|action_start|><|plugin|>\n{"name": "NAME", "parameters": {}}\n<|action_end|>',
         "gemma4": "<|tool_call>call:NAME{}<tool_call|>",
+        "muse": '<atem:function_calls>\n<atem:invoke name="NAME">\n</atem:invoke>\n</atem:function_calls>',
         "minicpm": "<|tool_call_start|>\n```python\nNAME()\n```\n<|tool_call_end|>",
         "llama_json": '{"name": "NAME", "parameters": {}}',
         "pythonic": "[NAME()]",
@@ -290,6 +291,13 @@ def test_an_answer_is_calls_or_what_else_it_must_be(found, words, form, fits, fa
             "<tool_call>report\n<arg_key>color</arg_key>\n<arg_value>red</arg_value>\n<arg_key>count</arg_key>"
             "<arg_value>3</arg_value><arg_key>note</arg_key>\n<arg_value>",
             "</arg_value>\n</tool_call>",
+        ),
+        (
+            "muse",
+            '<atem:function_calls>\n<atem:invoke name="report">\n'
+            '<atem:parameter name="color">red</atem:parameter>\n'
+            '<atem:parameter name="count">3</atem:parameter>\n<atem:parameter name="note">',
+            "</atem:parameter>\n</atem:invoke>\n</atem:function_calls>",
         ),
         (
             "gemma4",
@@ -450,6 +458,7 @@ def test_a_bounded_thought_holds_no_call():
         ("<|action_start|><|plugin|>", "internlm"),
         ("{{- '<|tool_call>call:' + function['name'] + '{' -}} <tool_call|>", "gemma4"),
         ("<|tool_call_start|>", "minicpm"),
+        ('<atem:function_calls>\n<atem:invoke name="$NAME">', "muse"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
     ],
 )  # fmt: skip

@@ -5,6 +5,7 @@ import pytest
 from engine.parsers.answer import AnswerParser
 from engine.parsers.formats import REASONING_TAGS
 from engine.parsers.leading_json import LeadingJsonCalls
+from engine.parsers.muse import MuseCalls
 from engine.parsers.reasoning import ReasoningParser, ReasoningTags
 from engine.parsers.tagged import TaggedCalls
 from tests.engine.parsers.cuts import parse
@@ -114,3 +115,42 @@ def test_a_call_at_the_beginning_is_looked_for_behind_the_thought():
 
     found = parse(make, '<think>hm {"name": "no"}</think>\n{"name": "f", "parameters": {}}')
     assert found == {"reasoning": 'hm {"name": "no"}', "text": "", "calls": [("f", "{}")]}
+
+
+_MUSE_CALL = (
+    '<atem:function_calls>\n<atem:invoke name="f">\n<atem:parameter name="x">1</atem:parameter>\n'
+    "</atem:invoke>\n</atem:function_calls>"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "visible", "calls"),
+    [
+        (" to=self<|message|>Hm.<|eom|><|start|>assistant to=user<|message|>Yes.", "Hm.", "Yes.", []),
+        (" to=user<|message|>Yes.", "", "Yes.", []),
+        (
+            f" to=self<|message|>Like {_MUSE_CALL}?<|eom|>"
+            f"<|start|>assistant to=f<|message|>\n{_MUSE_CALL}<|eom|>"
+            "<|start|>assistant to=user<|message|>I asked.<|eom|>",
+            f"Like {_MUSE_CALL}?",
+            "I asked.",
+            [("f", '{"x": 1}')],
+        ),
+        (f" to=self<|message|>Hm.<|eom|>{_MUSE_CALL}", "Hm.", "", [("f", '{"x": 1}')]),
+        (" to=self<|message|>Hm", "Hm", "", []),
+        (" to=us", "", " to=us", []),
+    ],
+)
+def test_answers_in_messages_to_somebody(text, reasoning, visible, calls):
+    tags, schemas = REASONING_TAGS["muse"], {"f": {"properties": {"x": {"type": "integer"}}}}
+    found = parse(lambda: AnswerParser(ReasoningParser(tags), MuseCalls(schemas)), text)
+    assert (found["reasoning"], found["text"], found["calls"]) == (reasoning, visible, calls)
+    if not calls:
+        assert read(tags, text) == (reasoning, visible)
+
+
+def test_a_message_that_is_begun_by_the_prompt_has_its_tag_dropped_where_thoughts_are_shown():
+    found = parse(
+        lambda: ReasoningParser(REASONING_TAGS["muse"], thinks=False), " to=user<|message|>Yes.<|eom|>"
+    )
+    assert (found["reasoning"], found["text"]) == ("", "Yes.")

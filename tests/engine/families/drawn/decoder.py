@@ -48,6 +48,7 @@ _DEFAULT_KV = {
     "seed_oss": 8,
     "smollm3": 4,
     "molmo2": 8,
+    "muse_glimmer": 2,
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_vl", "deepseek_ocr2", "olmo2", "olmo3"), None),
 }
 #: Numbers of a head where a config.json does not say, by the kinds that don't derive them.
@@ -65,6 +66,7 @@ _DEFAULT_HEAD_DIM = {
     "ernie4_5": 128,
     "seed_oss": 128,
     "molmo2": 128,
+    "muse_glimmer": 128,
 }
 _HAS_HEAD_DIM = (
     *("ernie4_5_moe", "ernie4_5_vl_moe", "hunyuan_v1_dense", "hunyuan_vl"),
@@ -76,7 +78,7 @@ _HAS_HEAD_DIM = (
 _COUNTED_KV = (
     *("mistral", "mixtral", "qwen3_moe", "qwen2_moe", "gemma"),
     *("ernie4_5_moe", "ernie4_5_vl_moe", "glm4", "glm4_moe", "glm4v_moe"),
-    *("exaone4", "ministral3", "glm_ocr", "lfm2", "molmo2", *DELTA_NETS, "qwen3_vl_moe"),
+    *("exaone4", "ministral3", "glm_ocr", "lfm2", "molmo2", "muse_glimmer", *DELTA_NETS, "qwen3_vl_moe"),
 )
 _BIASED = (
     *("llama", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", *DELTA_NETS),
@@ -143,6 +145,8 @@ def draw_decoder(
         fields["use_post_norm"] = draw.choice("norms behind", (True, False))
     if kind == "lfm2":
         draw_short_convs(draw, fields)
+    if kind == "muse_glimmer":
+        _muse_factors(draw, fields)
     draw_rope(draw, kind, fields, head_dim, section)
     if kind == "mixtral" and _scaling_of(fields) in _SIZED and not fields.get("head_dim"):
         # It is null by default there.
@@ -280,6 +284,22 @@ def _multipliers(draw: Draw, fields: dict[str, Any]) -> None:
     draw.spelled(fields, *names)
 
 
+def _muse_factors(draw: Draw, fields: dict[str, Any]) -> None:
+    """Add Muse Glimmer's factors, its bound of logits, and the layers that rotate."""
+    fields["hidden_activation"] = fields.pop("hidden_act")
+    fields |= {
+        "final_logit_softcapping": draw.choice("bound of logits", (20.0, 5.0)),
+        "qk_scale_factor": draw.choice("factor of queries", (3.87, 1.0)),
+        "output_multiplier": draw.choice("factor of logits", (0.19611613513818404, 0.5, 1.0)),
+        "post_norm_eps": draw.choice("eps of norms behind", (1e-8, 1e-3)),
+    }
+    names = ("final_logit_softcapping", "qk_scale_factor", "output_multiplier", "post_norm_eps")
+    draw.spelled(fields, "hidden_activation", *names)
+    if draw.varies("layers that rotate", 0.4):
+        rng = draw.stream("layers that rotate")
+        fields["layer_rope_theta"] = [rng.choice((0, 1e4)) for _ in range(fields["num_hidden_layers"])]
+
+
 def _windows(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
     """Sliding windows, with the switches and the lists of layers that turn them on and off."""
     window = draw.choice("window", (3, 7, 16, 33))
@@ -289,7 +309,7 @@ def _windows(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
         if how != "absent":
             fields["sliding_window"] = window if how == "stated" else None
         return
-    if kind == "olmo3":
+    if kind in ("olmo3", "muse_glimmer"):
         fields["sliding_window"] = window
         if draw.varies("layer types stated", 0.5):
             rng = draw.stream("layer types")

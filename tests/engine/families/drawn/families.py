@@ -6,6 +6,7 @@ from tests.engine.families.drawn.aya_vision import AyaVisionFamily
 from tests.engine.families.drawn.checkpoint import Family
 from tests.engine.families.drawn.composed import MiniCPMVFamily, Phi3VFamily
 from tests.engine.families.drawn.deepseek_ocr2 import DeepseekFamily
+from tests.engine.families.drawn.deepseek_vl import DeepseekVLFamily
 from tests.engine.families.drawn.ernie4_5_vl import ErnieFamily
 from tests.engine.families.drawn.gemma3 import Gemma3Family
 from tests.engine.families.drawn.gemma4 import Gemma4Family
@@ -21,6 +22,7 @@ from tests.engine.families.drawn.llava import LlavaFamily, OnevisionFamily
 from tests.engine.families.drawn.llava_next import LlavaNextFamily
 from tests.engine.families.drawn.minicpm_v4_6 import MiniCPMV46Family
 from tests.engine.families.drawn.molmo2 import MolmoFamily
+from tests.engine.families.drawn.muse_glimmer import MuseGlimmerFamily
 from tests.engine.families.drawn.ovis2 import Ovis2Family
 from tests.engine.families.drawn.paddleocr_vl import PaddleOCRFamily
 from tests.engine.families.drawn.paligemma import PaliGemmaFamily
@@ -61,8 +63,10 @@ _ALL: tuple[Family, ...] = (
     HunyuanFamily(),
     GotFamily(),
     DeepseekFamily(),
+    DeepseekVLFamily(),
     ErnieFamily(),
     MolmoFamily(),
+    MuseGlimmerFamily(),
     *(PaliGemmaFamily(kind) for kind in ("gemma", "gemma2")),
     ColQwen2Family(),
     ColPaliFamily(),

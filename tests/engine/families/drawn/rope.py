@@ -70,7 +70,7 @@ def draw_rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, sect
         _growing(draw, fields)
         return
     scalings = ("default", "longrope") if kind == "phi3" else _SCALINGS
-    if kind in ("cohere2", "cohere2_moe", "exaone4", "olmo3", "smollm3"):
+    if kind in ("cohere2", "cohere2_moe", "exaone4", "muse_glimmer", "olmo3", "smollm3"):
         # Beside layers with other angles, or without any, frequencies by length are refused.
         scalings = _SCALINGS[:4]
     if kind == "ernie4_5_vl_moe":
