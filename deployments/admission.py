@@ -23,7 +23,7 @@ PLACE = "sightline.place"
 
 
 class Place(ABC):
-    """What an open request takes up of a limit, until nothing works on it any more."""
+    """Share of a limit that an open request holds until nothing works on it any more."""
 
     def __init__(self) -> None:
         self._holders = 1

@@ -196,7 +196,7 @@ def check_options(config: Mapping[str, Any]) -> None:
 
 
 def _unknown(form: type[BaseModel], given: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    """What is said of the fields of ``given`` that ``form`` and the forms within it don't have."""
+    """Error texts for the fields of ``given`` that ``form`` and the forms within it don't have."""
     for name, value in given.items():
         field = form.model_fields.get(name)
         if field is None:

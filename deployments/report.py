@@ -170,7 +170,7 @@ class Report:
 
     @property
     def stalled(self) -> bool:
-        """Whether the response was ended because the client did not read it."""
+        """True if the response was ended because the client did not read it."""
         return self.response is not None and self.response.stalled
 
     def took(self, stage: str, seconds: float) -> None:

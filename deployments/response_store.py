@@ -63,7 +63,7 @@ class StoredResponse:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What is kept of a response.
+    """Stored state of a response.
 
     Attributes:
         data: the pickled response.

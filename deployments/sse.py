@@ -212,7 +212,7 @@ def event(data: BaseModel) -> bytes:
 
 
 def around_choices(data: BaseModel) -> tuple[bytes, bytes]:
-    """What an event has before and after its choices; ``data`` has none.
+    """Bytes of an event before and after its choices; ``data`` has none.
 
     Pydantic takes several times as long for an event as all else that is done for it, and nothing but the
     text of one choice differs in most.

@@ -8,7 +8,7 @@ from engine.parsers.answer import AnswerParser
 
 
 class Spelling(Protocol):
-    """What tokens add to a text; see :class:`engine.text.tokenizer.Tokenizer`."""
+    """Text and bytes of tokens; see :class:`engine.text.tokenizer.Tokenizer`."""
 
     def token_bytes(self, token_id: int) -> bytes: ...
 

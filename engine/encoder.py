@@ -351,7 +351,7 @@ class EncoderEngine(Mortal):
             self._piece_began = time.perf_counter()
 
     def _makes_way(self) -> bool:
-        """Whether steps of an engine come between the pieces of a launch."""
+        """Return True if steps of an engine come between the pieces of a launch."""
         return self._turns is not None and len(self._queue) <= _CROWD
 
     def _rest(self) -> None:

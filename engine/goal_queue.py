@@ -39,7 +39,7 @@ def deadline_of(goal_s: float | None, share: float, asked: float | None) -> floa
 
 @dataclass(slots=True, eq=False)
 class Place(Generic[T]):
-    """Where an entry waits; None once it has left."""
+    """Slot of a waiting entry; its entry is None once that has left the queue."""
 
     entry: T | None
 

@@ -24,7 +24,7 @@ class Taker(Protocol):
 
 
 class Relay:
-    """Where updates go from a mailbox without its reader, who would only pass them on. A :class:`Taker`.
+    """Passes updates on without waking the mailbox's reader, who would only do the same. A :class:`Taker`.
 
     Those in the middle of a stream do: none in which a choice ends, and none while an earlier one waits.
 

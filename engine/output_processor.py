@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Found:
-    """What becomes of the steps of one call.
+    """Results of the steps of one call, as they are collected.
 
     Attributes:
         changed: groups and their updates, by the group's id.

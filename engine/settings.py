@@ -46,7 +46,7 @@ def _may_be_boolean(hint: Any) -> bool:
 
 
 def no_such_option(whole: type[BaseModel], place: Sequence[str | int]) -> str:
-    """What is said of an option that doesn't exist, and of the option that may be meant.
+    """Error text for an option that doesn't exist; it names the option that may be meant.
 
     Args:
         whole: the class of the whole configuration, or of a part of it.

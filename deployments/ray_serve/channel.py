@@ -176,7 +176,7 @@ class Outbox:
 
     @property
     def ended(self) -> bool:
-        """Whether the channel is closed and nothing is left in it."""
+        """True if the channel is closed and nothing is left in it."""
         return self.closed and not (self._updates or self._errors)
 
     async def messages(self) -> AsyncGenerator[Message, None]:

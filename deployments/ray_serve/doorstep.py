@@ -54,7 +54,7 @@ class Doorstep:
 
 
 def _pieces(send: Send, answer: Any) -> Callable[[Message], Awaitable[None]]:
-    """What does as ``send`` for pieces of a body, with a fifth of its work.
+    """Faster form of ``send`` for pieces of a body: it takes a fifth of the CPU time.
 
     Args:
         send: a method of ``answer``, which is uvicorn's.

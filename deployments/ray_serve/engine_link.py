@@ -77,7 +77,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a call returned or raised."""
+    """Result of a call, or the error that it raised."""
 
     number: int
     result: Any = None

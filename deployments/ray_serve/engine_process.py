@@ -304,7 +304,7 @@ class EngineProcess:
             self._soon(self._settle, Reply(number, error=abandoned()))
 
     def _ending(self) -> str:
-        """How the process has ended, in words; it is ended now if it hasn't."""
+        """Say how the process has ended. If it still runs, it is killed now."""
         try:
             code = self._process.wait(_LAST_S)
         except subprocess.TimeoutExpired:

@@ -53,7 +53,7 @@ class Frames:
         self._pickled: int | None = None
 
     def room(self) -> memoryview:
-        """Where the next bytes are to be put; it is not empty."""
+        """Buffer for the next bytes; it is not empty."""
         return self._missing[0] if self._missing else memoryview(self._buffer)[self._end :]
 
     def cut(self, count: int) -> Iterator[Any]:

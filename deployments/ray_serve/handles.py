@@ -294,7 +294,7 @@ class RemoteLanguageModel(_RemoteStage):
                 raise
 
     async def _way(self, request: Generation, media: Sequence[RowsRef]) -> _Way:
-        """How to have a replica work on the answer to a request.
+        """Choose how a request's arrays reach a replica that works on the answer.
 
         Raises:
             StageLost: some of ``media`` are lost with the process that made them.
@@ -425,8 +425,8 @@ class RemoteLanguageModel(_RemoteStage):
 
 
 def _arrays(media: Sequence[RowsRef]) -> tuple[list[RowsInfo | PixelsInfo], list[Any]]:
-    """How to read each array, and the references to them, each to be an argument of its own: Ray resolves no
-    others. Errors as of :func:`~deployments.ray_serve.handoff.taken`."""
+    """Descriptions of the arrays, and references to them. Each is to be an argument of its own: Ray resolves
+    no others. Errors as of :func:`~deployments.ray_serve.handoff.taken`."""
     return [ref.info for ref in media], [taken(ref.array) for ref in media]
 
 

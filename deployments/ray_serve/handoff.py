@@ -90,7 +90,7 @@ class RowsRef:
 
     @property
     def cached(self) -> bool:
-        """Whether the rows were computed for an earlier request; False as long as it isn't known."""
+        """True if the rows were computed for an earlier request; False as long as it isn't known."""
         return isinstance(self.info, RowsInfo) and self.info.cached
 
 
@@ -150,7 +150,7 @@ async def everywhere(handle: DeploymentHandle, method: str, seconds: float) -> l
 
 
 def taken(reference: ray.ObjectRef | Brought | np.ndarray) -> Any:
-    """What a call may be given in place of a reference, which Ray or a replica resolves.
+    """Argument of a call for a reference; Ray or the replica resolves it.
 
     Raises:
         RowsLost: the array was taken before.

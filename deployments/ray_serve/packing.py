@@ -51,8 +51,8 @@ class PixelsInfo:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What a replica of the language model says of an item that it has encoded: the item's hash, whether its
-    rows were cached, and the seconds that it took."""
+    """Report of a language model's replica on an item that it has encoded: the item's hash, whether its rows
+    were cached, and the seconds that it took."""
 
     hash: str
     cached: bool

@@ -20,7 +20,7 @@ KEEP_S = 5.0
 
 
 class _RemoteStore(Remote):
-    """What the replicas of the ingress share.
+    """Store that the replicas of the ingress share.
 
     Args:
         keep_s: seconds that the store may take to keep something.

@@ -285,7 +285,7 @@ def _logprobs(answer: Answer, rows: Sequence[_Row], offset: int) -> tuple[wire.C
 
 
 def _added(answer: Answer, token: int, row: Mapping[int, TokenLogprob] | None) -> str:
-    """What a token adds to the text."""
+    """Text that a token adds to the answer."""
     if row is None:
         return answer.first_text(token)
     own = row[token]

@@ -24,7 +24,7 @@ def token_id(token: int, value: TokenLogprob) -> str:
 
 
 def token_name(body: ChatCompletionRequest | CompletionRequest) -> TokenName:
-    """What the log-probabilities of an answer to ``body`` call tokens."""
+    """Namer of tokens in the log-probabilities of an answer to ``body``: by id or by text."""
     return token_id if body.return_tokens_as_token_ids else token_text
 
 

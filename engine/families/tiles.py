@@ -139,7 +139,7 @@ class TiledImages(SizedImages):
 
     @property
     def _options(self) -> dict[str, Any]:
-        """What an image's content hash holds of the processor."""
+        """Options of the processor that enter an image's content hash."""
         return {"tiled": self.tiled, "tiles": (self.min_tiles, self.max_tiles)}
 
 

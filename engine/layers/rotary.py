@@ -90,7 +90,7 @@ def _yarn(powers: torch.Tensor, rope: RopeConfig, rotary_dim: int) -> torch.Tens
 
 
 class Rotary(nn.Module):
-    """What rotates queries and keys by their positions.
+    """Rotary position embedding: rotates queries and keys by their positions.
 
     Holds float32 tables of cosines and sines, ``(rows, angles)``. Kernels look up a token's row; they call it
     its position. Row ``p`` belongs to position ``p`` of a short sequence, of any sequence if frequencies

@@ -18,7 +18,7 @@ from engine.layers.norm import RMSNorm
 
 @dataclass(frozen=True, slots=True)
 class Modalities:
-    """What the tokens of a step stand for. A row that is in neither list is padding.
+    """Rows of a step's tokens by modality. A row that is in neither list is padding.
 
     Attributes:
         text, vision: int64 ``(N,)``, rows of the step's tokens.

@@ -31,7 +31,7 @@ class AnswerParser:
 
     @property
     def thought(self) -> ThoughtState:
-        """Where the text that comes next stands to a thought; ``none`` if there is none."""
+        """Whether the next text belongs before a thought, to it or behind it; ``none`` without thoughts."""
         return "none" if self._reasoning is None else self._reasoning.state
 
     @property

@@ -178,7 +178,7 @@ class Gemma4Calls(CallsInText):
         return json.dumps(text, ensure_ascii=False)[1:]
 
     def _read_behind(self) -> str | None:
-        """What stands behind a value."""
+        """Read the comma or the bracket behind a value."""
         if self._buffer[0] == ",":
             self._take(1)
             self._before = ", "

@@ -90,7 +90,7 @@ _SHORT = frozenset('\n\r\t\b\f"\\')
 
 @dataclass(frozen=True, slots=True)
 class TextForm:
-    """How a call holds its only argument, if that is a text.
+    """Form of a call whose only argument is a text.
 
     Attributes:
         before: the text between the call's head and the argument's value.
@@ -250,7 +250,7 @@ _T = TypeVar("_T")
 
 @dataclass
 class _Build(Generic[_T]):
-    """How an expression is put together.
+    """Functions that build an expression from its parts.
 
     Attributes:
         value: of a name, a string, a regex, or a range, which has an end.

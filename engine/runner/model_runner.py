@@ -494,7 +494,7 @@ class ModelRunner:
         rows.copy_(decodes + firsts + run_length)
 
     def _media(self, batch: ScheduledBatch, embedded_rows: torch.Tensor | None) -> MediaRows | None:
-        """What a step's media bring to it; None without media."""
+        """Return the rows of a step's media, and the places that take them; None without media."""
         parts = self._rows.take(batch)
         if embedded_rows is None:
             return None
@@ -503,7 +503,7 @@ class ModelRunner:
         return MediaRows(embedded_rows, self.model.scaled_rows(media[:, :width]), deepstack)
 
     def _modalities(self, others: dict[str, torch.Tensor]) -> tuple[Modalities, Modalities] | None:
-        """What all rows of a step and its sampling rows stand for; None if they are text."""
+        """Return which rows are text and which vision, of all and of those sampled; None if all are text."""
         if "vision" not in others:
             return None
         none = others["vision"][:0]

@@ -243,7 +243,7 @@ def _with_pattern_of_format(schema: Schema) -> Schema:
 
 
 def not_followed(schema: Any) -> list[str]:
-    """What :func:`prepare_schema` leaves out of a schema that it takes, in alphabetical order."""
+    """Keywords that :func:`prepare_schema` leaves out of a schema that it takes, in alphabetical order."""
     found: set[str] = set()
     known = _FORMATS | BOUNDED_FORMATS.keys()
     for node in schemas_in(schema):

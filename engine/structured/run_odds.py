@@ -93,7 +93,7 @@ class RunOdds:
 
 
 class RunForecast:
-    """Whether forced tokens will follow the next one of a sequence.
+    """Predicts whether forced tokens follow the next token of a sequence.
 
     Args:
         odds: those of its grammar.

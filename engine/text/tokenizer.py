@@ -171,7 +171,7 @@ class Tokenizer:
 
     @property
     def ascii_texts(self) -> Mapping[int, str]:
-        """What tokens add to running text, by id: those that :meth:`token_bytes` has found to be ASCII."""
+        """Texts of the tokens that :meth:`token_bytes` has found to be ASCII so far, by id."""
         return self._pieces.ascii
 
     def first_token_bytes(self, token_id: int) -> bytes:

@@ -32,7 +32,7 @@ Stage = Callable[[Any, VisionSegments, VisionSegments | None], Any]
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """How a tower makes tokens of a single image's bytes, within a graph.
+    """Makes a tower's tokens of a single image's bytes, within a graph.
 
     Attributes:
         memory: uint8 on the device; an image is written to its front. It holds one from the start.

@@ -130,7 +130,7 @@ class NativeVisionEncoder(nn.Module):
         )
 
     def _image_source(self, first: np.ndarray) -> ImageSource | None:
-        """What makes patches of a single image within a graph, with ``first`` in its memory; None if
+        """Return what makes patches of a single image within a graph, with ``first`` in its memory; None if
         something is done to patches before they are embedded, or after."""
         config = self.config
         if config.tower.features or config.window is not None or config.position_side is not None:

@@ -41,7 +41,7 @@ _UNCHANGED = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def stated_normalisation(stated: Mapping[str, Any], *, normalises: bool) -> Normalisation:
-    """What an image or video processor's JSON does to a byte.
+    """Normalisation of bytes that an image or video processor's JSON states.
 
     Args:
         normalises: whether it uses its mean and deviation where it doesn't say.

@@ -126,7 +126,7 @@ def _window(raw: Json, side: int) -> int:
 
 
 def _finished(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """Where the decoder gets a row's parts: the first in place of the embedding, without its factor."""
+    """Set where the decoder takes a row's parts: the first in place of the embedding, without its factor."""
     _, *further = sorted(_targets(checkpoint.config)[1])
     if further[-1] >= config.decoder.num_layers:
         raise CheckpointError(

@@ -33,7 +33,7 @@ _MOST_TILES = _MOST_PER_SIDE**2
 
 @dataclass(frozen=True, slots=True)
 class SpreadRule:
-    """Which pages are cut into more tiles than others, such as spreads of newspapers.
+    """Selects pages that are cut into more tiles than others, such as spreads of newspapers.
 
     Attributes:
         tiles: the most tiles of such pages; 0 for no rule.
