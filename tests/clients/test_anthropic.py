@@ -7,15 +7,14 @@ from tests.clients.environment import needs
 
 needs("anthropic==2.14.0")
 
+from anthropic import Anthropic  # noqa: E402
+
 FUNCTION = cases.TOOL["function"]
 TOOL = {"name": "report", "description": FUNCTION["description"], "input_schema": FUNCTION["parameters"]}
 
 
 @pytest.fixture
 def client(root):
-    # Imported here: it takes a second, in each worker that collects this file.
-    from anthropic import Anthropic
-
     return Anthropic(base_url=root, api_key="EMPTY", max_retries=0)
 
 
