@@ -230,7 +230,7 @@ def test_patchify(device, dtype, shape, channels, patch, merge, temporal):
             assert torch.equal(found[: len(expected)], expected)
 
 
-@pytest.mark.parametrize(("rows", "size"), [(1, 16), (5, 96), (3, 1300)])
+@pytest.mark.parametrize(("rows", "size"), [(1, 16), (5, 96), (3, 1300), (66, 1300)])
 def test_add_layer_norm(device, dtype, rows, size):
     x, residual = torch.randn(2, rows, size, device=device, dtype=dtype) * 3 + 1
     weight, bias = torch.randn(2, size, device=device, dtype=dtype)
