@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.activation import activate
+from engine.kernels.cublaslt import gemm_without_workspace
 from engine.kernels.device import MEMORY_BOUND_ROWS, compute_capability, is_hopper, use_triton
 from engine.kernels.launch import launch
 from engine.kernels.pdl import launch_dependents_of_one_row, pdl_options, wait_for_previous
@@ -320,6 +321,11 @@ def scaled_gemm(
 
     Up to :data:`MAX_FAST_INPUTS` inputs are summed up as the tensor cores do it.
     """
+    fast = weight.shape[1] <= MAX_FAST_INPUTS
+    if dtype == torch.bfloat16:
+        out = gemm_without_workspace(rows.numbers, weight, rows.scale, scale.values, bias, fast=fast)
+        if out is not None:
+            return out
     return torch._scaled_mm(
         rows.numbers,
         weight.t(),
@@ -327,7 +333,7 @@ def scaled_gemm(
         scale.values.t(),
         bias=bias,
         out_dtype=dtype,
-        use_fast_accum=weight.shape[1] <= MAX_FAST_INPUTS,
+        use_fast_accum=fast,
     )
 
 
