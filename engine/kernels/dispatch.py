@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.kernels import (
+    even_gemm,
     expert_gemm,
     fp8_attention,
     fp8_mma,
@@ -32,6 +33,7 @@ from engine.kernels.decode_attention import decode_attention_reference, decode_a
 from engine.kernels.delta_prefill import delta_prefill_triton
 from engine.kernels.delta_rule import DeltaGates, delta_rule_reference, delta_step_triton
 from engine.kernels.device import MEMORY_BOUND_ROWS, num_sms, use_triton
+from engine.kernels.even_gemm import even_gemm_gluon
 from engine.kernels.expert_gemm import grouped_experts_gluon
 from engine.kernels.expert_gemv import expert_gemv_triton
 from engine.kernels.experts import ExpertMatrices, experts_reference
@@ -400,6 +402,15 @@ def _rounded_linear(
     if activation is not None and use_triton(x.numbers) and wide_gemm.supports_rounded(rows, weight):
         options = {"scale": scale, "row_scale": x.scale, "dtype": torch.bfloat16}
         return wide_gemm_gluon(x.numbers, weight, bias, activation, **options)
+    if activation is None and use_triton(x.numbers) and even_gemm.supports(weight):
+        sms = num_sms(weight.device)
+        tile = even_gemm.choose_tile(rows, len(weight), sms)
+        if is_compiling():
+            # Compile the kernel for other numbers of rows too.
+            for each in even_gemm.possible_tiles(len(weight), sms):
+                even_gemm_gluon(x, weight, scale, bias, torch.bfloat16, tile=each)
+        elif tile is not None:
+            return even_gemm_gluon(x, weight, scale, bias, torch.bfloat16, tile=tile)
     out = scaled_gemm(x, weight, scale, bias, torch.bfloat16)
     return out if activation is None else act_mul(out, activation)
 

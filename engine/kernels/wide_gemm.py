@@ -207,11 +207,11 @@ def _multiply(
         if SCALED:
             own_row = (2 * row + half) * HEIGHT + gl.arange(0, HEIGHT, gl.SliceLayout(1, gate.type.layout))
             factor = gl.load(row_scale_ptr + own_row, mask=own_row < rows, other=0.0)[:, None]
-            gate *= factor * _of_outputs(scale_ptr, gate, output, outputs)
-            up *= factor * _of_outputs(scale_ptr + outputs, up, output, outputs)
-        gate = _activate(_with_bias(gate, bias_ptr, output, outputs, BIAS), ACTIVATION)
-        up = _with_bias(up, bias_ptr + outputs, output, outputs, BIAS)
-        _store(gate * up, out_ptr, (2 * row + half) * HEIGHT, rows, output, outputs)
+            gate *= factor * of_outputs(scale_ptr, gate, output, outputs)
+            up *= factor * of_outputs(scale_ptr + outputs, up, output, outputs)
+        gate = _activate(with_bias(gate, bias_ptr, output, outputs, BIAS), ACTIVATION)
+        up = with_bias(up, bias_ptr + outputs, output, outputs, BIAS)
+        store_outputs(gate * up, out_ptr, (2 * row + half) * HEIGHT, rows, output, outputs)
 
 
 @gluon.jit
@@ -226,21 +226,21 @@ def _issue(acc, ring, step, half: gl.constexpr, USE_ACC: gl.constexpr, STAGES: g
 
 
 @gluon.jit
-def _with_bias(x, bias_ptr, first, outputs, BIAS: gl.constexpr):
+def with_bias(x, bias_ptr, first, outputs, BIAS: gl.constexpr):
     if BIAS:
-        x += _of_outputs(bias_ptr, x, first, outputs)
+        x += of_outputs(bias_ptr, x, first, outputs)
     return x
 
 
 @gluon.jit
-def _of_outputs(values_ptr, like, first, outputs):
+def of_outputs(values_ptr, like, first, outputs):
     """Load values of the outputs from ``first`` on, which are the columns of ``like``, as a row."""
     column = first + gl.arange(0, like.shape[1], gl.SliceLayout(0, like.type.layout))
     return gl.load(values_ptr + column, mask=column < outputs, other=0.0).to(gl.float32)[None, :]
 
 
 @gluon.jit
-def _store(result, out_ptr, row, rows, first, outputs):
+def store_outputs(result, out_ptr, row, rows, first, outputs):
     """Store rows of results from output ``first`` on, in pieces of 16 bytes a thread."""
     ACROSS: gl.constexpr = result.shape[1] // 8 if result.shape[1] < 128 else 16
     stored: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [4, 1], [1, 0])

@@ -291,7 +291,8 @@ def decode_step() -> None:
 def fp8_weights() -> None:
     """Linear layers with fp8 weights: one scale an output, and one for each 128 inputs."""
     from engine.kernels.act_mul import act_rounded_triton
-    from engine.kernels.fp8 import FP8, Scale, dequantise_triton, quantise_rows_triton
+    from engine.kernels.even_gemm import choose_tile, even_gemm_gluon
+    from engine.kernels.fp8 import FP8, RoundedRows, Scale, dequantise_triton, quantise_rows_triton
     from engine.kernels.fp8_mma import fp8_mma_gluon
     from engine.kernels.gemv import gemv_triton
     from engine.kernels.layer_norm import layer_norm_rounded_triton
@@ -329,6 +330,14 @@ def fp8_weights() -> None:
     for rows in (512, 4096):
         rounded = {"row_scale": torch.ones(rows, 1), "dtype": BF16}
         wide_gemm_gluon(tensor(rows, 3584, dtype=FP8), **gated, **rounded, bias=None, activation="silu")
+    for rows, inputs, outputs, bias in ((512, 3584, 4608, tensor(4608)), (512, 1536, 1536, None)):
+        plain, rounded = (
+            weight(outputs, inputs, 1 << 15),
+            RoundedRows.empty(rows, inputs, torch.device("cpu")),
+        )
+        tile = choose_tile(rows, outputs, 132)
+        assert tile is not None
+        even_gemm_gluon(rounded, **plain, bias=bias, dtype=BF16, tile=tile)
     for rows in (1, 100):
         quantise_rows_triton(tensor(rows, 18944))
         quantise_rows_triton(tensor(rows, 18944), 128)
