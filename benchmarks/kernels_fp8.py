@@ -20,6 +20,15 @@ from engine.kernels.skinny_gemm import split_counters
 LAYERS = [("qkv", 3584, 4608), ("gate_up", 3584, 37888), ("down", 18944, 3584), ("square", 4096, 4096)]
 TINY_LAYERS = [("tiny", 48, 80)]
 BATCHES, TINY_BATCHES = (1, 4, 16, 64, 4096), (1, 4, 65)
+#: Rows of a prompt, with a tile for each SM, and of an image, with several rounds of tiles: (kernel, rows,
+#: input features, output features)
+TILED = [
+    ("even_gemm", 512, 3584, 4608),
+    ("even_gemm", 512, 1536, 2048),
+    ("cublaslt", 1664, 1280, 3840),
+    ("cublaslt", 1664, 1280, 5120),
+]
+TINY_TILED = [("even_gemm", 65, 48, 80), ("cublaslt", 66, 48, 80)]
 #: Inputs that share a scale; None for all inputs of an output.
 GROUPS = (None, 128)
 
@@ -33,6 +42,9 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
                 kernel = "fp8_mma" if group is None and batch <= MAX_ROWS else "fp8"
                 yield Case(kernel, f"{label}, {batch}", partial(plain, *sizes))
             yield Case("fp8", f"{label}, norm", partial(after_norm, device, inputs, outputs, group))
+    for kernel, rows, inputs, outputs in TINY_TILED if tiny else TILED:
+        label = f"{inputs}->{outputs}, outputs, {rows}"
+        yield Case(kernel, label, partial(plain, device, rows, inputs, outputs, None))
 
 
 class Layer:
