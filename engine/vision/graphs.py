@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from engine.graphs import Capture, Replay
-from engine.transfers import staging
+from engine.transfers import download, staging
 from engine.vision.segments import VisionSegments
 
 #: Sizes that are captured, for one segment and for several: all multiples of the step, in tokens. Larger
@@ -39,12 +39,14 @@ class ImageSource:
         tokens: of the memory and a number of tokens ``N``, those of the image ``(N, width)``, padded.
         write: writes pixels to host memory of the size that :attr:`size` gives.
         size: bytes of an image of these pixels in the memory.
+        room: bytes of the largest image of a number of tokens.
     """
 
     memory: torch.Tensor
     tokens: Callable[[torch.Tensor, int], torch.Tensor]
     write: Callable[[np.ndarray, np.ndarray], None]
     size: Callable[[np.ndarray], int]
+    room: Callable[[int], int]
 
 
 class TowerGraphs:
@@ -78,6 +80,10 @@ class TowerGraphs:
         image: ImageSource | None = None,
     ) -> None:
         self._image = image
+        # Graphs of one image begin by copying this memory to the device: enqueuing a copy of its own before
+        # the launch takes the host longer than the copy takes.
+        self._written = staging((0,), torch.uint8, device) if image is None else download(image.memory)
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None
         self._stages, self._capture, self._window_len = stages, capture, window_len
         self._most = CROWD_TOKENS if crowds else MAX_TOKENS
         self._x = torch.zeros((self._most, width), dtype=dtype, device=device)
@@ -144,10 +150,10 @@ class TowerGraphs:
         """:meth:`replay` for one image that is one segment of ``tokens``, from its pixels on."""
         assert self._image is not None
         replays = self._get(-(-tokens // TOKEN_STEP) * TOKEN_STEP, 1)
-        size, memory = self._image.size(pixels), self._image.memory
-        staged = staging((size,), torch.uint8, memory.device)
-        self._image.write(staged.numpy(), pixels)
-        memory[:size].copy_(staged, non_blocking=True)
+        if self._sent is not None:
+            # The last image must have left the memory.
+            self._sent.synchronize()
+        self._image.write(self._written[: self._image.size(pixels)].numpy(), pixels)
         return self._run(replays, tokens, segments, None, pause)
 
     def _run(
@@ -164,6 +170,7 @@ class TowerGraphs:
             self._copy(segments, windows, tokens)
             self._filled = segments, windows
         outputs = replays[0]()
+        self._note_sent()
         for replay in replays[1:]:
             pause()
             outputs = replay()
@@ -201,10 +208,18 @@ class TowerGraphs:
         for stage in stages:
             replays.append(capture(partial(stage, given, segments, windows)))
             given = replays[-1]()
+        self._note_sent()
         return replays
+
+    def _note_sent(self) -> None:
+        """Note that what is enqueued so far reads the written memory."""
+        if self._sent is not None:
+            self._sent.record()
 
     def _from_image(self, image: ImageSource, size: int, _: torch.Tensor, *rest: Any) -> Any:
         """Run the first stage on an image's tokens."""
+        room = image.room(size)
+        image.memory[:room].copy_(self._written[:room], non_blocking=True)
         return self._stages[0](image.tokens(image.memory, size), *rest)
 
 

@@ -135,9 +135,11 @@ class NativeVisionEncoder(nn.Module):
         config = self.config
         if config.tower.features or config.window is not None or config.position_side is not None:
             return None
-        memory = torch.zeros(
-            HEADER + MAX_TOKENS * config.patch_size**2 * 4, dtype=torch.uint8, device=self.device
-        )
+
+        def room(tokens: int) -> int:
+            return HEADER + tokens * config.patch_size**2 * 4
+
+        memory = torch.zeros(room(MAX_TOKENS), dtype=torch.uint8, device=self.device)
         described = torch.empty(HEADER + first.size, dtype=torch.uint8)
         describe_image(described.numpy(), first)
         memory[: len(described)] = described
@@ -151,6 +153,7 @@ class NativeVisionEncoder(nn.Module):
             lambda memory, rows: patchify_described(memory, self.pixels.table, rows, **sides),
             describe_image,
             lambda pixels: HEADER + pixels.size,
+            room,
         )
 
     def _check(self, entry: PreparedMedia) -> None:
