@@ -56,10 +56,9 @@ decides::
                                                   no split-K
                       skinny_gemm_triton          the same, 1 to 64 rows; 2 or more   skinny_gemm.py
                       of rounded rows             of any size
-                      even_gemm_gluon             the same, no gate, at most 8192     even_gemm.py
-                      of rounded rows             inputs, where tiles of 64 or 144
-                                                  outputs give each SM one, and those
-                                                  of 128 leave SMs idle
+                      even_gemm_gluon             the same, no gate, where tiles of   even_gemm.py
+                      of rounded rows             64 or 144 outputs give each SM one,
+                                                  and those of 128 leave SMs idle
                       scaled_gemm                 the same, otherwise                 fp8.py, cublaslt.py
                       gemv_triton                 Triton, 1 row                       gemv.py
                       skinny_gemm_triton          Triton, 2 to 64 rows, 16-bit, at    skinny_gemm.py

@@ -65,9 +65,7 @@ def possible_tiles(outputs: int, sms: int) -> list[EvenTile]:
 
 def supports(weight: torch.Tensor) -> bool:
     """Return whether the kernel can multiply rows in fp8 by ``weight`` ``(N, K)``, in fp8 too."""
-    # The tensor cores sum up all products of an output.
-    fits = weight.shape[1] <= MAX_FAST_INPUTS and len(weight) % 16 == 0
-    return fits and is_hopper(weight.device) and has_descriptor(weight)
+    return len(weight) % 16 == 0 and is_hopper(weight.device) and has_descriptor(weight)
 
 
 def even_gemm_gluon(
@@ -91,7 +89,7 @@ def even_gemm_gluon(
         x_desc=describe(x.numbers, _ROWS), first_desc=described(weight, tile.first),
         second_desc=described(weight, tile.second or tile.first), out_ptr=out,
         bias_ptr=out if bias is None else bias, row_scale_ptr=x.scale, scale_ptr=scale.values, rows=rows,
-        outputs=outputs, inputs=inputs, ROWS=_ROWS, FIRST=tile.first, SECOND=tile.second, INPUTS=STEP_BYTES,
+        outputs=outputs, inputs=inputs, FAST=inputs <= MAX_FAST_INPUTS, ROWS=_ROWS, FIRST=tile.first, SECOND=tile.second, INPUTS=STEP_BYTES,
         STAGES=tile.stages, BIAS=bias is not None, COMPUTE_REGISTERS=_COMPUTE_REGISTERS,
         LOAD_REGISTERS=_LOAD_REGISTERS, num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
@@ -102,10 +100,15 @@ def even_gemm_gluon(
 @gluon.jit(do_not_specialize=["rows"])
 def _even_kernel(
     x_desc, first_desc, second_desc, out_ptr, bias_ptr, row_scale_ptr, scale_ptr, rows, outputs, inputs,
-    ROWS: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr, INPUTS: gl.constexpr, STAGES: gl.constexpr,
-    BIAS: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    FAST: gl.constexpr, ROWS: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr, INPUTS: gl.constexpr,
+    STAGES: gl.constexpr, BIAS: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One program per tile; the tiles of the same weights are neighbours."""
+    """One program per tile; the tiles of the same weights are neighbours.
+
+    Args:
+        FAST: the tensor cores sum up all products of an output, see :data:`~engine.kernels.fp8.MAX_FAST_INPUTS`; else
+            those of a step.
+    """
     x = buffers(STAGES, ROWS, INPUTS, x_desc.dtype)
     first = buffers(STAGES, FIRST, INPUTS, x_desc.dtype)
     second = first
@@ -123,8 +126,8 @@ def _even_kernel(
     lower: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_multiply, (upper, ring, place, sizes, out, BIAS, SECOND, STAGES)),
-            (_multiply, (lower, ring, place, sizes, out, BIAS, SECOND, STAGES)),
+            (_multiply, (upper, ring, place, sizes, out, FAST, BIAS, SECOND, STAGES)),
+            (_multiply, (lower, ring, place, sizes, out, FAST, BIAS, SECOND, STAGES)),
             (_load, (x_desc, first_desc, second_desc, ring, place, sizes, SECOND, STAGES)),
         ],
         [4, 1],
@@ -156,40 +159,64 @@ def _load(
 
 @gluon.jit
 def _multiply(
-    half: gl.constexpr, ring, place, sizes, out, BIAS: gl.constexpr, SECOND: gl.constexpr, STAGES: gl.constexpr
+    half: gl.constexpr, ring, place, sizes, out, FAST: gl.constexpr, BIAS: gl.constexpr, SECOND: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Multiply half of the tile's rows; run by one compute group (four warps). ``half``: which one."""
     x, first, second, ready, free = ring
     row, output = place
     rows, outputs, inputs = sizes
     HEIGHT: gl.constexpr = x.shape[1] // 2
-    FIRST: gl.constexpr = first.shape[1]
-    OTHERS: gl.constexpr = second.shape[1]
-    DEPTH: gl.constexpr = 256 // x.dtype.primitive_bitwidth
-    acc = gl.zeros([HEIGHT, FIRST], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FIRST, DEPTH]))
-    rest = gl.zeros(
-        [HEIGHT, OTHERS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OTHERS, DEPTH])
-    )
+    acc = _sums(x, first)
+    rest = _sums(x, second)
     steps = gl.cdiv(inputs, x.shape[2])
-    for step in range(steps):
-        stage = step % STAGES
-        mbarrier.wait(ready.index(stage), step // STAGES & 1)
-        own = x.index(stage).slice(half * HEIGHT, HEIGHT, 0)
-        acc = warpgroup_mma(own, first.index(stage).permute((1, 0)), acc, is_async=True)
+    if FAST:
+        for step in range(steps):
+            stage = step % STAGES
+            mbarrier.wait(ready.index(stage), step // STAGES & 1)
+            own = x.index(stage).slice(half * HEIGHT, HEIGHT, 0)
+            acc = warpgroup_mma(own, first.index(stage).permute((1, 0)), acc, is_async=True)
+            if SECOND > 0:
+                rest = warpgroup_mma(own, second.index(stage).permute((1, 0)), rest, is_async=True)
+                acc, rest = warpgroup_mma_wait(2, deps=[acc, rest])
+            else:
+                acc = warpgroup_mma_wait(1, deps=[acc])
+            # The products of the step before have ended.
+            mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
         if SECOND > 0:
-            rest = warpgroup_mma(own, second.index(stage).permute((1, 0)), rest, is_async=True)
-            acc, rest = warpgroup_mma_wait(2, deps=[acc, rest])
+            acc, rest = warpgroup_mma_wait(0, deps=[acc, rest])
         else:
-            acc = warpgroup_mma_wait(1, deps=[acc])
-        # The products of the step before have ended.
-        mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
-    if SECOND > 0:
-        acc, rest = warpgroup_mma_wait(0, deps=[acc, rest])
+            acc = warpgroup_mma_wait(0, deps=[acc])
     else:
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        for step in range(steps):
+            stage = step % STAGES
+            mbarrier.wait(ready.index(stage), step // STAGES & 1)
+            own = x.index(stage).slice(half * HEIGHT, HEIGHT, 0)
+            # While this group adds, the other one multiplies.
+            acc += _product(own, first.index(stage), _sums(x, first))
+            if SECOND > 0:
+                rest += _product(own, second.index(stage), _sums(x, second))
+            mbarrier.arrive(free.index(stage), count=1)
     _finish(acc, out, row + half * HEIGHT, output, rows, outputs, BIAS)
     if SECOND > 0:
-        _finish(rest, out, row + half * HEIGHT, output + FIRST, rows, outputs, BIAS)
+        _finish(rest, out, row + half * HEIGHT, output + first.shape[1], rows, outputs, BIAS)
+
+
+@gluon.jit
+def _sums(x, weights):
+    """Return sums of zero for half of the rows of a tile."""
+    OUTPUTS: gl.constexpr = weights.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, OUTPUTS, 256 // x.dtype.primitive_bitwidth]
+    )
+    return gl.zeros([x.shape[1] // 2, OUTPUTS], gl.float32, layout)
+
+
+@gluon.jit
+def _product(x, weights, zeros):
+    """Return the products of a step."""
+    product = warpgroup_mma(x, weights.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return warpgroup_mma_wait(0, deps=[product])
 
 
 @gluon.jit

@@ -330,7 +330,8 @@ def fp8_weights() -> None:
     for rows in (512, 4096):
         rounded = {"row_scale": torch.ones(rows, 1), "dtype": BF16}
         wide_gemm_gluon(tensor(rows, 3584, dtype=FP8), **gated, **rounded, bias=None, activation="silu")
-    for rows, inputs, outputs, bias in ((512, 3584, 4608, tensor(4608)), (512, 1536, 1536, None)):
+    sizes = (512, 3584, 4608, tensor(4608)), (512, 1536, 1536, None), (512, 8960, 1536, None)
+    for rows, inputs, outputs, bias in sizes:
         plain, rounded = (
             weight(outputs, inputs, 1 << 15),
             RoundedRows.empty(rows, inputs, torch.device("cpu")),

@@ -14,7 +14,8 @@ SMS = 132
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tile", [NARROW, WIDE])
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(65, 64, 16), (130, 80, 208), (448, 3584, 4608), (512, 1536, 2048)]
+    ("rows", "inputs", "outputs"),
+    [(65, 64, 16), (130, 80, 208), (448, 3584, 4608), (512, 1536, 2048), (130, 8208, 208)],
 )
 def test_equals_reference(hopper, rows, inputs, outputs, tile, bias):
     x = quantise_rows(torch.randn(rows, inputs, device=hopper, dtype=torch.bfloat16))
@@ -29,8 +30,10 @@ def test_equals_reference(hopper, rows, inputs, outputs, tile, bias):
         found = even_gemm_gluon(
             x, weight.numbers, Scale(weight.scale, inputs, True), given, torch.bfloat16, tile=tile
         )
-        # The tensor cores keep 14 bits of sums.
-        assert (found.double() - expected).norm() < 4e-3 * expected.norm()
+        # The tensor cores keep 14 bits of sums. Those of many inputs are added up outside, which leaves the
+        # rounding of the result.
+        bound = 4e-3 if inputs <= MAX_FAST_INPUTS else 1.8e-3
+        assert (found.double() - expected).norm() < bound * expected.norm()
         assert (found.double() - expected).abs().max() < 0.02 * expected.abs().max()
 
 
@@ -60,11 +63,10 @@ def test_rounded_rows_take_it(monkeypatch, hopper_gpu):
 
     monkeypatch.setattr(dispatch, "even_gemm_gluon", note("even"))
     monkeypatch.setattr(dispatch, "scaled_gemm", note("torch"))
-    # Sums of more inputs are left to torch, which is more exact.
     many = MAX_FAST_INPUTS + 16
     for inputs, rows in ((64, 65), (64, 129), (many, 65)):
         weight = torch.zeros(4608, inputs).to(FP8)
         scale = Scale(torch.ones(4608, 1), inputs, True)
         dispatch.linear(torch.zeros(rows, inputs, dtype=torch.bfloat16), weight, scale=scale)
     first = "even" if hopper_gpu else "torch"
-    assert taken == [(first, 64, 65), ("torch", 64, 129), ("torch", many, 65)]
+    assert taken == [(first, 64, 65), ("torch", 64, 129), (first, many, 65)]
