@@ -61,17 +61,19 @@ def test_operands_at_odd_addresses_are_left_to_torch(hopper):
 
 
 def test_without_the_library_torch_computes(monkeypatch):
-    """Whatever PyTorch has loaded."""
+    """And tiles in one round."""
     monkeypatch.setattr(torch.version, "cuda", None)
     cublaslt._library.cache_clear()
     try:
         assert cublaslt._library() is None
     finally:
         cublaslt._library.cache_clear()
-    cublaslt._plan.cache_clear()
     called = []
-    monkeypatch.setattr(fp8, "gemm_without_workspace", lambda *_, **__: None)
+    monkeypatch.setattr(fp8, "num_sms", lambda _: 4)
+    monkeypatch.setattr(fp8, "gemm_without_workspace", lambda *_, **__: called.append("library"))
     monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **options: called.append(options["use_fast_accum"]))
-    rows = RoundedRows(torch.zeros(2, 32).to(FP8), torch.ones(2, 1))
-    scaled_gemm(rows, torch.zeros(16, 32).to(FP8), Scale(torch.ones(16, 1), 32, True), None, torch.bfloat16)
-    assert called == [True]
+    weight, scale = torch.zeros(272, 32).to(FP8), Scale(torch.ones(272, 1), 32, True)
+    for count in (128, 129):
+        rows = RoundedRows(torch.zeros(count, 32).to(FP8), torch.ones(count, 1))
+        scaled_gemm(rows, weight, scale, None, torch.bfloat16)
+    assert called == [True, "library", True]
