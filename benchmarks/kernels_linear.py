@@ -54,7 +54,7 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
             label, sizes = f"{name} {inputs}->{outputs}, batch {batch}", (device, batch, inputs, outputs)
             yield Case(kernel_of(batch, outputs), label, partial(plain, *sizes))
             if name in AFTER_NORM and batch > 1:
-                kernel = "ring_gate" if name in SHARED and batch > 16 else "skinny_gemm"
+                kernel = "ring_shares" if name in SHARED and batch > 16 else "skinny_gemm"
                 yield Case(kernel, f"{label}, gated", partial(gated, *sizes))
             if name in BEFORE_NORM and batch > 1:
                 yield Case("ring_gemm", f"{label}, with the norm after it", partial(before_norm, *sizes))

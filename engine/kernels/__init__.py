@@ -44,8 +44,6 @@ decides::
                                                   over 352 for large weights, or
                                                   over 256 rounded rows of at most
                                                   8192 inputs
-                      ring_gate_gluon             Hopper, 16-bit, 17 to 64 rows, 129  ring_gate.py
-                                                  to 144 outputs an SM, no bias
     linear            fp8_mma_gluon               Triton, 1 row, 64·n inputs, large   fp8_mma.py
                       of rounded rows             weight in fp8 made for fp8 inputs,
                                                   Hopper, one scale an output; up to
@@ -61,6 +59,10 @@ decides::
                                                   and those of 128 leave SMs idle
                       scaled_gemm                 the same, otherwise                 fp8.py, cublaslt.py
                       gemv_triton                 Triton, 1 row                       gemv.py
+                      ring_shares_gluon           Hopper, 16-bit, 17 to 64 rows, no   ring_shares.py
+                                                  bias, 2048 inputs or more, 80 to
+                                                  144 outputs an SM; also gated,
+                                                  then 160 to 288, too
                       skinny_gemm_triton          Triton, 2 to 64 rows, 16-bit, at    skinny_gemm.py
                                                   most 65536 outputs, 16·n inputs if
                                                   not fp8

@@ -23,8 +23,8 @@ from engine.kernels import (
     int4_mma_ring,
     int4_wgmma,
     prefill_attention,
-    ring_gate,
     ring_gemm,
+    ring_shares,
     wide_gemm,
 )
 from engine.kernels.act_mul import act_mul, act_rounded
@@ -69,8 +69,8 @@ from engine.kernels.paged_attention import paged_attention_reference, paged_atte
 from engine.kernels.peer_reduce import MAX_SENT, PeerBuffers
 from engine.kernels.prefill_attention import prefill_attention_gluon
 from engine.kernels.recurrent_state import StateCache
-from engine.kernels.ring_gate import ring_gate_gluon
 from engine.kernels.ring_gemm import ring_gemm_gluon, tile_gemm_gluon
+from engine.kernels.ring_shares import ring_shares_gluon
 from engine.kernels.rms_norm import HeadNorms, rms_norm, rms_norm_rounded
 from engine.kernels.rotary import RotaryTable
 from engine.kernels.route import Routing
@@ -288,8 +288,8 @@ def linear(
             return fp8_mma_gluon(x, weight, bias, activation=activation, scale=scale, dtype=x.dtype)
         return _rounded_linear(quantise_rows(x), weight, bias, activation, counters, scale)
     if _is_skinny(x, weight, scale):
-        if activation is not None and scale is None and ring_gate.supports(x, weight, bias):
-            return ring_gate_gluon(x, weight, activation)
+        if scale is None and ring_shares.supports(x, weight, bias, gated=activation is not None):
+            return ring_shares_gluon(x, weight, activation)
         return skinny_gemm_triton(x, weight, bias, activation=activation, counters=counters, scale=scale)
     if activation is not None and scale is None and use_triton(x) and wide_gemm.supports(x, weight):
         if is_compiling():

@@ -33,7 +33,7 @@ from engine.kernels.fp8 import round_to_fp8
 from engine.kernels.fp8_mma import halves_of_words
 from engine.kernels.launch import is_compiling, launch
 from engine.kernels.paged import KVCache, beside_fp8, capped
-from engine.kernels.pdl import pdl_options, wait_for_previous
+from engine.kernels.pdl import launch_dependents, pdl_options, wait_for_previous
 from engine.kernels.registers import interleaved
 from engine.kernels.ring import block_barrier
 from engine.kernels.rms_norm import scaled_by_norm
@@ -47,8 +47,10 @@ _KEYS = 16
 #: heads' keys are read more slowly.
 _FEW_ROWS, _MANY_ROWS = (128, 16), (168, 12)
 #: Without PDL: words on their way need room in L1, of which there is little on an SM as long as it runs a program with
-#: much shared memory. Programs that fill the GPU read faster if they start after those.
+#: much shared memory. Programs that fill the GPU read faster if they start after those. The next kernel may start as
+#: soon as all of them have: where an SM's have ended it loads weights while others still run.
 _ALONE: dict[str, Any] = {"PDL": False}
+_launch_dependents = gluon.jit(launch_dependents.fn)
 _wait_for_previous = gluon.jit(wait_for_previous.fn)
 _round_to_fp8 = gluon.jit(round_to_fp8.fn)
 _beside_fp8 = gluon.jit(beside_fp8.fn)
@@ -161,6 +163,7 @@ def _fp8_decode_kernel(
     STEP: gl.constexpr = WARPS * KEYS
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     fp8: gl.constexpr = k_cache_ptr.dtype.element_ty
+    _launch_dependents(WARPS == 1)
     sequence = gl.program_id(0).to(gl.int64)
     kv_head = gl.program_id(1)
     split = gl.program_id(2)

@@ -366,12 +366,13 @@ def before_norm() -> None:
     ring_gemm_gluon(tensor(256, 18944, dtype=FP8), tensor(3584, 18944, dtype=FP8), **scales, dtype=BF16)
 
 
-def even_gates() -> None:
-    """Gated GEMMs of up to 64 rows."""
-    from engine.kernels.ring_gate import ring_gate_gluon
+def output_shares() -> None:
+    """GEMMs of 17 to 64 rows by programs of 128 outputs or more, gated or not."""
+    from engine.kernels.ring_shares import ring_shares_gluon
 
-    for outputs, inputs in ((17152, 4096), (18944, 3584)):
-        ring_gate_gluon(tensor(64, inputs), tensor(2 * outputs, inputs), "silu")
+    for outputs, inputs in ((11008, 4096), (14336, 4096), (18944, 3584)):
+        ring_shares_gluon(tensor(64, inputs), tensor(2 * outputs, inputs), "silu")
+    ring_shares_gluon(tensor(64, 4096), tensor(12288, 4096))
 
 
 def int4_weights() -> None:
@@ -589,7 +590,7 @@ CASES: list[Callable[[], None]] = [
     partial(short_conv, [300, 1, 7], bias=True),
     fp8_weights,
     before_norm,
-    even_gates,
+    output_shares,
     int4_weights,
     # Of the two kinds of floats this one takes more registers.
     partial(float_weights, "nvfp4", 16),
