@@ -67,6 +67,7 @@ _MUSE_TAGS = ReasoningTags(
     "<|eom|>",
     around=("<|start|>assistant to=user<|message|>", "<|eom|>"),
     bare="to=user<|message|>",
+    again="<|start|>assistant to=self<|message|>",
 )
 _FENCED = "\n```python\n"
 

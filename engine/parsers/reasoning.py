@@ -20,6 +20,7 @@ class ReasoningTags:
         label: text that the model writes behind ``start``; it is no part of the thought.
         around: the tags before and behind the visible text, which are no part of it; none if empty.
         bare: what is left of the tag before it where the prompt has begun that; of answers without a thought.
+        again: opens a further thought behind a visible text; empty if there is none.
     """
 
     start: str
@@ -27,6 +28,7 @@ class ReasoningTags:
     label: str = ""
     around: tuple[()] | tuple[str, str] = ()
     bare: str = ""
+    again: str = ""
 
     def open_in(self, prompt: str) -> bool:
         """Return whether ``prompt`` ends within a thought that has just begun."""
@@ -49,6 +51,7 @@ class ReasoningParser(SteppedParser):
         self._state: ThoughtState = "inside" if begins_inside else "before" if thinks else "none"
         super().__init__()
         self._trim, self._bare = thinks, tags.bare
+        self._markers = (*tags.around, *filter(None, [tags.again if thinks else ""]))
 
     @property
     def state(self) -> ThoughtState:
@@ -92,7 +95,7 @@ class ReasoningParser(SteppedParser):
         return True
 
     def _read_visible(self, events: list[Event]) -> bool:
-        """Pass on the visible text up to the next of the tags around it, which is dropped."""
+        """Pass on the visible text up to the next of the tags around it or of a thought, which is dropped."""
         if self._bare and self._state == "none":
             stripped = self._buffer.lstrip()
             if self._bare.startswith(stripped) and stripped != self._bare:
@@ -100,9 +103,8 @@ class ReasoningParser(SteppedParser):
             if stripped.startswith(self._bare):
                 self._buffer = stripped[len(self._bare) :]
             self._bare = ""
-        around = self._tags.around
-        position, tag = first_marker(self._buffer, around) or (
-            len(self._buffer) - held_back(self._buffer, around),
+        position, tag = first_marker(self._buffer, self._markers) or (
+            len(self._buffer) - held_back(self._buffer, self._markers),
             "",
         )
         text = self._buffer[:position].lstrip() if self._trim else self._buffer[:position]
@@ -110,6 +112,8 @@ class ReasoningParser(SteppedParser):
         if text:
             self._trim = False
             events.append(Text(text))
+        if tag and tag == self._tags.again:
+            self._state, self._trim = "inside", True
         return bool(tag)
 
     def _read_thought(self, events: list[Event]) -> bool:

@@ -139,6 +139,13 @@ _MUSE_CALL = (
         (f" to=self<|message|>Hm.<|eom|>{_MUSE_CALL}", "Hm.", "", [("f", '{"x": 1}')]),
         (" to=self<|message|>Hm", "Hm", "", []),
         (" to=us", "", " to=us", []),
+        (
+            " to=self<|message|>Hm.<|eom|><|start|>assistant to=user<|message|>Yes.<|eom|>"
+            "<|start|>assistant to=self<|message|> So?<|eom|><|start|>assistant to=user<|message|>No.",
+            "Hm.So?",
+            "Yes.No.",
+            [],
+        ),
     ],
 )
 def test_answers_in_messages_to_somebody(text, reasoning, visible, calls):
