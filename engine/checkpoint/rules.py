@@ -117,6 +117,9 @@ GLM_RULES: tuple[tuple[str, str], ...] = (
 
 LFM2_RULES: tuple[tuple[str, str], ...] = (
     (_LAYER + r"operator_norm\.(.*)", r"\1input_layernorm.\2"),
+    (_LAYER + r"post_operator_norm\.(.*)", r"\1attention_out_norm.\2"),
+    (_LAYER + r"post_ffn_norm\.(.*)", r"\1mlp_out_norm.\2"),
+    (r"(?:.*\.)?(layers\.\d+\.self_attn\.)gate_proj\.(.*)", r"\1g_proj.\2"),
     (_LAYER + r"ffn_norm\.(.*)", r"\1post_attention_layernorm.\2"),
     (r"(?:.*\.)?(layers\.\d+\.self_attn\.)out_proj\.(.*)", r"\1o_proj.\2"),
     (r"(?:.*\.)?(layers\.\d+\.self_attn\.[qk]_)layernorm\.(.*)", r"\1norm.\2"),
@@ -127,7 +130,7 @@ LFM2_RULES: tuple[tuple[str, str], ...] = (
     (r"(?:.*\.)?embedding_norm\.(.*)", r"norm.\1"),
     *DECODER_RULES,
 )
-"""Rules of a decoder by LFM2's names."""
+"""Rules of a decoder by the names of LFM2 and LFM3."""
 
 HUNYUAN_RULES: tuple[tuple[str, str], ...] = (
     (r"(?:.*\.)?(layers\.\d+\.self_attn\.)query_layernorm\.(.*)", r"\1q_norm.\2"),

@@ -16,7 +16,7 @@ def sigmoid_gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: ``(T, heads, D)`` contiguous.
-        gate: ``(T, heads, D)``, last dimension contiguous, dtype of ``x``.
+        gate: ``(T, heads, D)``, last dimension contiguous, or ``(T, heads, 1)``; dtype of ``x``.
 
     Returns:
         ``(T, heads, D)`` contiguous.
@@ -31,14 +31,14 @@ def sigmoid_gate_reference(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 
 def sigmoid_gate_triton(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     tokens, heads, dim = x.shape
-    assert x.is_contiguous() and gate.stride(-1) == 1 and gate.shape == x.shape
+    assert x.is_contiguous() and gate.stride(-1) == 1 and gate.shape in (x.shape, (tokens, heads, 1))
     out = torch.empty_like(x)
     if tokens:
         block = min(1024, triton.next_power_of_2(heads * dim))
         launch(
             _sigmoid_gate_kernel, (tokens, triton.cdiv(heads * dim, block)),
             x_ptr=x, gate_ptr=gate, out_ptr=out, token_stride=gate.stride(0), head_stride=gate.stride(1),
-            SIZE=heads * dim, DIM=dim, BLOCK=block, num_warps=4, **pdl_options(x),
+            SIZE=heads * dim, DIM=dim, GATE_DIM=gate.shape[-1], BLOCK=block, num_warps=4, **pdl_options(x),
         )  # fmt: skip
     return out
 
@@ -46,14 +46,14 @@ def sigmoid_gate_triton(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def _sigmoid_gate_kernel(
     x_ptr, gate_ptr, out_ptr, token_stride, head_stride,
-    SIZE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    SIZE: tl.constexpr, DIM: tl.constexpr, GATE_DIM: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per token and block of its heads."""
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < SIZE
-    source = gate_ptr + token * token_stride + column // DIM * head_stride + column % DIM
+    source = gate_ptr + token * token_stride + column // DIM * head_stride + column % GATE_DIM
     gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + token * SIZE + column, mask=mask, other=0.0)
     factor = (1.0 / (1.0 + tl.exp(-gate))).to(x.dtype).to(tl.float32)

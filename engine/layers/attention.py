@@ -53,6 +53,7 @@ class Attention(nn.Module):
             bias=config.qkv_bias,
             gated=config.output_gate,
             gate_apart=config.gate_apart,
+            head_gate=config.head_gate,
             names=() if borrows else ("k_proj",) if self.joint else ("k_proj", "v_proj"),
         )
         self.o_proj = RowLinear(
@@ -75,6 +76,8 @@ class Attention(nn.Module):
         if config.value_norm and not borrows:
             self.v_norm = UnitNorm(self.head_dim, config.rms_norm_eps, build)
         self.gated, self.gate_apart = config.output_gate, config.gate_apart
+        #: Heads of the rank with a gate of one number.
+        self.head_gates = self.qkv_proj.parts[-1].size if config.head_gate else 0
         self.sizes = [part.size for part in self.qkv_proj.parts]
         self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.window = config.window(layer)
@@ -150,7 +153,11 @@ class Attention(nn.Module):
     ) -> torch.Tensor | SplitSums:
         """Compute the output ``(T, hidden)``, or ``(R, hidden)``, from what ``qkv_proj`` gives for ``T``
         tokens; see :meth:`forward`."""
-        split = qkv.split(self.sizes, dim=-1)
+        # Behind gates there may be padding.
+        split = (qkv[:, : sum(self.sizes)] if self.head_gates else qkv).split(self.sizes, dim=-1)
+        if self.head_gates:
+            *split, gates = split
+            gate = gates[..., None]
         if isinstance(self.q_norm, _UNFUSED) and isinstance(self.k_norm, _UNFUSED):
             split = self.q_norm(split[0]), self.k_norm(split[1]), split[2]
         parts = [part.unflatten(-1, (-1, self.head_dim)) for part in split]
@@ -191,7 +198,7 @@ class Attention(nn.Module):
             out = paged_attention(q, cache, meta, scale=self.scale, window=self.window, cap=self.cap)
         if scales is not None:
             out = _times(out, scales[1])
-        if self.gated:
+        if self.gated or self.head_gates:
             out = sigmoid_gate(out, gate)
         out = out.flatten(1)
         return self.o_proj(out if rows is None else out.index_select(0, rows))

@@ -187,6 +187,7 @@ class DecoderConfig:
         output_gate: each head's attention is multiplied by the sigmoid of a gate; ``q_proj`` makes each
             head's query and behind it its gate.
         gate_apart: a projection of its own makes the gates, ``gate_proj``.
+        head_gate: each head's attention is multiplied by the sigmoid of one number, which ``g_proj`` makes.
         recurrence: what the layers ``linear_layers`` have in place of attention; None if all layers have
             attention.
         windows: sliding window per layer in tokens (a query sees keys with ``0 <= q - k < window``), None for
@@ -259,6 +260,7 @@ class DecoderConfig:
     qk_unit_norm: bool = False
     output_gate: bool = False
     gate_apart: bool = False
+    head_gate: bool = False
     recurrence: DeltaNetConfig | ShortConvConfig | None = None
     linear_layers: tuple[int, ...] = ()
     windows: tuple[int | None, ...] = ()

@@ -389,6 +389,7 @@ def qkv_linear(
     fused_name: str = "qkv_proj",
     gated: bool = False,
     gate_apart: bool = False,
+    head_gate: bool = False,
     names: Sequence[str] = ("k_proj", "v_proj"),
 ) -> FusedColumnLinear:
     """Make the query, key and value projections.
@@ -398,6 +399,7 @@ def qkv_linear(
     Args:
         gated: each query is followed by a gate of its head, of ``head_dim`` too.
         gate_apart: these gates are a projection of their own, ``gate_proj``, which comes last.
+        head_gate: behind all others, ``g_proj`` makes one number for each query head.
         names: the projections to KV heads.
     """
     heads = build.share(num_heads, "attention heads")
@@ -415,6 +417,9 @@ def qkv_linear(
     ]
     if gated and gate_apart:
         others.append(replace(queries, name="gate_proj"))
+    if head_gate:
+        # Kernels read rows by 16 bytes.
+        others.append(FusedPart("g_proj", num_heads, rank * heads, heads, -heads % 16))
     return FusedColumnLinear(hidden, [queries, *others], build, fused_name=fused_name, bias=bias)
 
 

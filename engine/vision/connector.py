@@ -94,6 +94,8 @@ class PatchMerger(nn.Module):
     Args:
         norm: over ``width`` features, or over ``width * group`` with ``norm_after``.
         norm_after: whether joined features are normalised instead of single ones.
+        mlp: of the projection.
+        hidden: width of its hidden layer; that of joined features if None.
     """
 
     def __init__(
@@ -105,12 +107,15 @@ class PatchMerger(nn.Module):
         build: BuildContext,
         *,
         norm_after: bool = False,
+        mlp: MLPConfig = MLPConfig(),
+        hidden: int | None = None,
     ) -> None:
         super().__init__()
         self.norm = norm
         self.group = group
         self.norm_after = norm_after
-        self.mlp = MLPConnector(width * group, MLPConfig(), out_features, build, hidden=width * group)
+        joined = width * group
+        self.mlp = MLPConnector(joined, mlp, out_features, build, hidden=hidden or joined)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.norm_after:

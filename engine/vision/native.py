@@ -25,6 +25,7 @@ from engine.vision.connector import (
     TemporalMerger,
 )
 from engine.vision.graphs import MAX_TOKENS, ImageSource
+from engine.vision.mlp_config import MLPConfig
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.native_grid import FramePlan, plan_frame
 from engine.vision.pixels import PixelInput, blank, unfit
@@ -67,8 +68,13 @@ class NativeVisionEncoder(nn.Module):
         elif config.mlp is not None:
             self.merger = MLPConnector(config.tower.out_features, config.mlp, config.out_features, build)
         else:
-            eps = config.merger_norm_eps or config.tower.norm_eps
-            self.merger = merger(make_norm(replace(config.tower, norm_eps=eps), width, build))
+            norm = replace(
+                config.tower,
+                norm=config.merger_norm or config.tower.norm,
+                norm_eps=config.merger_norm_eps or config.tower.norm_eps,
+            )
+            mlp, hidden = config.merger_mlp or MLPConfig(), config.merger_hidden
+            self.merger = merger(make_norm(norm, width, build), mlp=mlp, hidden=hidden)
         self.deepstack = nn.ModuleList(
             merger(make_norm(config.tower, width * group, build), norm_after=True)
             for _ in config.deepstack_layers
@@ -87,6 +93,10 @@ class NativeVisionEncoder(nn.Module):
         side = self.config.patch_size * least
         grid = 1, least, least
         image = blank((side, side, 3), grid, self.config.rows(grid))
+        if self.config.tower.conv is not None:
+            # Its frames' sizes would be those of the capture: passes are eager.
+            self.encode([image])
+            return
         self.tower.capture_graphs(
             capture,
             window_len=window and (window * merge) ** 2,
@@ -236,7 +246,8 @@ def _segments(
         for part in (0, 1)
     )
     windows = [size for f in frames for size in f.windows]
-    segments = segments_of([f.patches for f in frames], device, cos=cos, sin=sin)
+    sizes = tuple(f.size for f in frames)
+    segments = segments_of([f.patches for f in frames], device, cos=cos, sin=sin, frames=sizes)
     return segments, segments_of(windows, device, cos=cos, sin=sin) if windows else None
 
 

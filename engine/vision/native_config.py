@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from engine.vision.mlp_config import MLPConfig
 from engine.vision.normalisation import Normalisation
@@ -102,7 +103,10 @@ class NativeVisionConfig:
         position_swapped: whether the n-th patch of ``h`` rows of ``w`` has the position of the n-th one of
             ``w`` rows of ``h`` (Muse Glimmer); square images have the same either way.
         position_cubic: whether the table is interpolated bicubically, by its edges; else bilinearly.
-        merger_norm_eps: of the norm in the merger; the tower's if None.
+        merger_norm: kind of the norm in the merger; the tower's if None.
+        merger_norm_eps: of this norm; the tower's if None.
+        merger_mlp: of the merger; GELU with biases if None.
+        merger_hidden: width of its hidden layer; that of the joined features if None.
         merged_features: width of what the merger makes of a square, of which a projection with bias makes a
             row (HyperCLOVA X); None: that is a row.
         deepstack_layers: blocks whose merged output is appended to the rows, in order.
@@ -130,8 +134,11 @@ class NativeVisionConfig:
     position_zeros: bool = False
     position_swapped: bool = False
     position_cubic: bool = False
+    merger_norm: Literal["layer", "rms"] | None = None
     merger_norm_eps: float | None = None
     merged_features: int | None = None
+    merger_mlp: MLPConfig | None = None
+    merger_hidden: int | None = None
     deepstack_layers: tuple[int, ...] = ()
     mlp: MLPConfig | None = None
     squares: SquaresConfig | None = None

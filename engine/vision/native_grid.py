@@ -18,6 +18,7 @@ class FramePlan:
 
     Attributes:
         patches: their number, ``h * w``.
+        size: ``(h, w)``.
         angles: cosines and sines ``(h * w, head_dim / 2)`` float32 of the angles of a patch's row, then of
             its column, or the reverse; None if the tower rotates nothing.
         order: ``(h * w / merge²,)`` int64, the merged squares window by window; None if there are no windows.
@@ -31,6 +32,7 @@ class FramePlan:
     """
 
     patches: int
+    size: tuple[int, int]
     angles: tuple[torch.Tensor, torch.Tensor] | None
     order: torch.Tensor | None
     inverse: torch.Tensor | None
@@ -66,9 +68,9 @@ def plan_frame(config: NativeVisionConfig, h: int, w: int, device: torch.device)
     if config.tower.rope_theta is not None:
         turns = _angles(config, rows, columns)
         angles = cos, sin = turns.cos().to(device), turns.sin().to(device)
-    whole = segments_of([h * w], device, cos=cos, sin=sin)
+    whole = segments_of([h * w], device, cos=cos, sin=sin, frames=((h, w),))
     alone = whole, segments_of(windows, device, cos=cos, sin=sin) if windows else None
-    return FramePlan(h * w, angles, order, inverse, windows, alone, taps, weights)
+    return FramePlan(h * w, (h, w), angles, order, inverse, windows, alone, taps, weights)
 
 
 def _windows(height: int, width: int, side: int) -> tuple[np.ndarray, np.ndarray]:

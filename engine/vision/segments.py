@@ -20,6 +20,7 @@ class VisionSegments:
             embeddings.
         positions: int64 rows of the learned position table, for all ``N`` tokens or, if all images are alike,
             for those of one image; None takes the whole table in order for each image.
+        frames: ``(rows, columns)`` in patches of each segment, for towers that convolve; else empty.
     """
 
     cu_seqlens: torch.Tensor
@@ -27,6 +28,7 @@ class VisionSegments:
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    frames: tuple[tuple[int, int], ...] = ()
 
 
 def segments_of(
@@ -36,7 +38,8 @@ def segments_of(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    frames: tuple[tuple[int, int], ...] = (),
 ) -> VisionSegments:
     """Return consecutive segments of ``lengths`` tokens on ``device``, see :class:`VisionSegments`."""
     starts = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-    return VisionSegments(starts.to(device, non_blocking=True), max(lengths), cos, sin, positions)
+    return VisionSegments(starts.to(device, non_blocking=True), max(lengths), cos, sin, positions, frames)

@@ -26,6 +26,7 @@ from engine.layers.matrix_formats import Formats
 from engine.layers.mlp import MLP, GatedMLP
 from engine.layers.norm import LayerNorm, RMSNorm
 from engine.vision.graphs import ImageSource, TowerGraphs
+from engine.vision.grid_conv import GridConv
 from engine.vision.sandwich import SandwichBlock
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer_config import VisionConfig
@@ -78,6 +79,11 @@ class VisionAttention(nn.Module):
         self.counters: torch.Tensor
         self.register_buffer("counters", part_counters(build.device), persistent=False)
 
+    @property
+    def projection(self) -> FusedColumnLinear:
+        """The layer that gets the block's input."""
+        return self.qkv
+
     def forward(
         self, x: torch.Tensor | RoundedRows, segments: VisionSegments, index: torch.Tensor | None
     ) -> torch.Tensor:
@@ -85,7 +91,8 @@ class VisionAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             if not self.each:
                 q, k = q.flatten(1), k.flatten(1)
-            q, k = self.q_norm(q.contiguous()).view_as(v), self.k_norm(k.contiguous()).view_as(v)
+            normed = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
+            q, k = (part.view(len(v), -1, self.head_dim) for part in normed)
         if index is not None:
             assert segments.cos is not None and segments.sin is not None
             rotary(q, k, index, RotaryTable(segments.cos, segments.sin))
@@ -113,11 +120,14 @@ class VisionBlock(nn.Module):
     """Pre-norm attention and MLP. The residual is passed beside the hidden states, as in the decoder.
 
     Args:
-        attention: the class of the attention.
+        attention: the class of the attention, or of what stands in its place.
     """
 
     def __init__(
-        self, config: VisionConfig, build: BuildContext, attention: type[VisionAttention] = VisionAttention
+        self,
+        config: VisionConfig,
+        build: BuildContext,
+        attention: type[VisionAttention | GridConv] = VisionAttention,
     ) -> None:
         super().__init__()
         self.norm1 = make_norm(config, config.hidden_size, build)
@@ -146,7 +156,7 @@ class VisionBlock(nn.Module):
         segments: VisionSegments,
         index: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed, residual = _normed(self.norm1, x, residual, self.attn.qkv)
+        normed, residual = _normed(self.norm1, x, residual, self.attn.projection)
         attended = self.attn(normed, segments, index)
         if self.scale1 is not None:
             attended = attended * self.scale1
@@ -164,7 +174,7 @@ def _normed(
     norm: LayerNorm | RMSNorm,
     x: torch.Tensor,
     residual: torch.Tensor | None,
-    layer: FusedColumnLinear | MLP | GatedMLP,
+    layer: FusedColumnLinear | Linear | MLP | GatedMLP,
 ) -> tuple[torch.Tensor | RoundedRows, torch.Tensor]:
     """Return the norm of ``x + residual``, in fp8 where the next layer takes it so, and that sum."""
     return norm.add_rounded(x, residual) if layer.takes_rounded(x) else norm.add(x, residual)
@@ -197,6 +207,13 @@ class PatchEmbed(Linear):
         return [WeightSlot(prefix + "weight", tuple(weight.shape), copies), *others]
 
 
+def _make_block(config: VisionConfig, layer: int, build: BuildContext) -> VisionBlock | SandwichBlock:
+    if config.sandwich:
+        return SandwichBlock(config, build)
+    convolves = config.conv is not None and layer in config.conv.layers
+    return VisionBlock(config, build, GridConv if convolves else VisionAttention)
+
+
 class VisionTransformer(nn.Module):
     """Computes features ``(N, out_features)`` from flat patches ``(N, patch_dim)``.
 
@@ -227,8 +244,7 @@ class VisionTransformer(nn.Module):
             build.parameter(config.num_positions, width) if config.num_positions else None
         )
         self.pre_norm = make_norm(config, width, build) if config.pre_norm else None
-        block = SandwichBlock if config.sandwich else VisionBlock
-        self.blocks = nn.ModuleList(block(config, build) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(_make_block(config, layer, build) for layer in range(config.num_layers))
         self.post_norm = make_norm(config, width, build) if config.post_norm else None
 
     def forward(self, patches: torch.Tensor, segments: VisionSegments) -> torch.Tensor:

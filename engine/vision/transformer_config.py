@@ -7,6 +7,21 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
+class GridConvConfig:
+    """The blocks with :class:`engine.vision.grid_conv.GridConv` in place of attention.
+
+    Attributes:
+        layers: these blocks.
+        size: side of the convolution's kernel in patches, an odd number.
+        merge_size: side, in patches, of the square whose patches are neighbours in a segment.
+    """
+
+    layers: tuple[int, ...]
+    size: int
+    merge_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class VisionConfig:
     """A pre-norm vision transformer: CLIP, SigLIP, InternViT, and the towers of Qwen and Pixtral for
     images of any size.
@@ -44,6 +59,7 @@ class VisionConfig:
         bounded: inputs and outputs of the linear layers of such blocks are cut to bounds of the checkpoint.
         features: hidden states that are concatenated to the tower's output, 0 being the input of the first
             block and ``n`` the output of block ``n - 1``; empty takes the last block's output alone.
+        conv: the blocks that convolve in place of attention; None if all attend.
         stored_layers: number of blocks in the checkpoint, if that is more than ``num_layers``.
     """
 
@@ -77,6 +93,7 @@ class VisionConfig:
     sandwich: bool = False
     bounded: bool = False
     features: tuple[int, ...] = ()
+    conv: GridConvConfig | None = None
     stored_layers: int = 0
 
     @property

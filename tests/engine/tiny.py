@@ -335,7 +335,7 @@ TEXT_ARCHITECTURES = (
 
 #: Kinds with gated delta nets, and all whose layers do not all have attention.
 DELTA_NETS = ("qwen3_5", "qwen3_5_moe")
-HYBRIDS = ("lfm2", *DELTA_NETS)
+HYBRIDS = ("lfm2", "lfm3", *DELTA_NETS)
 
 #: An LFM2 with short convolutions in every layer but two.
 LFM2_TEXT = {
@@ -351,6 +351,24 @@ LFM2_TEXT = {
     "norm_eps": 1e-5,
     "layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+#: An LFM3 with layers of all kinds, whose heads rotate in part without a window.
+LFM3_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "conv_L_cache": 7,
+    "norm_eps": 1e-5,
+    "sliding_window": 7,
+    "layer_types": ["conv", "full_attention", "conv", "sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+    },
 }
 
 #: A hybrid of Qwen3.5: three layers of four have a gated delta net, with two value heads for each key head.
@@ -538,6 +556,9 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
         common["head_dim"] = 32
     elif kind == "lfm2":
         common |= LFM2_TEXT
+        rope = common.pop("rope_parameters")
+    elif kind == "lfm3":
+        common |= LFM3_TEXT
         rope = common.pop("rope_parameters")
     elif kind in DELTA_NETS:
         common |= QWEN3_5_TEXT

@@ -5,8 +5,9 @@ A video is shown frame by frame, each as an image is, a frame a second.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from engine.families.minicpm_v.processor import cut, fit, sliced_grid
 from engine.families.minicpm_v4_6.config import MergedVisionConfig, all_pieces
 from engine.families.minicpm_v4_6.squares import nested_order
 from engine.families.parsing.processor import (
+    bad_option,
     count_option,
     lowered,
     request_options,
@@ -60,6 +62,7 @@ class MiniCPMV46Processor(SizedImages):
         resample: PIL's filter number.
         video: shows a frame as this one shows an image; None for a processor of frames.
         frames: the most frames of a video file.
+        upsizes: images of less than the area are enlarged to it.
     """
 
     resolution: int
@@ -70,23 +73,41 @@ class MiniCPMV46Processor(SizedImages):
     resample: int
     video: MiniCPMV46Processor | None = None
     frames: FrameRules = DEFAULT_RULES
+    upsizes: bool = True
+
+    @classmethod
+    def with_defaults(
+        cls, **defaults: Any
+    ) -> Callable[[Checkpoint, ModelConfig, Mapping[str, Any]], MiniCPMV46Processor]:
+        """:meth:`create` for a family whose files leave out ``defaults``."""
+        return lambda checkpoint, config, options: cls.create(checkpoint, config, options, defaults)
 
     @classmethod
     def create(
-        cls, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]
+        cls,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        options: Mapping[str, Any],
+        defaults: Mapping[str, Any] = MappingProxyType({}),
     ) -> MiniCPMV46Processor:
-        """The checkpoint's processor with the option ``max_slice_nums``, which counts where it slices at all.
+        """The checkpoint's processor with the option ``max_slice_nums``, which counts where it slices at all,
+        and, where ``defaults`` have it, ``small_image_upsize``.
+
+        Args:
+            defaults: what files of the family leave out, over what those of MiniCPM-V 4.6 do.
 
         Raises:
             CheckpointError: naming the field that doesn't fit the model.
             ConfigError: the option is out of bounds.
         """
-        vision, stated = config.vision, checkpoint.preprocessor_config
+        vision, stated = config.vision, {**defaults, **checkpoint.preprocessor_config}
         assert isinstance(vision, MergedVisionConfig)
         made = cls._of("preprocessor_config.json", stated, config, options)
+        if "small_image_upsize" in defaults:
+            made = replace(made, upsizes=_upsizes(stated, options))
         if config.video_token_id is None:
             return made
-        of_video = checkpoint.video_preprocessor_config or stated
+        of_video = {**defaults, **(checkpoint.video_preprocessor_config or stated)}
         video = cls._of("video_preprocessor_config.json", of_video, config, options)
         require_same_colours(of_video, vision.normalisation, HALF_NORMALISATION)
         stacked = of_video.get("stack_frames", 1)
@@ -123,6 +144,11 @@ class MiniCPMV46Processor(SizedImages):
 
     def grid(self, size: tuple[int, int]) -> tuple[int, ...]:
         """The grid of an image of ``(width, height)`` pixels."""
+        width, height = size
+        if not self.upsizes and width * height <= self.resolution**2:
+            square = self.patch * self.side
+            down, along = (max(round(length / square), 1) * self.side for length in (height, width))
+            return down, along, 0, 0, 0, 0
         return sliced_grid(size, self.resolution, self.max_slices, self._fit)
 
     def _fit(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -179,3 +205,19 @@ class MiniCPMV46Processor(SizedImages):
         ``(N, 3, patch²)``, in the encoder's order."""
         parts, order = cut(image, piece, grid, self.patch, self.resample), nested_order(*piece, self.side)
         return [part.reshape(-1, 3, self.patch**2)[order] for row in parts for part in row]
+
+
+def _upsizes(stated: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Whether small images are enlarged, by the option ``small_image_upsize`` or the field of that name."""
+    known, field = {"always": True, "never": False}, "small_image_upsize"
+    if field in options:
+        if options[field] not in known:
+            raise bad_option(field, options[field], "always or never")
+        return known[options[field]]
+    if stated[field] not in known:
+        raise CheckpointError(
+            f"preprocessor_config.json: {field} {stated[field]!r} is not supported; always and never are, "
+            f"also as mm_processor_kwargs.{field}",
+            param=field,
+        )
+    return known[stated[field]]

@@ -8,7 +8,7 @@ from engine.families.parsing.defaults import DEFAULTS, DecoderKind
 from engine.families.parsing.experts import parse_experts
 from engine.families.parsing.fields import Json, activation, flag, integer, number
 from engine.families.parsing.gemma4 import GEMMA4_KINDS, gemma4_fields
-from engine.families.parsing.lfm2 import lfm2_fields
+from engine.families.parsing.lfm2 import lfm2_fields, lfm3_fields
 from engine.families.parsing.muse import muse_fields
 from engine.families.parsing.rope import parse_ropes, stretched_context
 from engine.families.parsing.switches import SWITCHES
@@ -29,6 +29,7 @@ _NORMED_QK = (
     "hunyuan_v1_dense",
     "hunyuan_vl_text",
     "lfm2",
+    "lfm3",
     "molmo2_text",
     "qwen3",
     "qwen3_5_moe_text",
@@ -55,6 +56,8 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         raw = cohere_fields(raw)
     if kind == "lfm2":
         raw = lfm2_fields(raw)
+    if kind == "lfm3":
+        raw = lfm3_fields(raw)
     if kind in GEMMA4_KINDS:
         raw = gemma4_fields(raw)
     if "num_local_experts" in raw and "num_experts" in defaults:

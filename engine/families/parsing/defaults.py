@@ -14,7 +14,7 @@ from engine.families.parsing.experts import (
     SPARSE_LAYERS,
 )
 from engine.families.parsing.gemma4 import GEMMA4_DEFAULTS, UNIFIED_DEFAULTS
-from engine.families.parsing.lfm2 import LFM2_DEFAULTS
+from engine.families.parsing.lfm2 import LFM2_DEFAULTS, LFM3_DEFAULTS
 from engine.families.parsing.muse import MUSE_DEFAULTS
 
 DecoderKind = Literal[
@@ -44,6 +44,7 @@ DecoderKind = Literal[
     "hunyuan_vl_text",
     "hyperclovax",
     "lfm2",
+    "lfm3",
     "llama",
     "ministral3",
     "mistral",
@@ -367,6 +368,7 @@ DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
     "hunyuan_vl_text": {**_HUNYUAN, "tie_word_embeddings": True},
     "hyperclovax": {**_GRANITE, "mlp_bias": False, "attention_multiplier": None, "use_post_norm": True},
     "lfm2": LFM2_DEFAULTS,
+    "lfm3": LFM3_DEFAULTS,
     "llama": {
         **_COMMON,
         "vocab_size": 32000,

@@ -1,9 +1,10 @@
-"""Reads what LFM2's config.json has of its own: short convolutions, and an older spelling."""
+"""Reads what the config.json of LFM2 and LFM3 has of its own: short convolutions, and older spellings."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from engine.errors import CheckpointError
 from engine.families.parsing.fields import Json, flag, integer, layer_list, number
 from engine.families.parsing.recurrent import recurrent_layers
 from engine.layers.decoder_config import ShortConvConfig
@@ -25,6 +26,35 @@ LFM2_DEFAULTS: dict[str, Any] = {
     "conv_L_cache": 3,
     "layer_types": None,
     "full_attn_idxs": None,
+}
+LFM3_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 128000,
+    "hidden_size": 2048,
+    "intermediate_size": 7680,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 128000,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "sliding_window": 256,
+    "sliding_window_pattern": 4,
+    "layer_types": None,
+    "linear_layers": (),
+    "conv_bias": False,
+    "conv_L_cache": 7,
+    "use_sandwich_norm": True,
+    "use_attention_gate": True,
+}
+_FULL, _SLIDING, _CONV = "full_attention", "sliding_attention", "conv"
+_ROPES: dict[str, dict[str, Any]] = {
+    _FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e6},
+    _SLIDING: {"rope_type": "default", "rope_theta": 1e4},
 }
 _MLP_DEFAULTS: dict[str, Any] = {
     "intermediate_size": 12288,
@@ -72,9 +102,80 @@ def lfm2_switches(config: Json) -> dict[str, Any]:
         full = range(layers) if config["full_attn_idxs"] is None else layer_list(config, "full_attn_idxs")
         kinds = ["full_attention" if layer in full else "conv" for layer in range(layers)]
     convolved = recurrent_layers(kinds, layers, "conv")
-    conv = ShortConvConfig(
+    return {"recurrence": _short_conv(config) if convolved else None, "linear_layers": convolved}
+
+
+def lfm3_fields(raw: Json) -> Json:
+    """``raw`` with the layers that have a short convolution as ``linear_layers``; among ``layer_types`` they
+    are as layers without a window.
+
+    Full attention whose type is ``default`` and that states a share of a head is ``proportional``: public
+    files are so, of models that were trained by the latter.
+
+    Raises:
+        CheckpointError: naming the field that can't be used.
+    """
+    config = {**LFM3_DEFAULTS, **raw}
+    layers, kinds = integer(config, "num_hidden_layers"), config["layer_types"]
+    if kinds is None:
+        kinds = [
+            _FULL if layer % 4 == 2 else _CONV if layer % 4 or not layer else _SLIDING
+            for layer in range(layers)
+        ]
+    known = {_FULL, _SLIDING, _CONV}
+    if not isinstance(kinds, list) or len(kinds) != layers or not known.issuperset(map(str, kinds)):
+        raise CheckpointError(
+            f"config.json: layer_types should name {', '.join(sorted(known))} for each of {layers} layers",
+            param="layer_types",
+        )
+    if set(kinds) == {_CONV}:
+        raise CheckpointError("config.json: a layer with attention is needed", param="layer_types")
+    fields = {key: value for key, value in raw.items() if key != "hidden_act"}
+    if "norm_eps" in raw:
+        fields["rms_norm_eps"] = raw["norm_eps"]
+    return {
+        **fields,
+        "layer_types": [_FULL if kind == _CONV else kind for kind in kinds],
+        "linear_layers": tuple(layer for layer, kind in enumerate(kinds) if kind == _CONV),
+        "rope_scaling": None,
+        "rope_parameters": _lfm3_ropes(raw.get("rope_parameters") or _ROPES),
+    }
+
+
+def _lfm3_ropes(stated: Any) -> dict[str, Any]:
+    if not isinstance(stated, dict) or not all(isinstance(each, dict | None) for each in stated.values()):
+        raise CheckpointError(
+            f"config.json: rope_parameters should be objects by {_FULL} and {_SLIDING}",
+            param="rope_parameters",
+        )
+    full = stated.get(_FULL) or {}
+    if full.get("rope_type", "default") == "default" and full.get("partial_rotary_factor", 1.0) != 1.0:
+        full = {**full, "rope_type": "proportional"}
+    return {**stated, _FULL: full}
+
+
+def lfm3_switches(config: Json) -> dict[str, Any]:
+    """The fields of :class:`~engine.layers.decoder_config.DecoderConfig` that LFM3 has of its own.
+
+    Raises:
+        CheckpointError: naming the field that can't be used.
+    """
+    gated = flag(config, "use_attention_gate")
+    if gated and flag(config, "attention_bias"):
+        raise CheckpointError(
+            "config.json: attention_bias is not supported with use_attention_gate", param="attention_bias"
+        )
+    return {
+        "recurrence": _short_conv(config) if config["linear_layers"] else None,
+        "linear_layers": config["linear_layers"],
+        "sandwich": flag(config, "use_sandwich_norm"),
+        "head_gate": gated,
+    }
+
+
+def _short_conv(config: Json) -> ShortConvConfig:
+    return ShortConvConfig(
         width=integer(config, "hidden_size"),
         conv_width=integer(config, "conv_L_cache", least=2),
         bias=flag(config, "conv_bias"),
     )
-    return {"recurrence": conv if convolved else None, "linear_layers": convolved}

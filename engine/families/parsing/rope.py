@@ -30,7 +30,7 @@ _ALIASES: dict[str, dict[Any, str]] = {
     "hunyuan_vl_text": {"xdrope": "dynamic"},
 }
 _TYPES: dict[str, tuple[RopeType, ...]] = {
-    **dict.fromkeys(GEMMA4_KINDS, ("default", "linear", "proportional")),
+    **dict.fromkeys((*GEMMA4_KINDS, "lfm3"), ("default", "linear", "proportional")),
     "ernie4_5_vl_moe_text": ("default",),
     "phi3": ("default", "longrope"),
 }

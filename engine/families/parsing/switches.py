@@ -10,7 +10,7 @@ from engine.families.parsing.cohere import cohere_switches
 from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, activation, flag, integer, number
 from engine.families.parsing.gemma4 import gemma4_switches
-from engine.families.parsing.lfm2 import lfm2_switches
+from engine.families.parsing.lfm2 import lfm2_switches, lfm3_switches
 from engine.families.parsing.muse import muse_switches
 from engine.families.parsing.recurrent import recurrent_layers
 from engine.layers.decoder_config import DeltaNetConfig
@@ -129,6 +129,7 @@ SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "hunyuan_vl_text": lambda config: {"qk_norm_last": True},
     "hyperclovax": _hyperclovax,
     "lfm2": lfm2_switches,
+    "lfm3": lfm3_switches,
     "molmo2_text": _molmo2,
     "muse_glimmer_text": muse_switches,
     "olmo2": lambda config: _OLMO,

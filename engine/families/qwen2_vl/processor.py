@@ -235,10 +235,11 @@ class QwenProcessor:
         assert isinstance(vision, NativeVisionConfig)
         assert config.image_token_id is not None
         limit = config.max_position * (vision.patch_size * vision.merge_size) ** 2
-        of_video = checkpoint.video_preprocessor_config
+        of_video = {} if config.video_token_id is None else checkpoint.video_preprocessor_config
         _check(raw, vision, vision.temporal_patch_size)
         _check(of_video, vision, vision.temporal_patch_size, vision.frames_per_row)
-        require_same_colours(of_video, vision.normalisation, video.normalisation)
+        if config.video_token_id is not None:
+            require_same_colours(of_video, vision.normalisation, video.normalisation)
         capped = bool(of_video.get("cap_pixels_per_frame"))
         return cls(
             config.family,

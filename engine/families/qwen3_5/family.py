@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import MULTI_TOKEN_HEADS, WeightRules
 from engine.families.base import ModelConfig
 from engine.families.parsing.fields import Json
 from engine.families.parsing.model import token_field
 from engine.families.qwen2_vl.config import qwen_text
 from engine.families.qwen3_vl.family import FAMILY as QWEN3_VL
+from engine.families.qwen3_vl.family import remember_ends
 from engine.families.retrieval import RetrievalFormat
 from engine.vision.native_config import NativeVisionConfig
 
@@ -24,18 +24,6 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
     stated = {**(raw.get("vision_config") or {}), "deepstack_visual_indexes": ()}
     assert QWEN3_VL.reader.vision is not None
     return QWEN3_VL.reader.vision({**raw, "vision_config": stated}, processor, hidden)
-
-
-def _with_enclosing_tokens(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """Remembers the tokens that enclose media."""
-    raw, decoder = checkpoint.config, config.decoder
-    return replace(
-        config,
-        extra={
-            "vision_start": token_field("vision_start_token_id", default=248053)(raw, decoder),
-            "vision_end": token_field("vision_end_token_id", default=248054)(raw, decoder),
-        },
-    )
 
 
 def _weights(config: ModelConfig) -> WeightRules:
@@ -54,7 +42,7 @@ FAMILY = replace(
         vision=_vision,
         image_token=token_field("image_token_id", default=248056),
         video_token=token_field("video_token_id", default=248057),
-        finish=_with_enclosing_tokens,
+        finish=remember_ends(248053, 248054),
     ),
     retrieval=lambda config: RetrievalFormat(),
     weights=_weights,

@@ -114,20 +114,34 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
     )
 
 
+def remember_ends(start: int, end: int) -> Callable[[ModelConfig, Checkpoint], ModelConfig]:
+    """For :attr:`~engine.families.parsing.model.ConfigReader.finish`: remember the tokens around media.
+
+    Args:
+        start, end: the tokens where config.json states none.
+    """
+
+    def finish(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+        raw, decoder = checkpoint.config, config.decoder
+        return replace(
+            config,
+            extra={
+                "vision_start": token_field("vision_start_token_id", default=start)(raw, decoder),
+                "vision_end": token_field("vision_end_token_id", default=end)(raw, decoder),
+            },
+        )
+
+    return finish
+
+
 def _with_deepstack(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Tells the decoder of the features of several depths, and remembers the tokens that enclose media."""
-    raw, decoder = checkpoint.config, config.decoder
-    return replace(
-        config,
-        decoder=replace(decoder, deepstack_layers=tuple(range(len(config.vision.deepstack_layers)))),
-        extra={
-            "vision_start": token_field("vision_start_token_id", default=151652)(raw, decoder),
-            "vision_end": token_field("vision_end_token_id", default=151653)(raw, decoder),
-        },
-    )
+    layers = tuple(range(len(config.vision.deepstack_layers)))
+    found = remember_ends(151652, 151653)(config, checkpoint)
+    return replace(found, decoder=replace(config.decoder, deepstack_layers=layers))
 
 
-def _placeholder(
+def timed_placeholder(
     config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
 ) -> tuple[PlaceholderRun, ...]:
     """A video's steps one by one, each after its time and between the tokens that enclose media."""
@@ -166,7 +180,7 @@ _RETRIEVAL = RetrievalFormat(
     write_instruction=_instruction,
 )
 
-_VIDEOS = VideoRules(
+VIDEOS = VideoRules(
     size=video_size,
     times=patch_times,
     sample=qwen3_indices,
@@ -188,8 +202,8 @@ FAMILY = replace(
         vision=_vision,
         finish=_with_deepstack,
     ),
-    placeholder=_placeholder,
-    processor=QwenProcessor.with_videos(_VIDEOS),
+    placeholder=timed_placeholder,
+    processor=QwenProcessor.with_videos(VIDEOS),
     options=("min_pixels", "max_pixels", "fps"),
     retrieval=lambda config: _RETRIEVAL,
     weights=_weights,

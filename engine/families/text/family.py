@@ -1,7 +1,7 @@
 """Language models without images: Cohere 1 and 2, Ernie 4.5, EXAONE 4, Gemma 1 to 4, GLM-4, Granite, Hunyuan,
-HyperCLOVA X,
-LFM2, Llama, Mistral, Ministral-3, OLMo 2 and 3, Phi3, Qwen2, Qwen3, Qwen3.5, Seed-OSS, SmolLM3; with experts
-Cohere 2, Ernie 4.5, Gemma 4, GLM-4.5, Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
+HyperCLOVA X, LFM2 and 3, Llama, Mistral, Ministral-3, OLMo 2 and 3, Phi3, Qwen2, Qwen3, Qwen3.5, Seed-OSS,
+SmolLM3; with experts Cohere 2, Ernie 4.5, Gemma 4, GLM-4.5, Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE,
+Qwen3.5-MoE."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ _KINDS: dict[str, DecoderKind] = {
     "HunYuanDenseV1ForCausalLM": "hunyuan_v1_dense",
     "HyperCLOVAXForCausalLM": "hyperclovax",
     "Lfm2ForCausalLM": "lfm2",
+    "Lfm3ForCausalLM": "lfm3",
     "LlamaForCausalLM": "llama",
     "Ministral3ForCausalLM": "ministral3",
     "MistralForCausalLM": "mistral",
@@ -72,6 +73,7 @@ _RULES = {
     "HunYuanDenseV1ForCausalLM": HUNYUAN_RULES,
     "HyperCLOVAXForCausalLM": HYPERCLOVAX_RULES,
     "Lfm2ForCausalLM": LFM2_RULES,
+    "Lfm3ForCausalLM": LFM2_RULES,
 }
 
 #: Of architectures whose files may have further tensors.

@@ -52,9 +52,11 @@ from tests.engine.families.internvl_chat import InternVLChatReference, make_inte
 from tests.engine.families.lfm2_vl import FRAME as LFM2_FRAME
 from tests.engine.families.lfm2_vl import IMAGE as LFM2_IMAGE
 from tests.engine.families.lfm2_vl import Lfm2VlReference, make_lfm2_vl
+from tests.engine.families.lfm3_vl import make_lfm3_vl
 from tests.engine.families.llava_next import LlavaNextReference, make_llava_next
 from tests.engine.families.llava_variants import LlavaVariantReference, make_llava_variant
 from tests.engine.families.minicpm_v4_6 import IMAGE as MINICPM_IMAGE
+from tests.engine.families.minicpm_v4_6 import OCR as MINICPM_OCR
 from tests.engine.families.minicpm_v4_6 import VIDEO as MINICPM_VIDEO
 from tests.engine.families.minicpm_v4_6 import MiniCPMV46Reference, make_minicpm_v4_6
 from tests.engine.families.molmo2 import FRAME as MOLMO_FRAME
@@ -79,6 +81,8 @@ from tests.engine.families.references import (
     make_llava_1_5,
     make_text_model,
 )
+from tests.engine.families.video_llama_3 import IMAGE as VIDEO_LLAMA_IMAGE
+from tests.engine.families.video_llama_3 import VideoLlama3Reference, make_video_llama_3
 from tests.engine.tiny import HYBRIDS, make_qwen2_vl, split_shards
 
 TEXTS = ("hello world 0 1 2 3", "the quick brown fox jumps over the lazy dog. what is shown?", "a red square")
@@ -398,6 +402,13 @@ CASES = [
         )
     ),
     FamilyCase(
+        "VideoLLaMA 3",
+        make_video_llama_3,
+        VideoLlama3Reference,
+        frame=qwen.FRAME,
+        placeholder=lambda index, count: VIDEO_LLAMA_IMAGE,
+    ),
+    FamilyCase(
         "LFM2-VL",
         make_lfm2_vl,
         Lfm2VlReference,
@@ -407,6 +418,14 @@ CASES = [
         single=((90, 44), (20, 90)),
         several=(((60, 33), (24, 20)), ((9, 12), (70, 70), (40, 16))),
         options={"kv_cache_bytes": 32 << 20},
+    ),
+    FamilyCase(
+        "LFM3-VL",
+        make_lfm3_vl,
+        partial(qwen.Reference, kind="Lfm3Vl"),
+        options={"mm_processor_kwargs": {"fps": qwen.FPS["Lfm3Vl"]}, "kv_cache_bytes": 32 << 20},
+        windows=True,
+        **_QWEN,
     ),
     FamilyCase(
         "MiniCPM-V 2.6",
@@ -438,6 +457,18 @@ CASES = [
         placeholder=lambda index, count: MINICPM_IMAGE + "\n",
         video=MINICPM_VIDEO,
         single=((60, 44), (20, 44)),
+        several=(((44, 20), (24, 20)), ((60, 90), (20, 20), (9, 12))),
+        options={"kv_cache_bytes": 32 << 20},
+    ),
+    FamilyCase(
+        "MiniCPM-OCR",
+        partial(make_minicpm_v4_6, version=MINICPM_OCR),
+        partial(MiniCPMV46Reference, version=MINICPM_OCR),
+        frame=qwen.FRAME,
+        placeholder=lambda index, count: MINICPM_IMAGE,
+        video=MINICPM_VIDEO,
+        # Slices; and some images smaller than a square's area.
+        single=((60, 44), (14, 20)),
         several=(((44, 20), (24, 20)), ((60, 90), (20, 20), (9, 12))),
         options={"kv_cache_bytes": 32 << 20},
     ),
@@ -550,6 +581,7 @@ CASES = [
                 "gemma2",
                 "gemma3",
                 "gemma4",
+                "lfm3",
                 "mistral",
                 "mixtral",
                 "olmo3",
@@ -576,6 +608,7 @@ CASES = [
             "hunyuan_v1_dense",
             "hyperclovax",
             "lfm2",
+            "lfm3",
             "llama",
             "llama3",
             "ministral3",
@@ -619,12 +652,13 @@ LIKE = {
     "InternVL, publishers' names": "InternVL",
     "Qianfan-OCR": "InternVL",
     "gemma4": "Gemma 4 E2B",
+    "lfm3": "LFM3-VL",
     "VLM2Vec": "Phi-3.5-vision",
     "Qwen3-VL-MoE": "Qwen3-VL",
     "ColQwen2": "Qwen2-VL",
     "GLM-4.6V": "GLM-4.1V",
     "GLM-4.6V with experts": "GLM-4.1V",
-    "MiniCPM-V 4.7": "MiniCPM-V 4.6",
+    **dict.fromkeys(("MiniCPM-V 4.7", "MiniCPM-OCR"), "MiniCPM-V 4.6"),
     "PaliGemma": "PaliGemma 2",
     "SmolVLM": "Idefics3",
     "hunyuan_v1_dense": "HunyuanOCR",

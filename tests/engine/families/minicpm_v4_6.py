@@ -1,4 +1,4 @@
-"""Tiny checkpoints of MiniCPM-V 4.6 and 4.7, and Transformers' models and processors of them."""
+"""Tiny checkpoints of MiniCPM-V 4.6 and 4.7 and of MiniCPM-OCR, and Transformers' classes of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
+from tests.engine.families.without_torchvision import WithoutTorchvision, imported
 from tests.engine.tiny import QWEN3_5_TEXT, TRANSFORMERS, spread, tokenizer
 
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
@@ -32,7 +33,10 @@ SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE, VIDEO, *MARKS.
 PROCESSOR: dict[str, Any] = {"patch_size": 3, "scale_resolution": 24, "max_slice_nums": 6}
 #: Frames likewise, with fewer slices.
 VIDEO_PROCESSOR: dict[str, Any] = {"patch_size": 3, "scale_resolution": 24, "max_slice_nums": 2}
-_PACKAGE = "transformers.models.minicpmv4_"
+#: MiniCPM-OCR, in place of a version.
+OCR = 0
+STEMS = {6: "MiniCPMV4_6", 7: "MiniCPMV4_7", OCR: "MiniCPMOcr"}
+PACKAGES = {6: "minicpmv4_6", 7: "minicpmv4_7", OCR: "minicpm_ocr"}
 
 
 def make_tokenizer() -> Any:
@@ -53,14 +57,14 @@ def make_minicpm_v4_6(path: Path, hub: bool, version: int = 6) -> Path:
 
     Args:
         hub: tied embeddings, several shards, images without numbers, in the mode that keeps four times as
-            many rows.
-        version: 6 or 7.
+            many rows. MiniCPM-OCR's files leave out what is usual there; otherwise small images stay small.
+        version: a key of ``STEMS``.
     """
     mode = "4x" if hub else "16x"
     tok = make_tokenizer()
     if TRANSFORMERS < (5, 23):
         pytest.skip("these releases fail for images of several sizes, and slice them otherwise")
-    config = getattr(transformers, f"MiniCPMV4_{version}Config")(
+    config = getattr(transformers, f"{STEMS[version]}Config")(
         text_config={
             "model_type": "qwen3_5_text",
             **QWEN3_5_TEXT,
@@ -84,18 +88,27 @@ def make_minicpm_v4_6(path: Path, hub: bool, version: int = 6) -> Path:
         tie_word_embeddings=hub,
         **(canvas_ids(tok) if version == 7 else {}),
     )
-    model = getattr(transformers, f"MiniCPMV4_{version}ForConditionalGeneration")(config)
+    model = getattr(transformers, f"{STEMS[version]}ForConditionalGeneration")(config)
     spread(model, seed=8, embedding_std=0.05 if hub else 1.0)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(path)
     tok.save_pretrained(path)
     processor = {"image_processor_type": "MiniCPMV4_6ImageProcessor", "downsample_mode": mode, **PROCESSOR}
     processor["use_image_id"] = not hub
+    if version == OCR:
+        processor["image_processor_type"] = "MiniCPMOcrImageProcessor"
+        processor["small_image_upsize"] = "never"
     video = {"video_processor_type": "MiniCPMV4_6VideoProcessor", "downsample_mode": mode, **VIDEO_PROCESSOR}
+    if version == OCR and hub:
+        for stated in (processor, video):
+            del stated["downsample_mode"]
+        del processor["small_image_upsize"]
     halves = {"image_processor": processor, "video_processor": video}
     (path / "processor_config.json").write_text(json.dumps(halves))
     if hub:
         config_json = json.loads((path / "config.json").read_text())
+        if version == OCR:
+            del config_json["downsample_mode"], config_json["tie_word_embeddings"]
         as_on_the_hub(path, **processor)
         (path / "video_preprocessor_config.json").write_text(json.dumps(video))
         (path / "config.json").write_text(json.dumps(config_json))
@@ -119,9 +132,13 @@ def video_options(path: Path) -> dict[str, Any]:
     return image_options(path) if stated is None else stated
 
 
-def pil_processor(options: dict[str, Any]) -> Any:
+def pil_processor(options: dict[str, Any], version: int = 6) -> Any:
     """Transformers' processor of images with the fields ``options``; those of videos alone change nothing."""
-    pil = importlib.import_module(_PACKAGE + "6.image_processing_pil_minicpmv4_6")
+    if version == OCR:
+        (images,) = imported("minicpm_ocr.image_processing_minicpm_ocr")
+        both = type("MiniCPMOcrImageProcessor", (images.MiniCPMOcrImageProcessor, WithoutTorchvision), {})
+        return both(**options)
+    pil = importlib.import_module("transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6")
     return pil.MiniCPMV4_6ImageProcessorPil(**options)
 
 
@@ -131,9 +148,9 @@ def processor_of(path: Path, version: int = 6, **options: Any) -> Any:
     Args:
         options: fields of the image processor, over those of the checkpoint.
     """
-    module = importlib.import_module(f"{_PACKAGE}{version}.processing_minicpmv4_{version}")
-    whole = getattr(module, f"MiniCPMV4_{version}Processor")
-    made = pil_processor(image_options(path) | options)
+    (module,) = imported(f"{PACKAGES[version]}.processing_{PACKAGES[version]}")
+    whole = getattr(module, f"{STEMS[version]}Processor")
+    made = pil_processor(image_options(path) | options, version)
     mode = video_options(path).get("slice_mode", True)
 
     def create(self: Any, image_processor: Any, tokenizer: Any) -> None:
@@ -150,15 +167,17 @@ class MiniCPMV46Reference:
     """Transformers' model and processor.
 
     Args:
-        version: 6 or 7.
+        version: a key of ``STEMS``.
         options: of the image processor.
     """
 
     def __init__(self, path: Path, version: int = 6, **options: Any) -> None:
-        cls = getattr(transformers, f"MiniCPMV4_{version}ForConditionalGeneration")
+        cls = getattr(transformers, f"{STEMS[version]}ForConditionalGeneration")
         self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
         self.processor = processor_of(path, version, **options)
-        self.of_frames = pil_processor(video_options(path) | options)
+        # Frames of MiniCPM-OCR are never left small.
+        of_frames = {**video_options(path), **options, "small_image_upsize": "always"}
+        self.of_frames = pil_processor(of_frames, version)
 
     def inputs(self, prompt: CasePrompt) -> Inputs:
         text, videos = prompt.text, {}

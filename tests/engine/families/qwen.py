@@ -37,10 +37,17 @@ LASTING_VIDEO = '{"video_duration": <|video_duration|>}\n' + VIDEO
 FRAME = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 #: Frames of a video per second, by family where it wants to know. Whole seconds from one pair of frames to
 #: the next for Qwen2.5-VL: older releases of Transformers drop fractions of them.
-FPS = {"Qwen2_5_VL": 1.0, "Qwen3VL": 1.5, "Qwen3VLMoe": 1.5, "Qwen3_5": 1.5, "Qwen3_5Moe": 1.5}
+FPS = {
+    "Qwen2_5_VL": 1.0,
+    "Qwen3VL": 1.5,
+    "Qwen3VLMoe": 1.5,
+    "Qwen3_5": 1.5,
+    "Qwen3_5Moe": 1.5,
+    "Lfm3Vl": 1.5,
+}
 #: Families whose videos have the time of each step among their rows.
 HAS_HYPERCLOVAX = hasattr(transformers, "HyperCLOVAXVisionV2Config")
-TIMED = ("Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
+TIMED = ("Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe", "Lfm3Vl")
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 _TEXT = {
@@ -88,7 +95,7 @@ def make_qwen2_5_vl(
         "fullatt_block_indexes": [1],
         "tokens_per_second": 2,
     }
-    _save(path, "Qwen2_5_VL", text, vision, tied=tied, seed=seed, options={})
+    save(path, "Qwen2_5_VL", text, vision, tied=tied, seed=seed, options={})
     if names == "hub":
         _flatten(path)
         split_shards(path)
@@ -118,7 +125,7 @@ def make_exaone4_5(
     }
     vision = {**_VISION, "num_key_value_heads": 1, "depth": 3, "window_size": 16}
     vision |= {"fullatt_block_indexes": [1], **tower}
-    _save(path, "Exaone4_5_", text, vision, tied=tied, seed=seed, options={})
+    save(path, "Exaone4_5_", text, vision, tied=tied, seed=seed, options={})
     if names == "hub":
         config = json.loads((path / "config.json").read_text())
         config["text_config"]["model_type"] = "exaone4_5_text"
@@ -154,7 +161,7 @@ def make_hyperclovax(
     }
     vision = {**_VISION, "model_type": "qwen2_5_vl_vision", "out_hidden_size": 40}
     vision |= {"depth": 3, "window_size": 16, "fullatt_block_indexes": [1]}
-    _save(path, "HyperCLOVAXVisionV2", text, vision, tied=tied, seed=seed, options={})
+    save(path, "HyperCLOVAXVisionV2", text, vision, tied=tied, seed=seed, options={})
     published = "HCXVisionV2ForCausalLM"
     both = ["HyperCLOVAXVisionV2ForConditionalGeneration", published]
     rewrite_json(path / "config.json", {"architectures": both})
@@ -212,14 +219,14 @@ def make_qwen3_vl(
         # Not in the order of the blocks, and not the first ones.
         "deepstack_visual_indexes": [2, 0, 1],
     }
-    _save(path, kind, {**text, **experts}, vision, tied=tied, seed=seed, options=HALF, words=words)
+    save(path, kind, {**text, **experts}, vision, tied=tied, seed=seed, options=HALF, words=words)
     if names == "hub":
         rewrite_tensors(path, _transposed_experts)
         config = json.loads((path / "config.json").read_text())
         rope = config["text_config"].pop("rope_parameters")
         config["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
         (path / "config.json").write_text(json.dumps(config))
-        _publish_processors(path)
+        publish_processors(path)
         split_shards(path)
     return path
 
@@ -248,7 +255,7 @@ def make_qwen3_5(
     if experts:
         del text["intermediate_size"]
     vision = {**_VISION, "depth": 2, "num_position_embeddings": 36}
-    _save(path, kind, text, vision, tied=tied, seed=seed, options=HALF)
+    save(path, kind, text, vision, tied=tied, seed=seed, options=HALF)
     if experts:
         soften_experts(path)
     if names == "hub":
@@ -257,7 +264,7 @@ def make_qwen3_5(
         config["text_config"]["full_attention_interval"] = 4
         config["vision_config"]["deepstack_visual_indexes"] = []
         (path / "config.json").write_text(json.dumps(config))
-        _publish_processors(path)
+        publish_processors(path)
         rewrite_tensors(path, lambda tensors: {**_together(tensors), "mtp.norm.weight": torch.ones(64)})
         split_shards(path)
     return path
@@ -290,7 +297,7 @@ def _together(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _publish_processors(path: Path) -> None:
+def publish_processors(path: Path) -> None:
     """Write a file for images and one for videos, as beside the public checkpoints of Qwen3-VL."""
     processor = {"size": {"shortest_edge": 256, "longest_edge": 4096}, "patch_size": 4, "merge_size": 2}
     for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
@@ -318,7 +325,7 @@ def _transposed_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     }
 
 
-def _save(
+def save(
     path: Path,
     kind: str,
     text: dict,
@@ -328,7 +335,15 @@ def _save(
     seed: int,
     options: dict[str, Any],
     words: Sequence[str] = (),
+    **beside: Any,
 ) -> None:
+    """Write a checkpoint as Transformers' classes save it whose names begin with ``kind``.
+
+    Args:
+        text, vision: fields of the decoder and of the tower.
+        options: of the image processor.
+        beside: further fields of config.json.
+    """
     tok = tokenizer(QWEN_SPECIALS, words=words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tok.chat_template = QWEN_TEMPLATE
     ids = {name: tok.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_end")}
@@ -343,6 +358,7 @@ def _save(
             "tie_word_embeddings": tied,
         },
         vision_config=vision,
+        **beside,
         tie_word_embeddings=tied,
         **{
             f"{name.removesuffix('_pad')}_token_id": tok.convert_tokens_to_ids(f"<|{name}|>")
@@ -424,7 +440,7 @@ class Reference:
                 images.size = type(images.size)(shortest_edge=bounds[0], longest_edge=bounds[1])
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         # Qwen3.5 has Qwen3-VL's.
-        processor = getattr(transformers, f"{'Qwen3VL' if kind in TIMED else kind}Processor")
+        processor = getattr(transformers, f"{'Qwen3VL' if kind.startswith('Qwen3') else kind}Processor")
         # The video half needs torchvision.
         image_only = type(
             processor.__name__,

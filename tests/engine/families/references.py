@@ -87,12 +87,17 @@ _HUB_FIELDS: dict[str, dict[str, Any]] = {
 def make_text_model(path: Path, hub: bool, kind: str) -> None:
     if kind == "cohere2_moe" and not hasattr(transformers, "Cohere2MoeConfig"):
         pytest.skip("this release of Transformers has no Cohere 2 with experts")
+    if kind == "lfm3" and not hasattr(transformers, "Lfm3Config"):
+        pytest.skip("this release of Transformers has no LFM3")
     make_text(path, kind, seed=7, **(_HUB_FIELDS.get(kind, {}) if hub else {}))
     if not hub:
         return
     if kind in HYBRIDS:
         config = json.loads((path / "config.json").read_text())
         kinds = config.pop("layer_types")
+        if kind == "lfm3":
+            # As published; Transformers saves the layers' names otherwise.
+            config["layer_types"] = kinds
         if kind == "lfm2":
             config["full_attn_idxs"] = [layer for layer, mixer in enumerate(kinds) if mixer != "conv"]
             config["block_ff_dim"], config["intermediate_size"] = config["intermediate_size"], 48

@@ -44,6 +44,7 @@ from tests.engine.families.idefics import PATCH as IDEFICS_PATCH
 from tests.engine.families.idefics import image_processor, make_idefics3, make_smolvlm
 from tests.engine.families.internvl import PATCH as INTERNVL_PATCH
 from tests.engine.families.internvl import InternVLReference, make_internvl
+from tests.engine.families.lfm3_vl import make_lfm3_vl
 from tests.engine.families.llava_next import PATCH as LLAVA_NEXT_PATCH
 from tests.engine.families.llava_next import make_llava_next
 from tests.engine.families.llava_variants import image_processor_class, make_llava_variant
@@ -347,6 +348,7 @@ ROWS = {
     "HunyuanOCR, hub": Row(partial(make_hunyuan_vl, hub=True), NATIVE, hunyuan_vl),
     "PaddleOCR-VL": Row(partial(make_paddleocr_vl, hub=False), NATIVE, paddleocr_vl),
     "PaddleOCR-VL, hub": Row(partial(make_paddleocr_vl, hub=True), NATIVE, paddleocr_vl),
+    "LFM3-VL": Row(make_lfm3_vl, NATIVE, qwen),
     "Qwen2-VL": Row(make_qwen2_vl, NATIVE, qwen),
     "Qwen2.5-VL": Row(make_qwen2_5_vl, NATIVE, qwen),
     "Qwen3-VL": Row(make_qwen3_vl, NATIVE, qwen),

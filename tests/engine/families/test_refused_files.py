@@ -20,6 +20,8 @@ from tests.engine.families.granite4_vision import make_granite4_vision
 from tests.engine.families.hunyuan_vl import make_hunyuan_vl
 from tests.engine.families.idefics import make_idefics3
 from tests.engine.families.llava_variants import make_llava_variant
+from tests.engine.families.minicpm_v4_6 import OCR as MINICPM_OCR
+from tests.engine.families.minicpm_v4_6 import make_minicpm_v4_6
 from tests.engine.families.molmo2 import make_molmo2
 from tests.engine.families.onevision import make_onevision
 from tests.engine.families.opened import copy_json, media_processor
@@ -42,6 +44,7 @@ MAKE: dict[str, Callable[[Path], object]] = {
     "MiniCPM-V": minicpm_v.make,
     "Molmo 2": partial(make_molmo2, hub=True),
     "Granite 4 Vision": make_granite4_vision,
+    "MiniCPM-OCR": partial(make_minicpm_v4_6, hub=True, version=MINICPM_OCR),
 }
 CONFIG, IMAGES, VIDEOS = "config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 PROCESSOR = "processor_config.json"
@@ -166,6 +169,11 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
         (IMAGES, {"slice_mode": False}, "slice_mode"),
         (IMAGES, {"patch_size": 14}, "patch_size"),
         (IMAGES, {"image_feature_size": 64}, "image_feature_size"),
+    ],
+    "MiniCPM-OCR": [
+        (IMAGES, {"small_image_upsize": "adaptive"}, "small_image_upsize 'adaptive' is not supported"),
+        (IMAGES, {"downsample_mode": "16x"}, "downsample_mode should be 4x"),
+        (VIDEOS, {"stack_frames": 2}, "stack_frames 2"),
     ],
     "Granite 4 Vision": [
         (CONFIG, {"downsample_rate": None}, "downsample_rate None"),

@@ -48,6 +48,7 @@ from tests.engine.families.glm import GlmReference, make_glm
 from tests.engine.families.idefics import IdeficsReference, make_smolvlm, video_text
 from tests.engine.families.internvl import SIDE as INTERNVL_SIDE
 from tests.engine.families.internvl import make_internvl
+from tests.engine.families.lfm3_vl import make_lfm3_vl
 from tests.engine.families.minicpm_v4_6 import VIDEO, MiniCPMV46Reference, make_minicpm_v4_6
 from tests.engine.families.onevision import SIDE, make_onevision
 from tests.engine.families.opened import encoder, media_processor
@@ -334,6 +335,7 @@ KINDS = {
     "Qwen2_5_VL": (make_qwen2_5_vl, "qwen2"),
     "Qwen3VL": (make_qwen3_vl, "qwen3"),
     "Qwen3_5": (make_qwen3_5, "qwen3"),
+    "Lfm3Vl": (make_lfm3_vl, "qwen3"),
     **{kind: (partial(make_glm, kind=kind), family) for kind, family in GLM.items()},
 }
 

@@ -50,9 +50,11 @@ class WithoutTorchvision(TorchvisionBackend):
 
     def resize(self, image: torch.Tensor, size: Any, resample: Any = None, **kwargs: Any) -> torch.Tensor:
         filter_ = Image.Resampling(int(resample))
-        images = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in image]
+        batch = image if image.dim() == 4 else image[None]
+        images = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in batch]
         made = [np.asarray(one.resize((size.width, size.height), filter_)) for one in images]
-        return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2)
+        found = torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2)
+        return found if image.dim() == 4 else found[0]
 
     def rescale_and_normalize(
         self, images: torch.Tensor, do_rescale, rescale_factor, do_normalize, image_mean, image_std

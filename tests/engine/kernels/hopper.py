@@ -209,6 +209,7 @@ def elementwise() -> None:
     patchify_described_triton(pixels.view(-1), tensor(3 * 256), 1664, patch=14, merge=2, temporal=2)
     act_mul_triton(tensor(4, 17920))
     sigmoid_gate_triton(tensor(4, 16, 256), tensor(4, 32, 256)[:, 1::2])
+    sigmoid_gate_triton(tensor(4, 16, 128), tensor(4, 3088)[:, 3072:, None])
     angles, positions = torch.randn(64, 64), torch.zeros(3, 4, dtype=torch.int64)
     q, k, v = tensor(4, 16, 128).split([12, 2, 2], dim=1)
     table, slots = RotaryTable(angles, angles, (16, 24, 24)), torch.zeros(4, dtype=torch.int64)

@@ -332,6 +332,9 @@ def test_sigmoid_gate(device, dtype, tokens, heads, dim):
     # Queries and gates of heads take turns.
     gate = torch.randn(tokens, 2 * heads, dim, device=device, dtype=dtype)[:, 1::2]
     assert_close(sigmoid_gate_triton(x, gate), sigmoid_gate_reference(x, gate))
+    # One number for each head, behind others.
+    gate = torch.randn(tokens, heads + 3, device=device, dtype=dtype)[:, 3:, None]
+    assert_close(sigmoid_gate_triton(x, gate), sigmoid_gate_reference(x, gate))
 
 
 @pytest.mark.parametrize("width", [24, 1032])

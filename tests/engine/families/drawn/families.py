@@ -30,6 +30,8 @@ from tests.engine.families.drawn.qwen_vl import QwenVLFamily
 from tests.engine.families.drawn.retrieval import ColPaliFamily, ColQwen2Family
 from tests.engine.families.drawn.squares import SquaresFamily
 from tests.engine.families.drawn.text import ARCHITECTURES, TextFamily
+from tests.engine.families.drawn.video_llama_3 import VideoLlama3Family
+from tests.engine.families.minicpm_v4_6 import STEMS
 
 _ALL: tuple[Family, ...] = (
     LlavaFamily(),
@@ -52,6 +54,7 @@ _ALL: tuple[Family, ...] = (
             "Qwen2_5_VL",
             "Exaone4_5_",
             "HyperCLOVAXVisionV2",
+            "Lfm3Vl",
             "Qwen3VL",
             "Qwen3VLMoe",
             "Qwen3_5",
@@ -71,7 +74,8 @@ _ALL: tuple[Family, ...] = (
     ColQwen2Family(),
     ColPaliFamily(),
     MiniCPMVFamily(),
-    *(MiniCPMV46Family(version) for version in (6, 7)),
+    *(MiniCPMV46Family(version) for version in STEMS),
+    VideoLlama3Family(),
     Lfm2VlFamily(),
     GraniteDoclingFamily(),
     *(IdeficsFamily(kind) for kind in ("Idefics3", "SmolVLM")),

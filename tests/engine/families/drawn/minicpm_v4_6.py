@@ -1,4 +1,4 @@
-"""Draws MiniCPM-V 4.6 and 4.7 checkpoints."""
+"""Draws checkpoints of MiniCPM-V 4.6 and 4.7, and of MiniCPM-OCR."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from tests.engine.families.drawn.rope import lengths_of
 from tests.engine.families.drawn.vision import draw_pixels, draw_tower
 from tests.engine.families.minicpm_v4_6 import (
     IMAGE,
+    OCR,
+    PACKAGES,
     SPECIALS,
+    STEMS,
     VIDEO,
     MiniCPMV46Reference,
     canvas_ids,
@@ -35,17 +38,17 @@ _TOKENS = 768
 
 @dataclass(frozen=True)
 class MiniCPMV46Family:
-    """Towers of both modes, before a Qwen3.5; ``version`` is 6 or 7."""
+    """Towers of both modes, before a Qwen3.5; ``version`` is a key of ``STEMS``."""
 
     version: int
 
     @property
     def name(self) -> str:
-        return f"minicpm_v4_{self.version}"
+        return "minicpm_ocr" if self.version == OCR else f"minicpm_v4_{self.version}"
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        return (f"MiniCPMV4_{self.version}ForConditionalGeneration",)
+        return (f"{STEMS[self.version]}ForConditionalGeneration",)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         if TRANSFORMERS < (5, 23):
@@ -57,10 +60,10 @@ class MiniCPMV46Family:
         patch, mode = draw.choice("patch", (2, 3, 4)), draw.variant("rows kept", ("16x", "4x"), 0.3)
         tower = draw_tower(draw, side=patch * draw.choice("table's side", (5, 7, 10)), patch=patch)
         raw: dict[str, Any] = {
-            "model_type": f"minicpmv4_{self.version}",
+            "model_type": PACKAGES[self.version],
             "torch_dtype": "float32",
             "text_config": text,
-            "vision_config": {**tower, "model_type": f"minicpmv4_{self.version}_vision"},
+            "vision_config": {**tower, "model_type": f"{PACKAGES[self.version]}_vision"},
             "insert_layer_id": draw.integer("merged after", 0, tower["num_hidden_layers"] - 1),
             "downsample_mode": mode,
             "image_token_id": SPECIALS.index(IMAGE),
@@ -83,8 +86,12 @@ class MiniCPMV46Family:
             "slice_mode": draw.variant("slices", (True, False), 0.2),
             **draw_pixels(draw),
         }
+        if self.version == OCR:
+            image["image_processor_type"] = "MiniCPMOcrImageProcessor"
+            image["small_image_upsize"] = draw.choice("small images", ("always", "never"))
+        of_images = ("image_processor_type", "use_image_id", "small_image_upsize")
         video = {
-            **{name: image[name] for name in image if name not in ("image_processor_type", "use_image_id")},
+            **{name: image[name] for name in image if name not in of_images},
             "video_processor_type": "MiniCPMV4_6VideoProcessor",
             "max_slice_nums": draw.choice("most slices of a frame", (1, 2, 4)),
             "scale_resolution": 4 * patch * draw.choice("resolution of frames in squares", (1, 2)),

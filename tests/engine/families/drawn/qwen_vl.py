@@ -1,4 +1,4 @@
-"""Draws checkpoints of EXAONE 4.5, HyperCLOVA X and the Qwen-VL families from Qwen2-VL to Qwen3.5-MoE."""
+"""Draws checkpoints of EXAONE 4.5, HyperCLOVA X, LFM3-VL and the Qwen-VL families, up to Qwen3.5-MoE."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from tests.engine.families.drawn.checkpoint import (
 )
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder
+from tests.engine.families.drawn.lfm2 import draw_lfm3_decoder
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.drawn.rope import lengths_of
 from tests.engine.families.drawn.vision import draw_pixels, draw_theta
+from tests.engine.families.lfm3_vl import HAS_LFM3_VL
 from tests.engine.tiny import QWEN_SPECIALS, TRANSFORMERS, tokenizer
 
 _MODEL_TYPES = {
@@ -31,11 +33,14 @@ _MODEL_TYPES = {
     "Qwen3_5": "qwen3_5",
     "Qwen3_5Moe": "qwen3_5_moe",
     "Qwen3VLMoe": "qwen3_vl_moe",
+    "Lfm3Vl": "lfm3_vl",
 }
 _EXAONE, _HYPERCLOVAX = "Exaone4_5_", "HyperCLOVAXVisionV2"
 #: The ``model_type`` of their decoders, which count positions as text models do. No positions tell a video's
 #: pace.
 _PLAIN = {_EXAONE: "exaone4", _HYPERCLOVAX: "hyperclovax"}
+#: Its decoder and its tower are its own.
+_LFM3 = "Lfm3Vl"
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,13 @@ class QwenVLFamily:
     def make(self, draw: Draw, path: Path) -> Drawn:
         if self.kind == _HYPERCLOVAX and not qwen.HAS_HYPERCLOVAX:
             raise Unavailable("this release of Transformers has no HyperCLOVA X with images")
+        if self.kind == _LFM3 and not HAS_LFM3_VL:
+            raise Unavailable("this release of Transformers has no LFM3-VL")
         tok = tokenizer(QWEN_SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
         tok.save_pretrained(path)
         # Times of Qwen3-VL's videos are text.
         long = draw.varies("long videos", 0.2)
-        tokens = (4096 if self.kind.startswith("Qwen3VL") else 1024) if long else 512
+        tokens = (4096 if self.kind.startswith(("Qwen3VL", _LFM3)) else 1024) if long else 512
         raw = self.config(draw, len(tok), tokens)
         architecture, *others = self.architectures
         # Its embeddings are multiplied.
@@ -113,7 +120,11 @@ class QwenVLFamily:
         """config.json without ``architectures``."""
         plain = self.kind in _PLAIN
         kind = _PLAIN.get(self.kind, self.name)
-        text = draw_decoder(draw, kind, vocab, tokens=tokens, section=not plain)
+        text = (
+            draw_lfm3_decoder(draw, vocab, tokens=tokens)
+            if self.kind == _LFM3
+            else draw_decoder(draw, kind, vocab, tokens=tokens, section=not plain)
+        )
         special_names = ("image_pad", "video_pad", "vision_start", "vision_end")
         raw: dict[str, Any] = {
             "model_type": self.name,
@@ -135,6 +146,12 @@ class QwenVLFamily:
             text["model_type"] = kind
         elif self.kind == _EXAONE:
             text["model_type"] = draw.choice("text model_type", ("exaone4", "exaone4_5_text"))
+        elif self.kind == _LFM3:
+            raw["projector_hidden_size"] = draw.choice("projector width", (24, 40))
+            raw["projector_bias"] = draw.variant("projector bias", (True, False), 0.3)
+            raw["projector_hidden_act"] = draw.variant("projector activation", ("gelu", "silu"), 0.3)
+            draw.spelled(raw, "projector_bias", "projector_hidden_act")
+            text["model_type"] = "lfm3"
         elif self.kind in qwen.TIMED or draw.varies("text model_type", 0.6):
             text["model_type"] = f"{self.name}_text"
         return {**raw, "text_config": text}
@@ -157,6 +174,8 @@ class QwenVLFamily:
                 del fields[field]
         if draw.varies("channels stated", 0.4):
             fields[draw.choice("channels' name", ("in_channels", "in_chans"))] = 3
+        if self.kind == _LFM3:
+            return {**fields, **_convolving(draw, width, heads, depth)}
         act = draw.variant("tower activation", ("", "gelu", "gelu_pytorch_tanh", "relu", "swish"), 0.2)
         if act:
             fields["hidden_act"] = act
@@ -221,3 +240,20 @@ class QwenVLFamily:
             low, high = cell**2 * rng.choice((1, 4)), cell**2 * rng.choice((8, 16))
             size = {"shortest_edge": low, "longest_edge": high * (4 if self.kind in qwen.TIMED else 1)}
             write_json(path / "video_preprocessor_config.json", {**sizes, **pixels, "size": size})
+
+
+def _convolving(draw: Draw, width: int, heads: int, depth: int) -> dict[str, Any]:
+    """Fields of LFM3-VL's tower."""
+    rng = draw.stream("tower layers' kinds")
+    shares = [count for count in range(1, heads + 1) if heads % count == 0]
+    return {
+        "hidden_size": width,
+        "intermediate_size": draw.choice("tower intermediate", (24, 48, 52)),
+        "num_hidden_layers": depth,
+        "layer_types": [rng.choice(("conv", "full_attention")) for _ in range(depth)],
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw.choice("tower kv heads", shares),
+        "conv_kernel_size": draw.variant("tower's kernel", (3, 1, 5), 0.4),
+        "norm_eps": draw.variant("tower norm eps", (1e-5, 1e-3), 0.3),
+        **draw_theta(draw, 0.3),
+    }

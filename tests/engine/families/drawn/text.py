@@ -21,6 +21,7 @@ from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.gemma3 import draw_gemma2_decoder, draw_gemma3_decoder
 from tests.engine.families.drawn.gemma4 import draw_gemma4_decoder
+from tests.engine.families.drawn.lfm2 import draw_lfm3_decoder
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.drawn.rope import lengths_of
 from tests.engine.families.references import TextReference
@@ -47,6 +48,7 @@ ARCHITECTURES = {
     "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
     "hyperclovax": "HyperCLOVAXForCausalLM",
     "lfm2": "Lfm2ForCausalLM",
+    "lfm3": "Lfm3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -93,7 +95,7 @@ class TextFamily:
         fields = self._decoder(draw, len(tok))
         (architecture,) = self.architectures
         raw: dict[str, Any] = {"torch_dtype": "float32", **fields, "model_type": self.kind}
-        if self.kind in ("glm", "glm4", "phi3", "smollm3", *_QWEN3_5):
+        if self.kind in ("glm", "glm4", "lfm3", "phi3", "smollm3", *_QWEN3_5):
             raw["pad_token_id"] = 0
         model = write_model(draw, path, raw, architecture, most_embedding=_MOST_EMBEDDING.get(self.kind, 1.0))
         draw_ends(draw, path, raw, 2, 3)
@@ -115,6 +117,8 @@ class TextFamily:
             return draw_gemma3_decoder(draw, vocab, rows=0)
         if self.kind == "gemma4_text":
             return draw_gemma4_decoder(draw, vocab)
+        if self.kind == "lfm3":
+            return draw_lfm3_decoder(draw, vocab, tokens=_TOKENS)
         if self.kind in _QWEN3_5:
             return draw_decoder(draw, self.kind.removesuffix("_text"), vocab, tokens=_TOKENS, section=True)
         return draw_decoder(draw, self.kind, vocab, tokens=_TOKENS)
