@@ -72,6 +72,7 @@ def test_one_case_of_a_test_says_that_there_is_no_gpu():
     dtypes = [Item("dtype", None, fixtures, dtype=name, size=n) for name in names for n in range(2)]
     other = [Item("other", None, ("dtype",), dtype=name) for name in names]
     values = [Item("value", None, ("device",), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    values += [Item("value of that name", None, ("hopper",), hopper=value) for value in (True, False)]
     items = [*marked, *hopper, *dtypes, *other, *values]
     assert names_left_out(items) == ["marked"] * 2 + ["hopper"] + ["dtype"] * 3
     assert items == [marked[0], hopper[0], *dtypes[:3], *other, *values]

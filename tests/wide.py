@@ -64,9 +64,11 @@ def needs_gpu(item: pytest.Item) -> bool:
     """Return whether a test is skipped where there is no GPU: it is marked, or needs a Hopper GPU, or the
     kernels of a dtype that the interpreter does not compute in."""
     fixtures = getattr(item, "fixturenames", ())
-    if item.get_closest_marker("gpu") is not None or "hopper" in fixtures:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    # A parameter of that name is a value, not the GPU.
+    if item.get_closest_marker("gpu") is not None or ("hopper" in fixtures and "hopper" not in params):
         return True
-    dtype = item.callspec.params.get("dtype") if hasattr(item, "callspec") else None
+    dtype = params.get("dtype")
     return isinstance(dtype, str) and dtype in ONLY_ON_GPU and "device" in fixtures
 
 
