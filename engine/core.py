@@ -178,7 +178,9 @@ class EngineCore:
         self._pace.arrived(begun)
         for request, cause in result.failed:
             self.scheduler.fail(request, cause)
-        constrained = self.scheduler.slots.constrained[batch.sampling_slots].nonzero()[0].tolist()
+        table, constrained = self.scheduler.slots, []
+        if table.num_constrained:
+            constrained = table.constrained[batch.sampling_slots].nonzero()[0].tolist()
         try:
             events = self.scheduler.update(batch, result.tokens)
         except Exception as error:
@@ -236,7 +238,7 @@ class EngineCore:
         computing the masks happen while the device works.
         """
         table = self.scheduler.slots
-        if not table.constrained[batch.sampling_slots].any():
+        if not table.num_constrained or not table.constrained[batch.sampling_slots].any():
             return None
 
         def fill(slots: list[int], mask: np.ndarray) -> list[list[int] | None]:

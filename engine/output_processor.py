@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -117,18 +116,25 @@ class OutputProcessor:
             found.stopped += [request for request in group.requests if not request.finished]
         failed = {group.id for group, _ in failures}
         self._end(found.changed[name] for name in found.ended - failed)
-        given = []
-        for group, update in found.changed.values():
+        given = list(found.changed.values())
+        if self._interval > 1:
+            given = list(self._held_back(given, failed))
+        return [*given, *found.pooled, *failures], found.stopped
+
+    def _held_back(
+        self, updates: Iterable[tuple[RequestGroup, StreamUpdate]], failed: Collection[str]
+    ) -> Iterator[tuple[RequestGroup, StreamUpdate]]:
+        """The updates that don't wait for more tokens, each with what has waited for it."""
+        for group, update in updates:
             whole = update if group.held is None else merge_updates(group.held, update)
             group.held = whole if self._waits(whole) and group.id not in failed else None
             if group.held is None:
-                given.append((group, whole))
-        return [*given, *found.pooled, *failures], found.stopped
+                yield group, whole
 
     def _waits(self, update: StreamUpdate) -> bool:
         """Return whether an update waits for more tokens: it is not the first, nor a choice's last, and holds
         fewer than it should."""
-        if self._interval == 1 or update.times is not None or update.prompt_logprobs is not None:
+        if update.times is not None or update.prompt_logprobs is not None:
             return False
         return all(d.finish_reason is None and len(d.token_ids) < self._interval for d in update.deltas)
 
@@ -136,8 +142,9 @@ class OutputProcessor:
         """Add a step's tokens to their sequences' deltas."""
         running, changed, deltas = self._running, found.changed, found.deltas
         # How many requests got their last token when: most of them in the same step.
-        previous: Counter[float] = Counter()
-        count, finished, opening, forced = 0, step.finished, step.opening, step.forced
+        previous: dict[float, int] = {}
+        time, count = step.time, 0
+        finished, opening, forced = step.finished, step.opening, step.forced
         for row, (request, token) in enumerate(zip(step.requests, step.tokens.tolist(), strict=True)):
             if request is None or (entry := running.get(request.id)) is None or entry[1].done:
                 continue
@@ -147,9 +154,10 @@ class OutputProcessor:
                     delta = deltas[request.id] = OutputDelta(sequence.index, "", [])
                     self._update(group, changed).deltas.append(delta)
                 if sequence.plain and row not in finished:
-                    for before in opening.get(row, ()):
-                        self._continue(delta, group, sequence, before)
-                        count += 1
+                    if row in opening:
+                        for before in opening[row]:
+                            self._continue(delta, group, sequence, before)
+                            count += 1
                     self._continue(delta, group, sequence, token)
                     count += 1
                     if row in forced:
@@ -168,12 +176,12 @@ class OutputProcessor:
             if token < 0:
                 continue
             if (last := group.last_token_at) is None:
-                self._note_first(group, step.time, changed[group.id][1])
-            elif last != step.time:
-                previous[last] += 1
-                group.last_token_at = step.time
+                self._note_first(group, time, changed[group.id][1])
+            elif last != time:
+                previous[last] = previous.get(last, 0) + 1
+                group.last_token_at = time
         for last, tokens in previous.items():
-            self._metrics.observe_gap(step.time - last, tokens)
+            self._metrics.observe_gap(time - last, tokens)
         self._metrics.observe_tokens(count, step.time)
 
     def _end(self, updates: Iterable[tuple[RequestGroup, StreamUpdate]]) -> None:
@@ -202,9 +210,9 @@ class OutputProcessor:
         if not usage.completion_tokens:
             usage.cached_tokens = sequence.request.num_cached or 0
         usage.completion_tokens += 1
-        text = sequence.detokenizer.append_one(token)
-        sequence.num_characters += len(text)
-        delta.text += text
+        if text := sequence.detokenizer.append_one(token):
+            sequence.num_characters += len(text)
+            delta.text = delta.text + text if delta.text else text
         delta.token_ids.append(token)
 
     def _extend_all(

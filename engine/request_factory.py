@@ -34,6 +34,10 @@ _Ranges = list[tuple[int, int]]
 #: Share of a goal for the first token that may have passed when the prompt gets its slot.
 _WAITING_SHARE = 0.8
 
+#: Most tokens of a prompt whose blocks are named by its caller's event loop. The step thread names those of
+#: longer ones, which takes milliseconds.
+_MOST_NAMED = 8192
+
 #: Keeps the seeds of a request's ``n`` sequences apart.
 _SEED_STRIDE = 0x9E3779B97F4A7C15
 
@@ -102,7 +106,7 @@ class RequestFactory:
         if params.n > 1 and params.prompt_logprobs is not None:
             unscored = dataclasses.replace(params, prompt_logprobs=None)
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
-        requests = []
+        requests: list[Request] = []
         for index in range(params.n):
             known = progress.of(index)
             if known.finished:
@@ -124,6 +128,7 @@ class RequestFactory:
                 block_hashes=[],
             )
             self._carry_on(request)
+            self._name(request, requests[0] if requests else None)
             requests.append(request)
         return RequestGroup.of(request_id, requests, first.num_prompt, progress)
 
@@ -154,6 +159,22 @@ class RequestFactory:
         if longest is not None and len(request.token_ids) > longest:
             request.rope_variant = 1
 
+    def _name(self, request: Request, like: Request | None = None) -> None:
+        """Prepare what the step thread needs of a prompt's tokens: running answers wait for that one.
+
+        Args:
+            like: another sequence of the same caller's request, which was prepared.
+        """
+        if (
+            like is not None
+            and like.token_ids is request.token_ids
+            and like.rope_variant == request.rope_variant
+        ):
+            request.take_ids(like)
+            request.block_hashes = list(like.block_hashes)
+        elif len(request.token_ids) <= _MOST_NAMED:
+            self._scheduler.kv.name_blocks(request)
+
     def pooling(
         self,
         request_id: str,
@@ -167,6 +188,7 @@ class RequestFactory:
             InvalidRequest: the length or an embedding is unusable.
         """
         request = self._pooled(request_id, inputs, params, embeddings)
+        self._name(request)
         return RequestGroup.of(request_id, [request], request.num_prompt)
 
     def check(self, inputs: EngineInput, params: SamplingParams | PoolingParams) -> None:
@@ -256,9 +278,12 @@ class RequestFactory:
     ) -> Request:
         if not inputs.token_ids:
             raise InvalidRequest("The prompt is empty.", param="prompt")
-        if bad := [i for i in inputs.token_ids if not 0 <= i < self._model.decoder.vocab_size]:
+        size = self._model.decoder.vocab_size
+        # A comparison in Python for each token of a long prompt would take a millisecond.
+        if min(inputs.token_ids) < 0 or max(inputs.token_ids) >= size:
+            bad = next(i for i in inputs.token_ids if not 0 <= i < size)
             raise InvalidRequest(
-                f"Token id {bad[0]} is outside of the vocabulary of {self._model.decoder.vocab_size}.",
+                f"Token id {bad} is outside of the vocabulary of {size}.",
                 param="prompt",
             )
         _check_salt(inputs.cache_salt)

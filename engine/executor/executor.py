@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
@@ -184,6 +185,7 @@ class ParallelRunner:
         self._sender = BatchSender()
         self.vocab_size, self.is_asynchronous = own.vocab_size, own.is_asynchronous
 
+    @torch.inference_mode()
     def execute(self, batch: ScheduledBatch, grammar_mask: GrammarMask | None = None) -> LaunchedParallelStep:
         """See :meth:`ModelRunner.execute`.
 

@@ -99,7 +99,7 @@ decides::
 the GPU can read them (:func:`engine.kernels.fp8.reads_fp8`).
 
 Operations with one kernel choose between it and the reference by ``use_triton`` themselves. Their files:
-act_mul.py (act_mul, act_rounded), causal_conv.py (causal_conv, gated_conv), decode_state.py (gather_decode_inputs, advance), fp8.py (dequantise, quantise_rows),
+act_mul.py (act_mul, act_rounded), causal_conv.py (causal_conv, gated_conv), decode_state.py (gather_decode_inputs, advance, write_changes), fp8.py (dequantise, quantise_rows),
 gated_norm.py, grid_attention.py, gumbel.py (gumbel_argmax, argmax), int4.py (dequantise_int4), kv_write.py, layer_norm.py (add_layer_norm, layer_norm_rounded), norm_router.py, patchify.py, quick_gelu.py, rms_norm.py (rms_norm, rms_norm_rounded, head_norms), rotary.py, route.py (the choice of experts), router_logits.py, shard_rows.py (rows of a table split over ranks), sigmoid_gate.py, step_inputs.py (inputs of steps with prompt chunks), truncation.py.
 
 peer_reduce.py sums over the GPUs of a host and gathers from them; :class:`engine.distributed.group.TorchGroup` chooses between it and NCCL.

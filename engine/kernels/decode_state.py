@@ -1,5 +1,5 @@
-"""Two kernels of a decode step: one gathers its inputs from per-slot state, one advances that state
-afterwards.
+"""Kernels over per-slot state: one writes what the host has changed, one gathers a decode step's inputs, one
+advances the state afterwards.
 
 A request slot is the row of one running request in the state tensors; a KV slot is the index of one token in
 the KV cache.
@@ -163,3 +163,52 @@ def _advance_kernel(
     tl.store(last_token_ptr + slot, token, mask=mask)
     mask = mask & (slot != padding_slot)
     tl.store(length_ptr + slot, tl.load(length_ptr + slot, mask=mask) + 1, mask=mask)
+
+
+def write_changes(changes: torch.Tensor, block_tables: torch.Tensor, delta: torch.Tensor) -> None:
+    """Write what the host has changed in the state of request slots. Capturable: how much it is, is read on the
+    device.
+
+    Args:
+        changes: int64 ``(C,)``. The last number is a count n; before it are n targets and then n values. Targets
+            are places in the block tables, counted through, and behind those the slots of ``delta``. A target may
+            come twice, with the same value.
+        block_tables: int32 ``(groups, N, max_blocks)`` contiguous, changed in place.
+        delta: int64 ``(N,)``, changed in place; see :func:`gather_decode_inputs`.
+    """
+    run = write_changes_triton if use_triton(changes) else write_changes_reference
+    run(changes, block_tables, delta)
+
+
+def write_changes_reference(changes, block_tables, delta) -> None:
+    last = len(changes) - 1
+    count, size = int(changes[last]), block_tables.numel()
+    targets, values = changes[last - 2 * count : last].view(2, count)
+    in_tables = targets < size
+    block_tables.view(-1).index_copy_(0, targets[in_tables], values[in_tables].int())
+    delta.index_copy_(0, targets[~in_tables] - size, values[~in_tables])
+
+
+def write_changes_triton(changes, block_tables, delta) -> None:
+    assert changes.is_contiguous() and block_tables.is_contiguous() and delta.is_contiguous()
+    launch(
+        _changes_kernel, (8,),
+        changes_ptr=changes, block_tables_ptr=block_tables, delta_ptr=delta, last=len(changes) - 1,
+        table_size=block_tables.numel(), ROWS=256,
+    )  # fmt: skip
+
+
+# How many numbers there are differs between models; specialising on that would compile the kernel again.
+@triton.jit(do_not_specialize=["last", "table_size"])
+def _changes_kernel(changes_ptr, block_tables_ptr, delta_ptr, last, table_size, ROWS: tl.constexpr):
+    """Each of eight programs takes every eighth piece of ``ROWS`` changes."""
+    count = tl.load(changes_ptr + last)
+    targets_ptr = changes_ptr + last - 2 * count
+    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        mask = row < count
+        target = tl.load(targets_ptr + row, mask=mask, other=0)
+        value = tl.load(targets_ptr + count + row, mask=mask, other=0)
+        in_tables = target < table_size
+        tl.store(block_tables_ptr + target, value.to(tl.int32), mask=mask & in_tables)
+        tl.store(delta_ptr + target - table_size, value, mask=mask & (target >= table_size))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -59,6 +60,27 @@ class StepLayout:
         """Where the chunks begin."""
         return HEADER + self.num_slots
 
+    def length(self, tokens: int, chunks: int, rows: int) -> int:
+        """Return the numbers of a step with P ``tokens`` in C ``chunks``, and R - D ``rows``."""
+        return self.chunks + 4 * chunks + (1 + self.axes + self.groups + self.both_ways) * tokens + rows
+
+    def parts(self, step: np.ndarray, chunks: int, tokens: int) -> list[np.ndarray]:
+        """Return views of the parts of ``step`` from the chunks on: those ``(4 C,)``, ids, positions, KV slots, key
+        ends, and rows. Key ends are empty without ``both_ways``."""
+        ids = self.chunks + 4 * chunks
+        positions = ids + tokens
+        kv_slots = positions + self.axes * tokens
+        key_ends = kv_slots + self.groups * tokens
+        rows = key_ends + self.both_ways * tokens
+        return [
+            step[self.chunks : ids],
+            step[ids:positions],
+            step[positions:kv_slots].reshape(self.axes, tokens),
+            step[kv_slots:key_ends].reshape(self.groups, tokens),
+            step[key_ends:rows],
+            step[rows:],
+        ]
+
     def expected(
         self, step: torch.Tensor, chunks: int, tokens: int, count: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -70,8 +92,7 @@ class StepLayout:
 
     def size(self, tokens: int) -> int:
         """Return the most numbers of a step with ``tokens`` rows."""
-        per_token = 1 + self.axes + self.groups + self.both_ways
-        return self.chunks + per_token * tokens + 5 * self.num_slots
+        return self.length(tokens, self.num_slots, self.num_slots)
 
 
 class StepState(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
@@ -68,7 +69,7 @@ class DecodeGraphs:
 
     def size_for(self, count: int) -> int:
         """The captured batch size that ``count`` rows are padded to."""
-        return next(size for size in self._sizes if size >= count)
+        return self._sizes[bisect_left(self._sizes, count)]
 
     def replay(self, count: int, plan: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits and tokens of the first ``count`` slots: views that the next replay overwrites.

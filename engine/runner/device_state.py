@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.kernels.decode_state import DecodeInputs, advance, gather_decode_inputs
+from engine.kernels.decode_state import DecodeInputs, advance, gather_decode_inputs, write_changes
 from engine.kernels.step_inputs import StepInputs, StepLayout, StepState, gather_step_inputs
 from engine.runner.draft_rows import DraftRows
 
@@ -40,9 +40,10 @@ class DeviceState:
             slots, self.block_tables, self.last_token, self.length, self.delta, block_size=self.block_size
         )
 
-    def set_blocks(self, places: torch.Tensor, blocks: torch.Tensor) -> None:
-        """Write ``blocks`` ``(n,)`` to ``places`` ``(n,)``, counted through all block tables."""
-        self.block_tables.view(-1).index_copy_(0, places, blocks.int())
+    def write(self, changes: torch.Tensor) -> torch.Tensor:
+        """Write ``changes``, see :func:`write_changes`, and return :attr:`delta`."""
+        write_changes(changes, self.block_tables, self.delta)
+        return self.delta
 
     def step_inputs(self, step: torch.Tensor, layout: StepLayout, inputs: StepInputs) -> None:
         """Fill the ``inputs`` of a step with chunks. Their tokens count as computed, but for those behind

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from engine.logprobs import LogprobTensors
 from engine.request import Request
+from engine.runner.step_buffer import HostMemory
 from engine.scheduling.batch import StepResult
-from engine.transfers import download, record_event
+from engine.transfers import download
+
+#: Seconds between two looks whether a step is computed. An event that wakes the thread does so later, and
+#: takes the process more time.
+_LOOK_S = 5e-5
 
 
 @dataclass(slots=True)
@@ -29,26 +36,38 @@ class LaunchedStep:
         tokens: torch.Tensor,
         logprobs: LogprobTensors | None,
         prompts: PromptResults,
+        memory: HostMemory,
+        give_back: Callable[[HostMemory], None],
         *,
         idle_wait: bool,
     ) -> None:
-        self._tokens = download(tokens)
+        """``memory`` takes the tokens, and is given back once they are read. With ``idle_wait`` whoever waits
+        leaves the core to others."""
+        self._memory, self._give_back, self._idle_wait = memory, give_back, idle_wait
+        self._tokens = memory.tokens_array[: len(tokens)]
+        memory.tokens[: len(tokens)].copy_(tokens, non_blocking=True)
         self._logprobs = None if logprobs is None else _download(logprobs)
         self._scores = [(request, start, _download(found)) for request, start, found in prompts.scores]
         self._pooled = [(request, download(vector)) for request, vector in prompts.pooled]
         self._failed = prompts.failed
-        # One event after all copies: they are on one stream.
-        self._event = record_event(tokens.device, idle_wait=idle_wait)
+        # Behind all copies: they are on one stream.
+        if memory.event is not None:
+            memory.event.record()
 
     def ready(self) -> bool:
         """Return True if :meth:`result` returns at once."""
-        return self._event is None or self._event.query()
+        return self._memory.event is None or self._memory.event.query()
 
     def result(self) -> StepResult:
-        if self._event is not None:
-            self._event.synchronize()
+        """Wait for the step's result; called once."""
+        if (event := self._memory.event) is not None:
+            while self._idle_wait and not event.query():
+                time.sleep(_LOOK_S)
+            event.synchronize()
+        tokens = self._tokens.copy()
+        self._give_back(self._memory)
         pooled = [(request, vector.numpy().copy()) for request, vector in self._pooled]
-        return StepResult(self._tokens.numpy().copy(), self._logprobs, self._scores, pooled, self._failed)
+        return StepResult(tokens, self._logprobs, self._scores, pooled, self._failed)
 
 
 def _download(found: LogprobTensors) -> LogprobTensors:

@@ -19,6 +19,7 @@ from engine.kernels.paged import AttentionMetadata
 from engine.kernels.step_inputs import HEADER, StepInputs, StepLayout
 from engine.layers.decoder import Decoder
 from engine.layers.split_experts import Modalities
+from engine.logprobs import LogprobTensors
 from engine.request import Request, attributed_to
 from engine.runner.cuda_graphs import DecodeGraphs
 from engine.runner.device_state import DeviceState
@@ -31,7 +32,7 @@ from engine.runner.pooler import Pooler
 from engine.runner.prompt_scorer import PromptScorer
 from engine.runner.sampler import Sampler, SamplingPlan
 from engine.runner.step_arrays import StepArrays, chunk_rows, forced_tokens
-from engine.runner.step_buffer import StepBuffer
+from engine.runner.step_buffer import MOST_CHANGES, HostMemory, StepBuffer, packed_changes
 from engine.scheduling.batch import PrefillChunk, ScheduledBatch
 from engine.startup import StartTimes
 from engine.structured.run_odds import ANY
@@ -50,11 +51,15 @@ class PreparedStep:
     Attributes:
         others: its further arrays, see :class:`~engine.runner.step_arrays.StepArrays`.
         plan: how its rows are sampled.
+        memory: of the host.
+        changes: the buffer has changes of the state.
     """
 
     batch: ScheduledBatch
     others: dict[str, torch.Tensor]
     plan: SamplingPlan
+    memory: HostMemory
+    changes: bool
 
 
 class ModelRunner:
@@ -121,10 +126,14 @@ class ModelRunner:
         self._scorer = PromptScorer(model)
         self._rows = PendingRows(self.dtype, self.device)
         self._layout = StepLayout(num_slots, caches.num_groups, self._axes, self._both_ways)
-        self._buffer = StepBuffer(self._layout.size(max_num_tokens), self.device)
-        # Of the latest step: the scheduler's array of sampling slots, and the device's, padded.
+        self._buffer = StepBuffer(self._layout.size(max_num_tokens), num_slots, self.device)
+        # Of the latest step: the scheduler's array of sampling slots, how they sample, and the device's
+        # array, padded.
         self._slots_sent: np.ndarray | None = None
+        self._plan = SamplingPlan()
         self._slots = self._buffer.numbers[HEADER : HEADER + num_slots]
+        self._capture = capture
+        self._write_changes: Callable[[], Any] = lambda: self._state.write(self._buffer.changes)
         self._decodes: DecodeGraphs | None = None
         self._forwards: ForwardGraphs | None = None
         if capture is not None:
@@ -154,6 +163,7 @@ class ModelRunner:
                 padding_slot=self._state.padding_slot,
             )
 
+    @torch.inference_mode()
     def execute(self, batch: ScheduledBatch, grammar_mask: GrammarMask | None = None) -> LaunchedStep:
         """Enqueue a step.
 
@@ -168,9 +178,8 @@ class ModelRunner:
         """
         return self.compute(self.prepare(batch), grammar_mask)
 
-    @torch.inference_mode()
     def prepare(self, batch: ScheduledBatch) -> PreparedStep:
-        """The part of :meth:`execute` that takes no other rank.
+        """The part of :meth:`execute` that takes no other rank. The caller is in inference mode.
 
         If it raises, the step can be forgotten: its slots are written again when they are admitted again.
         """
@@ -179,13 +188,16 @@ class ModelRunner:
         for admission in batch.admitted:
             with attributed_to(admission.request):
                 self._admit(admission.request, admission.slot, admission.num_computed)
-        self.sampler.flush()
-        plan = self.sampler.plan(batch.sampling_slots.tolist())
+        if batch.admitted:
+            self.sampler.flush()
+        # The set of decoding requests changes if one of them is released or admitted.
+        slots_known = not batch.prefills and batch.decode_slots is self._slots_sent
+        plan = self._plan if slots_known else self.sampler.plan(batch.sampling_slots.tolist())
         arrays = StepArrays.of(
             batch,
             self.model.rotary,
             self._layout,
-            slots_known=not batch.prefills and batch.decode_slots is self._slots_sent,
+            slots_known=slots_known,
             padding_slot=self._state.padding_slot,
             block_size=self._block_size,
             max_blocks=self._state.block_tables.shape[2],
@@ -193,13 +205,16 @@ class ModelRunner:
         )
         # If it raises, the next step sends its slots again.
         self._slots_sent = None
-        others = self._buffer.send(arrays.inputs, arrays.others)
-        self._slots_sent = batch.sampling_slots
-        return PreparedStep(batch, others, plan)
+        memory = self._buffer.host_memory()
+        if arrays.changes.shape[1] > MOST_CHANGES:
+            self._state.write(packed_changes(arrays.changes, self.device))
+            arrays.changes = arrays.changes[:, :0]
+        others = self._buffer.send(memory, arrays.changes, arrays.inputs, arrays.others)
+        self._slots_sent, self._plan = batch.sampling_slots, plan
+        return PreparedStep(batch, others, plan, memory, bool(arrays.changes.size))
 
-    @torch.inference_mode()
     def compute(self, step: PreparedStep, grammar_mask: GrammarMask | None = None) -> LaunchedStep:
-        """Enqueue a prepared step; arguments as for :meth:`execute`."""
+        """Enqueue a prepared step; arguments as for :meth:`execute`. The caller is in inference mode."""
         batch, plan, others = step.batch, step.plan, step.others
         self._write(step)
         prompts = PromptResults([], [], [])
@@ -213,10 +228,10 @@ class ModelRunner:
                 if chunk.snapshot is not None:
                     self._caches.copy_state(chunk.slot, self._first_snapshot + chunk.snapshot)
             if not count:
-                return LaunchedStep(slots, None, prompts, idle_wait=self.idle_waits)
+                return self._launched(slots, None, prompts, step)
             if self._decodes is not None and captured == plan and "drafts" not in others:
                 tokens = self._decodes.end(count, plan)
-                return LaunchedStep(tokens, None, prompts, idle_wait=self.idle_waits)
+                return self._launched(tokens, None, prompts, step)
             logits = self.model.logits(hidden)[:count]
         elif self._decodes is None:
             logits, tokens = self._decode(slots, captured)
@@ -241,7 +256,18 @@ class ModelRunner:
             else:
                 self._state.advance(slots, tokens)
         logprobs = self.sampler.logprobs(logits, slots, tokens, plan)
-        return LaunchedStep(tokens, logprobs, prompts, idle_wait=self.idle_waits)
+        return self._launched(tokens, logprobs, prompts, step)
+
+    def _launched(
+        self,
+        tokens: torch.Tensor,
+        logprobs: LogprobTensors | None,
+        prompts: PromptResults,
+        step: PreparedStep,
+    ) -> LaunchedStep:
+        return LaunchedStep(
+            tokens, logprobs, prompts, step.memory, self._buffer.give_back, idle_wait=self.idle_waits
+        )
 
     def _settle(
         self, batch: ScheduledBatch, slots: torch.Tensor, settled: list[list[int] | None]
@@ -292,6 +318,8 @@ class ModelRunner:
             if self._decodes is not None:
                 with times.phase("graphs of decode steps"):
                     self._decodes.capture_all(_CAPTURED_PLANS)
+                    assert self._capture is not None
+                    self._write_changes = self._capture(self._write_changes)
 
     @torch.inference_mode()
     def profile(self, num_tokens: int) -> None:
@@ -381,13 +409,11 @@ class ModelRunner:
                 self._group.broadcast(rows)
             if admission.snapshot is not None:
                 self._caches.copy_state(self._first_snapshot + admission.snapshot, admission.slot)
-        if "tables" in step.others:
-            self._state.set_blocks(*step.others["tables"])
+        if step.changes and not step.batch.prefills:
+            # Steps with chunks write them when they gather their inputs.
+            self._write_changes()
         if "long_prompts" in step.others:
             self.model.rotary.write_prompt_rows(*step.others["long_prompts"])
-        if "deltas" in step.others:
-            slots, deltas = step.others["deltas"]
-            self._state.delta.index_copy_(0, slots, deltas)
 
     # Decode steps: all on the device.
 
@@ -469,7 +495,8 @@ class ModelRunner:
         )
 
     def _gather(self, inputs: StepInputs) -> None:
-        """Fill ``inputs`` from the arrays of the step and the state of its slots."""
+        """Write the step's changes, and fill ``inputs`` from its arrays and the state of its slots."""
+        self._state.write(self._buffer.changes)
         self._state.step_inputs(self._buffer.numbers, self._layout, inputs)
 
     def _choose(self, batch: ScheduledBatch, others: dict[str, torch.Tensor]) -> None:

@@ -76,6 +76,9 @@ class SamplingPlan:
         return SamplingPlan(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
 
+_PLAIN = SamplingPlan()
+
+
 class Sampler:
     """Samples for slots that were admitted.
 
@@ -277,6 +280,9 @@ class Sampler:
 
 
 def _plan_of(params: SamplingParams, stop_ids: frozenset[int], vocab_size: int) -> SamplingPlan:
+    early = state.early_tokens(params, stop_ids, vocab_size)
+    if state.is_plain(params, early) and params.structured is None and params.logprobs is None:
+        return _PLAIN
     random = not params.greedy
     return SamplingPlan(
         random=random,
@@ -285,7 +291,7 @@ def _plan_of(params: SamplingParams, stop_ids: frozenset[int], vocab_size: int) 
         bitmask=state.has_bitmask(params),
         grammar=params.structured is not None,
         bias_width=_round_up(len(params.logit_bias)),
-        early_width=_round_up(len(state.early_tokens(params, stop_ids, vocab_size))),
+        early_width=_round_up(len(early)),
         bad_words_width=_round_up(len(state.long_bad_words(params))),
         ngram_width=_round_up(params.no_repeat_ngram_size),
         num_logprobs=-1

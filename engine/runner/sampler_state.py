@@ -159,6 +159,9 @@ class SlotStates:
         self.wanted_ids = table(MAX_LOGPROB_TOKEN_IDS, fill=0, dtype=np.int64)
         self.penalties = PenaltyCounts(rows, vocab_size, device)
         self.history = TokenHistory(rows, device)
+        # Slots whose rows may differ from those of a greedy request, and slots whose rows wait for a flush.
+        self._special: set[int] = set()
+        self._waiting: set[int] = set()
         self._tables = (
             *(self.floats, self.ints, self.early_ids, self.early_until, self.bias_ids, self.bias_values),
             *(self.allowed, self.bad_prefixes, self.bad_last, self.recent, self.wanted_ids),
@@ -167,6 +170,7 @@ class SlotStates:
         # The padded row, and every slot before its first admission, must exist.
         self.floats.write(max_slots, np.empty(0, dtype=np.float32))
         self.ints.write(max_slots, np.empty(0, dtype=np.int64))
+        self._waiting.add(max_slots)
         self.flush()
 
     def write(
@@ -180,6 +184,13 @@ class SlotStates:
     ) -> None:
         """Buffers everything of one admission."""
         early = early_tokens(params, stop_ids, self.vocab_size)
+        if is_plain(params, early):
+            if slot not in self._special:
+                return
+            self._special.discard(slot)
+        else:
+            self._special.add(slot)
+        self._waiting.add(slot)
         if params.greedy and not early and not penalizes(params):
             # Only the temperature of such rows is read.
             self.floats.reset(slot)
@@ -208,11 +219,18 @@ class SlotStates:
 
     def flush(self) -> None:
         """Write all admissions since the last flush, one copy per table touched."""
+        if not self._waiting:
+            return
         for table in self._tables:
             table.flush()
+        self._waiting.clear()
 
     def forget(self, slot: int) -> None:
         """Drop what waits to be written for a slot, because of a flush that raised."""
+        if slot not in self._waiting:
+            return
+        self._waiting.discard(slot)
+        self._special.add(slot)
         for table in self._tables:
             table.forget(slot)
 
@@ -253,6 +271,18 @@ class SlotStates:
         self.recent.write(slot, recent)
 
 
+def is_plain(params: SamplingParams, early: dict[int, int]) -> bool:
+    """Return True for a greedy request whose tokens nothing but the logits decides: it reads no table.
+
+    Args:
+        early: its :func:`early_tokens`.
+    """
+    limited = early or params.logit_bias or params.bad_sequences or params.no_repeat_ngram_size
+    return params.greedy and not (
+        limited or params.logprob_token_ids or has_bitmask(params) or penalizes(params)
+    )
+
+
 def penalizes(params: SamplingParams) -> bool:
     """Return True if any penalty is on."""
     return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
@@ -260,7 +290,9 @@ def penalizes(params: SamplingParams) -> bool:
 
 def has_bitmask(params: SamplingParams) -> bool:
     """Return True if some ids are banned for the whole output."""
-    return params.allowed_token_ids is not None or bool(suppressed_tokens(params))
+    if params.allowed_token_ids is not None or params.suppress_tokens:
+        return True
+    return any(len(word) == 1 for word in params.bad_sequences)
 
 
 def suppressed_tokens(params: SamplingParams) -> list[int]:

@@ -22,15 +22,12 @@ class StepArrays:
     """The int64 arrays of a step that the device does not have yet.
 
     Attributes:
-        inputs: see :class:`~engine.kernels.step_inputs.StepLayout`, in order; empty if the step only decodes,
-            in the slots of the last one.
+        changes: ``(2, M)``, targets and values of what changes in the block tables and in ``delta`` of
+            :class:`~engine.runner.device_state.DeviceState`, see
+            :func:`~engine.kernels.decode_state.write_changes`.
+        inputs: ``(n,)``, see :class:`~engine.kernels.step_inputs.StepLayout`; empty if the step only
+            decodes, in the slots of the last one.
         others: further arrays by name; those without content are left out:
-
-            ``tables`` ``(2, M)``: places in the block tables of all groups, counted through, that change, and
-            their blocks.
-
-            ``deltas`` ``(2, A)``: slots of admitted requests, and row of the rotary tables minus index for
-            tokens after the prompt.
 
             ``embedded_rows`` ``(E,)``: rows that embedding rows overwrite, span after span.
 
@@ -58,7 +55,8 @@ class StepArrays:
             ``sampled_vision``, ``sampled_text`` ``(n,)``: the same of rows that sample, counted among them.
     """
 
-    inputs: list[np.ndarray] = field(default_factory=list)
+    changes: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.int64))
+    inputs: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     others: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
@@ -89,21 +87,20 @@ class StepArrays:
             RequestFault: what a request brings does not go together.
         """
         arrays = cls()
-        found = arrays.others
         if batch.admitted or batch.table_updates:
-            found["tables"] = _table_entries(batch, padding_slot + 1, max_blocks)
-        if batch.admitted:
-            slots = [admission.slot for admission in batch.admitted]
-            deltas = [_delta(admission.request, rotary) for admission in batch.admitted]
-            found["deltas"] = np.array([slots, deltas], np.int64)
+            arrays.changes = _changes(batch, rotary, layout.groups, padding_slot + 1, max_blocks)
         if slots_known:
             return arrays
+        found = arrays.others
         chunks, sampling = batch.prefills, batch.sampling_slots
-        counts = [len(batch.decode_slots), len(chunks), batch.num_tokens - len(batch.decode_slots)]
-        front = np.full(HEADER + layout.num_slots, padding_slot, np.int64)
-        front[:4] = *counts, len(sampling)
+        decodes = len(batch.decode_slots)
+        tokens = batch.num_tokens - decodes
+        inputs = np.empty(layout.length(tokens, len(chunks), len(sampling) - decodes), np.int64)
+        front = inputs[: layout.chunks]
+        front[:4] = decodes, len(chunks), tokens, len(sampling)
         front[HEADER : HEADER + len(sampling)] = sampling
-        arrays.inputs.append(front)
+        front[HEADER + len(sampling) :] = padding_slot
+        arrays.inputs = inputs
         if chunks:
             rows = arrays._add_chunks(batch, rotary, layout, block_size)
             if vision_tokens:
@@ -114,55 +111,56 @@ class StepArrays:
     def _add_chunks(
         self, batch: ScheduledBatch, rotary: Rotary, layout: StepLayout, block_size: int
     ) -> np.ndarray:
-        """Append the inputs of the chunks of ``batch``, and set the others that they need; see :meth:`of`.
+        """Fill the inputs of the chunks of ``batch``, and set the others that they need; see :meth:`of`.
+
+        A prompt's step waits for this: each call of numpy costs more than what it does.
 
         Returns:
             The rows that sample behind those of decodes.
         """
         chunks, decodes, found = batch.prefills, len(batch.decode_slots), self.others
-        ids: list[np.ndarray] = []
-        positions: list[np.ndarray] = []
-        kv_slots: list[np.ndarray] = []
+        slots, firsts, ends, counted = ([0] * len(chunks) for _ in range(4))
+        rows: list[int] = []
+        behind = 0
+        for number, chunk in enumerate(chunks):
+            sampling, end = chunk.sampling_rows, chunk.start + chunk.count
+            slots[number], firsts[number] = chunk.slot, behind
+            ends[number], counted[number] = end, end - sampling
+            behind += chunk.count
+            rows.extend(range(decodes + behind - sampling, decodes + behind))
+        heads, ids, positions, kv_slots, key_ends, sampled = layout.parts(self.inputs, len(chunks), behind)
+        heads[:] = slots + firsts + ends + counted
+        sampled[:] = rows
         embedded: list[np.ndarray] = []
         answers = list(takewhile(lambda chunk: chunk.answer is not None, chunks))
+        done = 0
         if answers:
-            arrays = _answer_arrays(answers, rotary, block_size)
-            for parts, array in zip((ids, positions, kv_slots), arrays, strict=True):
-                parts.append(array)
+            done = sum(chunk.count for chunk in answers)
+            ids[:done], positions[:, :done], kv_slots[:, :done] = _answer_arrays(answers, rotary, block_size)
         for chunk, row in islice(chunk_rows(batch), len(answers), None):
             with attributed_to(chunk.request):
-                end = chunk.start + chunk.count
-                tokens = np.array(chunk.token_ids, np.int64)
-                ids.append(tokens)
-                positions.append(_positions(chunk, rotary))
-                kv_slots.append(_kv_slots(chunk, block_size))
+                own = slice(done, done + chunk.count)
+                done += chunk.count
+                tokens = ids[own]
+                tokens[:] = chunk.request.ids[chunk.start : chunk.start + chunk.count]
+                _write_positions(positions[:, own], chunk, rotary)
+                _write_kv_slots(kv_slots[:, own], chunk, block_size)
                 for span in chunk.request.spans:
-                    places = span_rows(span, chunk.start, end)[2]
-                    tokens[places] = -1 - tokens[places]
-                    embedded.append(places + row)
-        long_prompts = _long_prompts(
-            chunks[len(answers) :], positions[bool(answers) :], rotary.first_prompt_row
-        )
-        sampling = np.array([chunk.sampling_rows for chunk in chunks], np.int64)
-        counts = np.array([chunk.count for chunk in chunks], np.int64)
-        ends = np.array([chunk.start for chunk in chunks], np.int64) + counts
-        behind = np.cumsum(counts)
-        slots = np.array([chunk.slot for chunk in chunks], np.int64)
-        self.inputs += [slots, behind - counts, ends, ends - sampling, *ids]
-        self.inputs += [np.concatenate(positions, axis=-1), np.concatenate(kv_slots, axis=1)]
+                    first, last, places = span_rows(span, chunk.start, chunk.start + chunk.count)
+                    if last > first:
+                        tokens[places] = -1 - tokens[places]
+                        embedded.append(places + row)
         if layout.both_ways:
-            self.inputs += [_key_ends(chunk) for chunk in chunks]
-        offsets = np.arange(sampling.sum()) - np.repeat(sampling.cumsum(), sampling)
-        rows = np.repeat(decodes + behind, sampling) + offsets
-        self.inputs.append(rows)
+            key_ends[:] = np.concatenate([_key_ends(chunk) for chunk in chunks])
         if embedded:
             found["embedded_rows"] = np.concatenate(embedded)
         if answers:
             found["forced"] = forced_tokens(answers)
             found |= _expected_arrays(list(takewhile(lambda chunk: chunk.expected is not None, answers)))
             found["drafts"] = draft_columns(batch)
-        found["long_prompts"] = long_prompts
-        return rows
+        if rotary.first_prompt_row:
+            found["long_prompts"] = _long_prompts(chunks, positions, rotary.first_prompt_row)
+        return sampled
 
 
 def _modalities(
@@ -225,17 +223,16 @@ def _answer_arrays(
     return ids, positions, np.array(blocks, np.int64) * block_size + index % block_size
 
 
-def _positions(chunk: PrefillChunk, rotary: Rotary) -> np.ndarray:
-    """Rows of the rotary tables ``(count,)``, or ``(axes, count)`` with M-RoPE, of a chunk's tokens."""
-    request, delta, axes = chunk.request, _delta(chunk.request, rotary), rotary.rope.num_axes
-    plain = np.arange(chunk.start, chunk.start + chunk.count, dtype=np.int64)
-    if not rotary.rope.mrope_section:
-        return plain + delta
-    if request.positions is None:
-        return np.broadcast_to(plain, (axes, chunk.count))
-    inside = request.positions[:, chunk.start : chunk.start + chunk.count]
-    beyond = plain[inside.shape[1] :] + delta
-    return np.concatenate([inside, np.broadcast_to(beyond, (axes, len(beyond)))], axis=1)
+def _write_positions(to: np.ndarray, chunk: PrefillChunk, rotary: Rotary) -> None:
+    """Write the rows of the rotary tables of a chunk's tokens ``(axes, count)``."""
+    request, delta = chunk.request, _delta(chunk.request, rotary)
+    known = 0
+    if rotary.rope.mrope_section and request.positions is not None:
+        inside = request.positions[:, chunk.start : chunk.start + chunk.count]
+        known = inside.shape[1]
+        to[:, :known] = inside
+    if known < chunk.count:
+        to[:, known:] = np.arange(chunk.start + known + delta, chunk.start + chunk.count + delta)
 
 
 def _key_ends(chunk: PrefillChunk) -> np.ndarray:
@@ -283,24 +280,23 @@ def forced_tokens(chunks: Sequence[PrefillChunk]) -> np.ndarray:
     return np.array(found, np.int64).reshape(-1, 2).T
 
 
-def _long_prompts(
-    chunks: Sequence[PrefillChunk], positions: Sequence[np.ndarray], first_row: int
-) -> np.ndarray:
+def _long_prompts(chunks: Sequence[PrefillChunk], positions: np.ndarray, first_row: int) -> np.ndarray:
     """Assign reserved rows of the rotary tables to prompt tokens whose frequencies depend on their prompt's
     length.
 
     Args:
-        positions: of each chunk, from :func:`_positions`; replaced in place by the assigned rows.
-        first_row: the first reserved row; 0 if there is none.
+        positions: of the chunks' tokens ``(1, P)``; the assigned rows are written in place of some.
+        first_row: the first reserved row.
 
     Returns:
         int64 ``(3, n)``: the rows, and the positions and prompt lengths to fill them for.
     """
-    found = [np.zeros((3, 0), np.int64)]
-    for chunk, where in zip(chunks, positions, strict=True):
-        request = chunk.request
-        count = min(request.num_prompt - chunk.start, chunk.count)
-        if first_row and request.rope_variant and count > 0:
+    found, behind = [np.zeros((3, 0), np.int64)], 0
+    for chunk in chunks:
+        request, where = chunk.request, positions[0, behind : behind + chunk.count]
+        behind += chunk.count
+        count = 0 if chunk.answer is not None else min(request.num_prompt - chunk.start, chunk.count)
+        if request.rope_variant and count > 0:
             rows = np.arange(first_row, first_row + count)
             found.append(np.stack([rows, where[:count], np.full(count, request.rope_variant)]))
             where[:count] = rows
@@ -308,26 +304,32 @@ def _long_prompts(
     return np.concatenate(found, axis=1)
 
 
-def _kv_slots(chunk: PrefillChunk, block_size: int) -> np.ndarray:
-    """int64 ``(groups, count)``: where the chunk's keys and values go."""
+def _write_kv_slots(to: np.ndarray, chunk: PrefillChunk, block_size: int) -> None:
+    """Write where the chunk's keys and values go, ``(groups, count)``."""
     end = chunk.start + chunk.count
     first = chunk.start // block_size
-    blocks = np.array([group[first : -(-end // block_size)] for group in chunk.request.blocks], np.int64)
     index = np.arange(chunk.start, end)
-    return blocks[:, index // block_size - first] * block_size + index % block_size
+    columns, offsets = index // block_size - first, index % block_size
+    for group, held in enumerate(chunk.request.blocks):
+        starts = np.array(held[first : -(-end // block_size)], np.int64) * block_size
+        np.add(starts[columns], offsets, out=to[group])
 
 
-def _table_entries(batch: ScheduledBatch, num_rows: int, max_blocks: int) -> np.ndarray:
-    """int64 ``(2, n)``, places and blocks: all that the step changes in tables of ``num_rows`` rows.
-
-    An entry may be listed twice, with the same block.
-    """
-    changes = [*batch.table_updates]
+def _changes(
+    batch: ScheduledBatch, rotary: Rotary, num_groups: int, num_rows: int, max_blocks: int
+) -> np.ndarray:
+    """The changes of :class:`StepArrays`, in tables of ``num_rows`` rows."""
+    targets: list[int] = []
+    values: list[int] = []
+    updates = [*batch.table_updates]
     for admission in batch.admitted:
         for group, blocks in enumerate(admission.request.blocks):
-            changes.append(TableUpdate(admission.slot, 0, blocks, group))
-    counts = [len(change.blocks) for change in changes]
-    firsts = [(c.group * num_rows + c.slot) * max_blocks + c.column for c in changes]
-    places = np.repeat(np.array(firsts, np.int64) - np.cumsum(counts) + counts, counts)
-    blocks = [block for change in changes for block in change.blocks]
-    return np.stack([places + np.arange(len(places)), np.array(blocks, np.int64)])
+            updates.append(TableUpdate(admission.slot, 0, blocks, group))
+        # Behind all tables.
+        targets.append(num_groups * num_rows * max_blocks + admission.slot)
+        values.append(_delta(admission.request, rotary))
+    for update in updates:
+        first = (update.group * num_rows + update.slot) * max_blocks + update.column
+        targets.extend(range(first, first + len(update.blocks)))
+        values.extend(update.blocks)
+    return np.array([targets, values], np.int64)

@@ -50,16 +50,19 @@ class BlockPool:
         blocks = []
         for _ in range(count):
             block, _none = self._free.popitem(last=False)
-            self.withdraw(block)
+            if block in self._hash_of:
+                self.withdraw(block)
             self._refs[block] = 1
             blocks.append(block)
         return blocks
 
-    def share(self, block: int) -> None:
-        """Add a reference to a block found by :meth:`lookup`."""
-        if self._refs[block] == 0:
-            del self._free[block]
-        self._refs[block] += 1
+    def share(self, blocks: Iterable[int]) -> None:
+        """Add a reference to each of the blocks, which :meth:`lookup` has found."""
+        refs, free = self._refs, self._free
+        for block in blocks:
+            if refs[block] == 0:
+                del free[block]
+            refs[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
         """Drop one reference of each. Give a sequence's last block first: its tail is reused first."""
@@ -72,8 +75,20 @@ class BlockPool:
     def lookup(self, key: bytes) -> int | None:
         return self._block_of.get(key)
 
-    def is_free(self, block: int) -> bool:
-        return self._refs[block] == 0
+    def leading(self, keys: Iterable[bytes]) -> list[int]:
+        """Return the blocks of ``keys``, up to the first one that :meth:`lookup` would not find."""
+        block_of, found = self._block_of, []
+        # A long conversation has thousands of blocks.
+        for key in keys:
+            if (block := block_of.get(key)) is None:
+                break
+            found.append(block)
+        return found
+
+    def count_free(self, blocks: Iterable[int]) -> int:
+        """Return how many of the blocks are free."""
+        refs = self._refs
+        return sum(refs[block] == 0 for block in blocks)
 
     def is_shared(self, block: int) -> bool:
         """Return True if the block stays in use when one of its references is dropped."""

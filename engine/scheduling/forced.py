@@ -117,6 +117,8 @@ class ForcedTokens:
             budget: tokens that the step can compute beside them.
             mixed: the step computes prompts as well.
         """
+        if not (self._behind or self._answering):
+            return []
         chunks = self._certain_chunks(decode_slots, budget, updates, mixed=mixed)
         rows = len(decode_slots) + sum(chunk.count - 1 for chunk in chunks)
         room = min(budget + len(decode_slots) - rows, -rows % _TILE)

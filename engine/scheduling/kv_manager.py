@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import numpy as np
 
 from engine.request import Request
 from engine.scheduling.batch import TableUpdate
@@ -92,23 +95,38 @@ class KVManager:
             every_position = request.pooling.pooling != "last"
         if self._hasher is None or every_position:
             return [[] for _ in self._windows]
-        self._extend_hashes(request, request.token_ids, len(request.token_ids))
-        count = self._leading(request, (len(request.token_ids) - 1) // self.block_size)
+        self.name_blocks(request)
+        usable = (len(request.token_ids) - 1) // self.block_size
+        leading = self._leading(request, usable)
+        count = min(map(len, leading.values()), default=usable)
         while count and (fewer := self._at_most(request, count)) < count:
             count = fewer
         return [
-            [self._find(request, column, group) or 0 if column >= first else 0 for column in range(count)]
+            leading[group][:count]
+            if window is None
+            else [
+                self._find(request, column, group) or 0 if column >= first else 0 for column in range(count)
+            ]
             for group, window in enumerate(self._windows)
             for first in [self._first_seen(window, count * self.block_size)]
         ]
 
-    def _leading(self, request: Request, count: int) -> int:
-        """Return how many of the first ``count`` blocks can be found in all groups without a window."""
-        for column in range(count):
-            for group, window in enumerate(self._windows):
-                if window is None and self._find(request, column, group) is None:
-                    return column
-        return count
+    def name_blocks(self, request: Request) -> None:
+        """Compute the hashes of the blocks of ``request.token_ids``, as far as they are missing."""
+        if self._hasher is not None:
+            self._extend_hashes(request, request.ids, len(request.token_ids))
+
+    def _leading(self, request: Request, count: int) -> dict[int, list[int]]:
+        """Return, for each group of layers without a window, those of the first ``count`` blocks that can be
+        found, up to the first that can't."""
+        hashes = request.block_hashes
+        return {
+            group: self.pool.leading(_key(digest, group) for digest in islice(hashes, count))
+            if group
+            else self.pool.leading(islice(hashes, count))
+            for group, window in enumerate(self._windows)
+            if window is None
+        }
 
     def _at_most(self, request: Request, count: int) -> int:
         """Return ``count`` if ``request`` can go on behind its first ``count`` blocks, which :meth:`_leading`
@@ -197,11 +215,10 @@ class KVManager:
             unseen = self._first_seen(window, len(blocks) * self.block_size)
             fresh += self._most(window, total - unseen) - (len(blocks) - unseen)
         held = [block for blocks in cached for block in blocks if block]
-        revived = sum(self.pool.is_free(block) for block in held)
+        revived = self.pool.count_free(held)
         if fresh + revived + reserve > self.pool.num_free:
             return False
-        for block in held:
-            self.pool.share(block)
+        self.pool.share(held)
         request.blocks = [
             blocks if window else blocks + self.pool.allocate(total - len(blocks))
             for window, blocks in zip(self._windows, cached, strict=True)
@@ -273,7 +290,7 @@ class KVManager:
                 blocks += fresh
         return updates
 
-    def publish(self, request: Request, token_ids: Sequence[int], num_computed: int) -> None:
+    def publish(self, request: Request, token_ids: Sequence[int] | np.ndarray, num_computed: int) -> None:
         """Make the full blocks of the first ``num_computed`` tokens findable.
 
         Args:
@@ -301,7 +318,7 @@ class KVManager:
             for key in request.block_hashes[first:]:
                 self.pool.snapshots.forget(key)
 
-    def _extend_hashes(self, request: Request, token_ids: Sequence[int], end: int) -> None:
+    def _extend_hashes(self, request: Request, token_ids: Sequence[int] | np.ndarray, end: int) -> None:
         assert self._hasher is not None
         self._hasher.extend(
             request.block_hashes,

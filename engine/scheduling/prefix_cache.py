@@ -36,17 +36,22 @@ class BlockHasher:
         self._model_key = model_key.encode()
         self._secret = secret
         self._told_apart = told_apart
+        # The last one, since few callers have salts.
+        self._root: tuple[str, int, bytes] | None = None
 
     def root(self, salt: str, rope_variant: int = 0) -> bytes:
         """The parent of a sequence's first block, for a tenant's salt and rotary frequencies."""
+        if (held := self._root) is not None and held[:2] == (salt, rope_variant):
+            return held[2]
         digest = blake2b(self._model_key, digest_size=_DIGEST, key=self._secret)
         digest.update(b"\0" + rope_variant.to_bytes(8, "big") + salt.encode())
-        return digest.digest()
+        self._root = salt, rope_variant, digest.digest()
+        return self._root[2]
 
     def extend(
         self,
         hashes: list[bytes],
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | np.ndarray,
         end: int,
         spans: Sequence[MediaSpan],
         salt: str,
@@ -64,31 +69,37 @@ class BlockHasher:
         """
         size = self.block_size
         start = len(hashes) * size
+        if end - start < size:
+            return
         last = max([end, *(stop for first, stop in both_ways if first < end)])
-        numbers = np.array(token_ids[start : max(start, last)], np.int32)
+        numbers = np.asarray(token_ids[start:last], np.int32)
         if self._told_apart and num_prompt is not None:
+            numbers = numbers.copy()
             answer = numbers[max(num_prompt - start, 0) :]
             apart = np.isin(answer, self._told_apart)
             answer[apart] = -1 - answer[apart]
         tokens = numbers.tobytes()
+        parent = hashes[-1] if hashes else self.root(salt, rope_variant)
         # The first ones that don't end before the block: a long prompt may have a hundred images.
         next_range = next_span = 0
+        # One call of the hash function for each block: this runs for each block of each prompt.
         for first in range(start, end - size + 1, size):
-            parent = hashes[-1] if hashes else self.root(salt, rope_variant)
-            digest = blake2b(parent, digest_size=_DIGEST)
-            place, reach = (first - start) * 4, first + size
-            while next_range < len(both_ways) and both_ways[next_range][1] <= first:
-                next_range += 1
-            for begin, stop in islice(both_ways, next_range, None):
-                if begin >= first + size:
-                    break
-                digest.update(f"|{begin - first}-{stop - first}".encode())
-                reach = max(reach, stop)
-            digest.update(tokens[place : place + (reach - first) * 4])
-            while next_span < len(spans) and spans[next_span].offset + spans[next_span].length <= first:
-                next_span += 1
-            for span in islice(spans, next_span, None):
-                if span.offset >= reach:
-                    break
-                digest.update(f"|{span.item.hash}@{span.offset - first}".encode())
-            hashes.append(digest.digest())
+            content, place, reach = parent, (first - start) * 4, first + size
+            if both_ways:
+                while next_range < len(both_ways) and both_ways[next_range][1] <= first:
+                    next_range += 1
+                for begin, stop in islice(both_ways, next_range, None):
+                    if begin >= first + size:
+                        break
+                    content += f"|{begin - first}-{stop - first}".encode()
+                    reach = max(reach, stop)
+            content += tokens[place : place + (reach - first) * 4]
+            if spans:
+                while next_span < len(spans) and spans[next_span].offset + spans[next_span].length <= first:
+                    next_span += 1
+                for span in islice(spans, next_span, None):
+                    if span.offset >= reach:
+                        break
+                    content += f"|{span.item.hash}@{span.offset - first}".encode()
+            parent = blake2b(content, digest_size=_DIGEST).digest()
+            hashes.append(parent)

@@ -402,7 +402,7 @@ class Scheduler:
         chunk = PrefillChunk(request, slot, start, count, completes)
         batch.prefills.append(chunk)
         self.ledger.hold(request, end)
-        self.kv.publish(request, request.token_ids, end)
+        self.kv.publish(request, request.ids, end)
         chunk.snapshot = self.kv.keep_state(request, start, end)
         if completes:
             self._prefilling.remove(request)

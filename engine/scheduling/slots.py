@@ -26,6 +26,7 @@ class SequenceSlots:
         epoch: number of requests that have left the row.
         decoding: rows that compute one sampled token per step.
         constrained: rows whose tokens follow a grammar.
+        num_constrained: their number.
         stop_ids: int32 ``(num_slots, K)``, padded with -1.
     """
 
@@ -40,6 +41,7 @@ class SequenceSlots:
         self.epoch = np.zeros(num_slots, np.int64)
         self.decoding = np.zeros(num_slots, bool)
         self.constrained = np.zeros(num_slots, bool)
+        self.num_constrained = 0
         self.stop_ids = np.full((num_slots, 1), -1, np.int32)
         self.min_total = np.zeros(num_slots, np.int64)
         self._free = list(range(num_slots - 1, -1, -1))
@@ -59,7 +61,8 @@ class SequenceSlots:
         request.slot = slot
         self.requests[slot] = request
         self.constrained[slot] = request.grammar is not None
-        self.tokens[slot, :count] = request.token_ids
+        self.num_constrained += request.grammar is not None
+        self.tokens[slot, :count] = request.ids
         self.known[slot] = count
         self.computed[slot] = computed
         self.limit[slot] = self.pause[slot] = request.max_total
@@ -80,6 +83,7 @@ class SequenceSlots:
         assert request is not None
         request.slot = None
         self.requests[slot] = None
+        self.num_constrained -= bool(self.constrained[slot])
         self.constrained[slot] = False
         self.epoch[slot] += 1
         self.set_decoding(slot, False)

@@ -67,7 +67,7 @@ class Faults:
         self._wrap(scheduler.kv, "publish", "publication", lambda request, *_: [request])
         self._wrap(runner, "_admit", "encoder rows", lambda request, *_: [request])
         self._wrap(runner.sampler, "plan", "sampling plan", self._of_slots)
-        self._wrap(step_arrays, "_kv_slots", "chunk arrays", lambda chunk, _: [chunk.request])
+        self._wrap(step_arrays, "_write_kv_slots", "chunk arrays", lambda _, chunk, __: [chunk.request])
         self._wrap(runner, "_mixed", "forward pass", lambda batch, *_: self._of_chunks(batch), late=True)
         self._wrap(runner.sampler, "sample", "sampling", lambda _, slots, __, **___: self._of_slots(slots))
         self._wrap(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from engine import LLM, SamplingParams
 from engine.executor import rank
-from engine.runner import forward_graphs
+from engine.runner import forward_graphs, model_runner
 from tests.engine.calls import Calls, NotedGraphs
 from tests.engine.rerun import rerun
 
@@ -108,6 +108,9 @@ def test_captured_steps_give_the_same_tokens(model, monkeypatch, way):
     monkeypatch.setattr(forward_graphs, "FINE_TOKENS", 48)
     monkeypatch.setattr(forward_graphs, "MAX_TOKENS", 72)
     monkeypatch.setattr(forward_graphs, "FEW_SEQUENCES", 2)
+    if way == "far ahead":
+        # Most admissions change more than there is room for.
+        monkeypatch.setattr(model_runner, "MOST_CHANGES", 3)
     llm = LLM(str(path), max_model_len=190, **{"max_num_seqs": 5, **WAYS[way]})
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
     for chosen in (cases, cases[:1], cases[1:3]):
@@ -138,11 +141,12 @@ def test_a_captured_step_makes_few_calls(model, monkeypatch):
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
     llm.generate([case.entry for case in cases[:3]], params, use_tqdm=False)
     mixed = [names for batch, names, _ in noted if batch.prefills and len(batch.decode_slots)]
-    # The step's arrays, what changes in two tables of the device, embedding rows, and tokens to the host.
-    assert mixed and max(map(len, mixed)) <= 8, mixed
+    # The step's arrays, embedding rows, and tokens to the host.
+    assert mixed and max(map(len, mixed)) <= 4, mixed
     decodes = [names for batch, names, _ in noted if not batch.prefills]
-    assert min(map(len, decodes)) == 1 and max(map(len, decodes)) <= 5, decodes
-    assert all(replays <= 2 for _, _, replays in noted)
+    assert min(map(len, decodes)) == 1 and max(map(len, decodes)) <= 3, decodes
+    # What changes in the tables of the device is written with the prompt's inputs, or by a replay of its own.
+    assert all(replays <= (2 if batch.prefills else 3) for batch, _, replays in noted)
 
 
 def test_alone_is_as_in_a_batch_and_the_second_time_is_cached(model):

@@ -237,7 +237,7 @@ def gated(rows: int, inputs: int, outputs: int, activation: str, *, bias: bool =
 
 def decode_step() -> None:
     """Sampling, state and linear layers of a decode step."""
-    from engine.kernels.decode_state import advance_triton, gather_decode_inputs_triton
+    from engine.kernels.decode_state import advance_triton, gather_decode_inputs_triton, write_changes_triton
     from engine.kernels.gemv import gemv_triton
     from engine.kernels.gumbel import argmax_triton, gumbel_argmax_triton
     from engine.kernels.norm_gemv import norm_gemv_triton
@@ -258,6 +258,7 @@ def decode_step() -> None:
     tables = torch.zeros(2, 9, 256, dtype=I32)
     gather_decode_inputs_triton(ids, tables, ids, ids, ids, block_size=16)
     advance_triton(ids, ids, ids, ids, padding_slot=3)
+    write_changes_triton(ids, tables, ids)
     for groups, axes, both_ways in ((1, 3, False), (2, 1, True)):
         tables = torch.zeros(groups, 9, 256, dtype=I32)
         layout = StepLayout(8, groups, axes, both_ways)

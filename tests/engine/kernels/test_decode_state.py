@@ -6,6 +6,8 @@ from engine.kernels.decode_state import (
     advance_triton,
     gather_decode_inputs_reference,
     gather_decode_inputs_triton,
+    write_changes_reference,
+    write_changes_triton,
 )
 
 PADDING = 6
@@ -45,3 +47,23 @@ def test_advance(device, slots, run):
         assert length[slot] == before[slot] + (slot in slots)
         assert (last[slot] == 100 + slot) == (slot in slots)
     assert length[PADDING] == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 300, 2100])
+@pytest.mark.parametrize("run", [write_changes_reference, write_changes_triton])
+def test_write_changes(device, count, run):
+    """Every other table entry gets another block, every slot another delta; nothing else changes."""
+    tables, _, _, delta = state(device, 700)
+    wanted_tables, wanted_delta = tables.clone(), delta.clone()
+    targets = torch.arange(0, 2 * count, 2)
+    # The last targets are slots.
+    targets[-3:] = tables.numel() + torch.tensor([5, 0, 5])[-count:] if count else targets
+    values = targets * 10 + 1
+    for target, value in zip(targets.tolist(), values.tolist(), strict=True):
+        if target < tables.numel():
+            wanted_tables.view(-1)[target] = value
+        else:
+            wanted_delta[target - tables.numel()] = value
+    packed = torch.cat([torch.full((9,), -1), targets, values, torch.tensor([count])])
+    run(packed.to(device), tables, delta)
+    assert torch.equal(tables, wanted_tables) and torch.equal(delta, wanted_delta)

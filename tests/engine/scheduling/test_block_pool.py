@@ -25,7 +25,7 @@ def test_a_block_that_was_used_again_is_as_new():
     for block in (one, two, three):
         pool.publish(block, bytes([block]))
         pool.release([block])
-    pool.share(one)
+    pool.share([one])
     pool.release([one])
     assert pool.allocate(1) == [two]
     assert pool.lookup(bytes([two])) is None
