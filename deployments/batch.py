@@ -1,12 +1,15 @@
 """Answers a file of requests without a server: ``python -m deployments.batch requests.jsonl answers.jsonl``.
 
 Each line of the file is a request of OpenAI's Batch API, and each line of the other file its answer. A run
-that was cut off goes on if it is started again: requests that have been answered are left out.
+that was cut off goes on if it is started again: requests that were answered with 200 are left out. Others are
+sent again, and have a further line for each run; the last one counts.
 """
 
 import argparse
 import asyncio
+import fcntl
 import json
+import logging
 import sys
 import uuid
 from collections import Counter
@@ -24,8 +27,16 @@ from engine.errors import SightlineError
 #: Statuses of requests that are sent again, how often at most, and the longest wait in seconds.
 _AGAIN, _TRIES, _LONGEST_WAIT_S = (429, 503), 8, 30.0
 
+#: How an answer begins.
+_ID = "batch_req_"
+_HEAD = json.dumps({"id": _ID}).encode().removesuffix(b'"}')
+
+_log = logging.getLogger(__name__)
+
 Json = dict[str, Any]
 Outcome = Literal["answered", "refused", "skipped"]
+
+_TOO_DEEP = "Lists and objects of this line are nested too deeply."
 
 
 class BadLine(Exception):
@@ -47,7 +58,10 @@ class BatchFiles:
 
     Args:
         requests: JSON lines.
-        answers: JSON lines of an earlier run, to which further ones are added.
+        answers: JSON lines of an earlier run, to which further ones are added. No other run may write to it.
+
+    Raises:
+        InTheWay: another run writes the answers, or they aren't a batch's; the file is as it was.
     """
 
     requests: BinaryIO
@@ -57,16 +71,28 @@ class BatchFiles:
     _number: int = 0
 
     def __post_init__(self) -> None:
+        try:
+            fcntl.flock(self.answers, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InTheWay(f"Another run writes to {self.answers.name}.") from None
+        except OSError:
+            # This file system has no locks.
+            pass
         self.answers.seek(0)
         whole = 0
-        for line in self.answers:
-            if not line.endswith(b"\n"):
+        for number, line in enumerate(self.answers, start=1):
+            if not line.endswith(b"\n") and line[: len(_HEAD)] == _HEAD[: len(line)]:
                 # The last run ended while it wrote this line.
                 break
             whole += len(line)
-            made = json.loads(line)
-            if made.get("response") is not None and made["response"]["status_code"] == 200:
-                self._answered.add(made["custom_id"])
+            if not line.strip():
+                continue
+            try:
+                name, status = _answer_of(line)
+            except (KeyError, RecursionError, TypeError, ValueError):
+                raise InTheWay(f"{self.answers.name}, line {number}, is no answer of a batch.") from None
+            if status == 200:
+                self._answered.add(name)
         self.answers.truncate(whole)
         self.answers.seek(whole)
 
@@ -78,8 +104,8 @@ class BatchFiles:
                 return self._number, line
         return None
 
-    def read(self, line: bytes) -> tuple[str, str, Json] | None:
-        """The id, the path and the body of a request; None if it has been answered.
+    def read(self, line: bytes) -> tuple[str, str, bytes] | None:
+        """The id, the path and the body of a request, as JSON; None if it has been answered.
 
         Raises:
             BadLine: the line is no request.
@@ -88,29 +114,61 @@ class BatchFiles:
             given = json.loads(line)
         except ValueError:
             raise BadLine("This line is not valid JSON.") from None
+        except RecursionError:
+            raise BadLine(_TOO_DEEP) from None
         if not isinstance(given, dict):
             raise BadLine("This line is no object.")
         name, url, body = given.get("custom_id"), given.get("url"), given.get("body")
         if not isinstance(name, str) or not name:
             raise BadLine("custom_id must be a string that isn't empty.")
+        if not _is_text(name):
+            raise BadLine("custom_id has half of a surrogate pair, which is no character.")
         if name in self._seen:
             raise BadLine(f"custom_id {name[:100]!r} has come before.")
         self._seen.add(name)
         if given.get("method", "POST") != "POST":
             raise BadLine("method must be POST.")
-        if not isinstance(url, str) or not url.startswith("/"):
+        if not isinstance(url, str) or not url.startswith("/") or not _is_text(url):
             raise BadLine("url must be a path, such as /v1/chat/completions.")
         if not isinstance(body, dict):
             raise BadLine("body must be an object.")
         for name_of_field in ("stream", "background"):
             if body.get(name_of_field):
                 raise BadLine(f"body.{name_of_field} must be false.")
-        return None if name in self._answered else (name, url, body)
+        if name in self._answered:
+            return None
+        try:
+            return name, url, json.dumps(body).encode()
+        except RecursionError:
+            raise BadLine(_TOO_DEEP) from None
 
     def write(self, answer: Json) -> None:
         """Add an answer, so that it survives this process."""
-        self.answers.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+        # Half of a surrogate pair stays what it is in JSON: an escape.
+        line = json.dumps(answer, ensure_ascii=False).encode(errors="backslashreplace")
+        self.answers.write(line + b"\n")
         self.answers.flush()
+
+
+def _answer_of(line: bytes) -> tuple[str | None, int | None]:
+    """The request's id and the response's status in a line that :meth:`BatchFiles.write` has made.
+
+    Raises:
+        KeyError, RecursionError, TypeError, ValueError: it has not.
+    """
+    made = json.loads(line)
+    if not made["id"].startswith(_ID):
+        raise ValueError
+    response = made["response"]
+    return made["custom_id"], None if response is None else response["status_code"]
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 async def answer_all(app: ASGIApp, files: BatchFiles, at_a_time: int) -> Counter[Outcome]:
@@ -138,21 +196,35 @@ async def answer_all(app: ASGIApp, files: BatchFiles, at_a_time: int) -> Counter
 
 
 async def _answer(app: ASGIApp, files: BatchFiles, number: int, line: bytes) -> Outcome:
-    answer: Json = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": None, "response": None, "error": None}
+    answer: Json = {"id": f"{_ID}{uuid.uuid4().hex}", "custom_id": None, "response": None, "error": None}
+
+    def refused(code: str, why: object) -> Outcome:
+        answer["error"] = {"code": code, "message": f"Line {number}: {why}"}
+        files.write(answer)
+        return "refused"
+
     try:
         given = files.read(line)
     except BadLine as error:
-        answer["error"] = {"code": "invalid_line", "message": f"Line {number}: {error}"}
-        files.write(answer)
-        return "refused"
+        return refused("invalid_line", error)
     if given is None:
         return "skipped"
     answer["custom_id"], url, body = given
-    response = await _post(app, url, json.dumps(body).encode())
+    try:
+        response = await _post(app, url, body)
+    except Exception:
+        # One request stops no other.
+        _log.exception("The request of line %d failed.", number)
+        return refused("internal_error", "The request failed; the log has the details.")
+    try:
+        made = json.loads(response.body)
+    except ValueError:
+        why = f"The response, of the status {response.status}, is no JSON; ask for another format."
+        return refused("invalid_response", why)
     answer["response"] = {
         "status_code": response.status,
         "request_id": response.headers.get("x-request-id", ""),
-        "body": json.loads(response.body),
+        "body": made,
     }
     files.write(answer)
     return "answered" if response.status == 200 else "refused"

@@ -64,9 +64,38 @@ async def test_a_run_that_was_cut_off_goes_on(running, tmp_path):
     with (tmp_path / "out").open("ab") as made:
         made.write(b'{"id": "batch_req_1", "custom_id": "vec')
     counts, answers = await run(running.app, tmp_path, list(map(json.dumps, LINES)))
-    # What was refused is asked again.
+    # What was refused is asked again, and has a further line.
     assert counts == {"skipped": 1, "answered": 1, "refused": 2}
     assert answers.keys() == {"red", "vector", "too long", "nowhere"}
+    assert len((tmp_path / "out").read_bytes().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("before", "number"),
+    [
+        (b"hello\n", 1),
+        (b"\n[]\n", 2),
+        (b"[" * 100_000 + b"\n", 1),
+        (b'{"response": {"status_code": 200}}\n', 1),
+        # The two files in each other's place, the last line without its end.
+        ("\n".join(map(json.dumps, LINES)).encode(), 1),
+        (json.dumps(LINES[0]).encode(), 1),
+        # Another file's last line, behind an answer.
+        (b'{"id": "batch_req_1", "custom_id": null, "response": null}\n{"id": "a', 2),
+    ],
+)
+async def test_a_file_that_holds_no_answers_is_left_alone(tmp_path, before, number):
+    (tmp_path / "out").write_bytes(before)
+    with pytest.raises(batch.InTheWay, match=f"out, line {number}, is no answer"):
+        await run(None, tmp_path, [])
+    assert (tmp_path / "out").read_bytes() == before
+
+
+async def test_two_runs_do_not_write_to_one_file(tmp_path):
+    with (tmp_path / "out").open("a+b") as made:
+        BatchFiles(made, made)
+        with pytest.raises(batch.InTheWay, match="Another run writes to"):
+            await run(None, tmp_path, [])
 
 
 @pytest.mark.parametrize(
@@ -80,11 +109,16 @@ async def test_a_run_that_was_cut_off_goes_on(running, tmp_path):
         (json.dumps({**chat("a"), "body": 3}), "body"),
         (json.dumps(chat("a", stream=True)), "body.stream"),
         (json.dumps(chat("red")), "come before"),
+        ("[" * 100_000, "nested"),
+        ('{"custom_id": "a", "url": "/", "body": {"a": ' + "[" * 20_000 + "]" * 20_000 + "}}", "nested"),
+        (json.dumps(chat("\ud800")), "custom_id"),
+        (json.dumps({**chat("a"), "url": "/\ud800"}), "url"),
     ],
 )
 async def test_a_line_that_is_no_request_stops_no_other(running, tmp_path, given, said):
-    counts, answers = await run(running.app, tmp_path, [json.dumps(LINES[0]), given], at_a_time=1)
-    assert counts == {"answered": 1, "refused": 1} and answers["red"]["response"]["status_code"] == 200
+    lines = [json.dumps(LINES[0]), given, json.dumps(LINES[1])]
+    counts, answers = await run(running.app, tmp_path, lines, at_a_time=1)
+    assert counts == {"answered": 2, "refused": 1} and answers["red"]["response"]["status_code"] == 200
     error = answers[None]["error"]
     assert (
         error["code"] == "invalid_line"
@@ -93,7 +127,30 @@ async def test_a_line_that_is_no_request_stops_no_other(running, tmp_path, given
     )
 
 
-async def test_requests_that_are_too_many_are_sent_again(tmp_path, monkeypatch):
+async def test_a_request_that_fails_stops_no_other(tmp_path):
+    async def app(scope, receive, send) -> None:
+        if scope["path"] == "/raises":
+            raise ZeroDivisionError
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        # Half of a surrogate pair in JSON, or no JSON at all.
+        body = b'"\\ud800"' if scope["path"] == "/half" else b"\x00"
+        await send({"type": "http.response.body", "body": body})
+
+    lines = [json.dumps(line(url[1:], url)) for url in ("/raises", "/bytes", "/half")]
+    counts, answers = await run(app, tmp_path, lines, at_a_time=1)
+    assert counts == {"answered": 1, "refused": 2}
+    assert answers["half"]["response"]["body"] == "\ud800"
+    codes = {name: answer["error"]["code"] for name, answer in answers.items() if answer["error"]}
+    assert codes == {"raises": "internal_error", "bytes": "invalid_response"}
+
+
+@pytest.mark.parametrize(
+    ("refusals", "retry_after", "waited", "status"),
+    [(2, b"7", [7.0] * 2, 200), (99, b"99", [batch._LONGEST_WAIT_S] * (batch._TRIES - 1), 429)],
+)
+async def test_requests_that_are_too_many_are_sent_again(
+    tmp_path, monkeypatch, refusals, retry_after, waited, status
+):
     waits: list[float] = []
 
     async def wait(seconds: float) -> None:
@@ -101,13 +158,14 @@ async def test_requests_that_are_too_many_are_sent_again(tmp_path, monkeypatch):
 
     async def app(scope, receive, send) -> None:
         await receive()
-        status = 429 if len(waits) < 2 else 200
-        await send({"type": "http.response.start", "status": status, "headers": [(b"Retry-After", b"7")]})
+        status = 429 if len(waits) < refusals else 200
+        headers = [(b"Retry-After", retry_after)]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"{}"})
 
     monkeypatch.setattr(batch.asyncio, "sleep", wait)
-    counts, _ = await run(app, tmp_path, [json.dumps(LINES[0])])
-    assert counts == {"answered": 1} and waits == [7.0, 7.0]
+    _, answers = await run(app, tmp_path, [json.dumps(LINES[0])])
+    assert answers["red"]["response"]["status_code"] == status and waits == waited
 
 
 def test_the_command_needs_no_server_and_no_key(tmp_path, capsys, monkeypatch):
