@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 import weakref
 from typing import Any
@@ -54,15 +55,19 @@ class _Failed(RuntimeError):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """Return the library; None where there is none that knows scales of rows."""
+def _library() -> ctypes.PyDLL | None:
+    """Return the library that PyTorch has loaded; None where there is none that knows scales of rows.
+
+    Its calls keep the interpreter: none waits for the device, and a GEMM makes several, at each of which another
+    thread could take the interpreter for milliseconds.
+    """
     cuda = torch.version.cuda
     if cuda is None or not torch.cuda.is_available():
         return None
-    # By its name, which is that of the one that is loaded.
     torch.cuda.init()
     try:
-        library = ctypes.CDLL(f"libcublasLt.so.{cuda.split('.')[0]}")
+        # PyTorch's handles belong to its own copy of the library; another one must not be opened.
+        library = ctypes.PyDLL(f"libcublasLt.so.{cuda.split('.')[0]}", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
     except OSError:
         return None
     library.cublasLtGetVersion.restype = ctypes.c_size_t
@@ -82,7 +87,7 @@ class _Plan:
     """
 
     def __init__(
-        self, library: ctypes.CDLL, rows: int, outputs: int, inputs: int, *, bias: bool, fast: bool
+        self, library: ctypes.PyDLL, rows: int, outputs: int, inputs: int, *, bias: bool, fast: bool
     ) -> None:
         self._library = library
         # The operation's descriptor holds the addresses of a call.
@@ -168,9 +173,12 @@ def _plan(device: int, rows: int, outputs: int, inputs: int, *, bias: bool, fast
     library = _library()
     if library is None:
         return None
-    plan = _Plan(library, rows, outputs, inputs, bias=bias, fast=fast)
-    with torch.cuda.device(device):
-        return plan if plan.choose(_handle(), bias=bias) else None
+    try:
+        plan = _Plan(library, rows, outputs, inputs, bias=bias, fast=fast)
+        with torch.cuda.device(device):
+            return plan if plan.choose(_handle(), bias=bias) else None
+    except _Failed:
+        return None
 
 
 def _handle() -> ctypes.c_void_p:
@@ -194,15 +202,22 @@ def gemm_without_workspace(
         weight: ``(N, K)`` fp8, contiguous.
         row_scale: ``(T, 1)`` float32, contiguous.
         scale: ``(N, 1)`` float32, contiguous.
-        bias: ``(N,)`` bfloat16.
+        bias: ``(N,)`` bfloat16, contiguous.
         fast: see ``use_fast_accum`` of :func:`torch._scaled_mm`.
 
     Returns:
-        ``(T, N)``; None if the library can't.
+        ``(T, N)``; None if the library can't, or refuses the call.
     """
-    operands = numbers, weight, row_scale, scale
-    assert all(each.is_contiguous() for each in operands)
     (rows, inputs), outputs = numbers.shape, len(weight)
+    operands = numbers, weight, row_scale, scale
+    # The library gets addresses alone, so it can't check this.
+    assert numbers.dtype == weight.dtype == torch.float8_e4m3fn and weight.shape[1:] == (inputs,)
+    assert row_scale.dtype == scale.dtype == torch.float32
+    assert row_scale.shape == (rows, 1) and scale.shape == (outputs, 1)
+    if bias is not None:
+        assert bias.dtype == torch.bfloat16 and bias.shape == (outputs,)
+        operands += (bias,)
+    assert all(each.is_contiguous() and each.device == numbers.device for each in operands)
     plan = None
     # The library takes operands to be aligned like this.
     if rows and not any(each.data_ptr() % _ALIGNMENT for each in operands):
@@ -210,12 +225,16 @@ def gemm_without_workspace(
     if plan is None:
         return None
     out = torch.empty((rows, outputs), dtype=torch.bfloat16, device=numbers.device)
-    with torch.cuda.device(numbers.device):
-        plan.run(
-            _handle(),
-            torch.cuda.current_stream().cuda_stream,
-            (weight.data_ptr(), numbers.data_ptr(), out.data_ptr()),
-            (scale.data_ptr(), row_scale.data_ptr()),
-            None if bias is None else bias.data_ptr(),
-        )
+    try:
+        with torch.cuda.device(numbers.device):
+            plan.run(
+                _handle(),
+                torch.cuda.current_stream().cuda_stream,
+                (weight.data_ptr(), numbers.data_ptr(), out.data_ptr()),
+                (scale.data_ptr(), row_scale.data_ptr()),
+                None if bias is None else bias.data_ptr(),
+            )
+    except _Failed:
+        # If the device is to blame, torch's call raises.
+        return None
     return out
