@@ -38,6 +38,9 @@ class RequestLog:
             if scope["path"].startswith(ANTHROPIC_PATH):
                 # Anthropic's clients look for it under this name.
                 headers.append((b"request-id", report.id.encode()))
+            if _asks_for_another_protocol(scope):
+                # uvicorn reads no body then, and would take what comes behind the head for the next request.
+                headers.append((b"connection", b"close"))
             pieces, abort, bodiless = scope.get(PIECES), scope.get(ABORT), scope["method"] == "HEAD"
             response = SentResponse(send, headers, pieces, abort, bodiless=bodiless)
             report.response = response
@@ -50,6 +53,10 @@ class RequestLog:
                 log_request(report, scope, response.complete)
 
         return log
+
+
+def _asks_for_another_protocol(scope: Scope) -> bool:
+    return scope["method"] == "CONNECT" or any(name == b"upgrade" for name, _ in scope["headers"])
 
 
 def log_request(report: Report, scope: Scope, complete: bool) -> None:

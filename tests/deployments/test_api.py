@@ -3,9 +3,12 @@
 import asyncio
 import logging
 import re
+import socket
+from contextlib import suppress
 
 import httpx
 import pytest
+import uvicorn
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
@@ -84,6 +87,42 @@ async def test_a_body_that_an_offer_of_another_protocol_has_lost_is_told(http):
     for body, told in ((b"", "speak HTTP/1.1 alone"), (b"{}", "messages: Field required")):
         response = await http.post("/v1/chat/completions", content=body, headers={"Upgrade": "h2c"})
         assert response.status_code == 400 and told in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("first", "status"),
+    [("POST /v1/chat/completions", b"400"), ("GET /v1/models", b"200"), ("CONNECT /v1/models", b"405")],
+)
+async def test_a_body_behind_an_offer_of_another_protocol_is_no_request(running, first, status):
+    hidden = b"GET /v1/nothing HTTP/1.1\r\nhost: a\r\n\r\n"
+    head = f"{first} HTTP/1.1\r\nhost: a\r\n"
+    if not first.startswith("CONNECT"):
+        head += "connection: upgrade\r\nupgrade: h2c\r\n"
+    head += f"content-length: {len(hidden)}\r\n\r\n"
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(running.app.api, http="httptools", lifespan="off", log_level="error")
+        server = uvicorn.Server(config)
+        serving = asyncio.ensure_future(server.serve(sockets=[bound]))
+        await wait_until(lambda: server.started)
+        reader, writer = await asyncio.open_connection(*bound.getsockname())
+        writer.write(head.encode())
+        start = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+        # A packet of its own. By now the connection may have ended.
+        writer.write(hidden)
+        rest = b""
+        with suppress(ConnectionError):
+            rest = await asyncio.wait_for(reader.read(), 60)
+        writer.close()
+        server.should_exit = True
+        await serving
+    assert start.startswith(b"HTTP/1.1 " + status) and b"connection: close" in start
+    # The first answer's JSON, and no further head.
+    assert b"\r\n" not in rest
+
+
+async def test_other_requests_keep_their_connection(http):
+    assert "connection" not in (await http.get("/v1/models")).headers
 
 
 @pytest.mark.parametrize(
