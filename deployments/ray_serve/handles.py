@@ -133,7 +133,31 @@ def _referenced(files: Mapping[int, KeptFiles]) -> list[Any]:
     return [kept, *(entry.files for entry in files.values())]
 
 
-class RemoteEncoder(_RemoteStage):
+class _Passing(_RemoteStage):
+    """A stage that gives arrays to its calls.
+
+    Args:
+        store: takes large arrays that go on by a call.
+    """
+
+    def __init__(self, handle: DeploymentHandle, store: ObjectStore | None) -> None:
+        super().__init__(handle)
+        self._store = store or ObjectStore()
+
+    async def _put(self, references: list[Any]) -> None:
+        """Put large arrays among ``references`` into the store, and their references in their places.
+
+        Raises:
+            SightlineError: the store has no room.
+        """
+        try:
+            for index, each in enumerate(references):
+                references[index] = await self._store.passed(each)
+        except Exception as error:
+            raise self._reported(error) from error
+
+
+class RemoteEncoder(_Passing):
     """The encoder stage in replicas of its own. Embedding rows are in the object store, but for those of
     images that have come by a line, and that replicas on this host encode by a line.
 
@@ -150,8 +174,7 @@ class RemoteEncoder(_RemoteStage):
     def __init__(
         self, handle: DeploymentHandle, go_on: Callable[[], bool], store: ObjectStore | None = None
     ) -> None:
-        super().__init__(handle)
-        self._store = store or ObjectStore()
+        super().__init__(handle, store)
         self.ways = ways_to("encoder")
         self._go_on = go_on
         # Of an embedding row; 0 until an answer has told it.
@@ -172,9 +195,11 @@ class RemoteEncoder(_RemoteStage):
                     self._ended()
                     return RowsRef(info, rows)
         self.ways.add("call")
-        given = await self._store.passed(taken(array))
-        call = self._work(self._handle.encode.remote(pixels.item, given, salt, asked, current.get()))
-        del given
+        given = [taken(array)]
+        await self._put(given)
+        call = self._work(self._handle.encode.remote(pixels.item, *given, salt, asked, current.get()))
+        # Else this process would keep what came by a line for as long as the call lasts.
+        given.clear()
         found = await call
         self._row_bytes = found.info.row_bytes or self._row_bytes
         return found
@@ -225,7 +250,7 @@ def _calling(call: Callable[[Answer], Coroutine[Any, Any, None]]) -> _Way:
     return lambda answer: _running(call(answer))
 
 
-class RemoteLanguageModel(_RemoteStage):
+class RemoteLanguageModel(_Passing):
     """The language model stage.
 
     Args:
@@ -238,8 +263,7 @@ class RemoteLanguageModel(_RemoteStage):
     name = "language model"
 
     def __init__(self, handle: DeploymentHandle, store: ObjectStore | None = None) -> None:
-        super().__init__(handle)
-        self._store = store or ObjectStore()
+        super().__init__(handle, store)
         self.ways = ways_to("language_model")
         self._inbox = Inbox(
             lambda reader, name: stream(self._handle, "updates", reader, name, replica=name), follow
@@ -379,11 +403,6 @@ class RemoteLanguageModel(_RemoteStage):
             # The call could not even be made.
             answer.fail(self._reported(error))
 
-    async def _put(self, references: list[Any]) -> None:
-        """Put large arrays among ``references`` into the store, and their references in their places."""
-        for index, each in enumerate(references):
-            references[index] = await self._store.passed(each)
-
     async def _follow(self, given: Generation | str, replica: str, answer: Answer) -> None:
         """Call the replica, and pass on what the call brings."""
         by_channel = False
@@ -411,10 +430,10 @@ class RemoteLanguageModel(_RemoteStage):
 
     async def embed(self, request: Pooling, media: Sequence[RowsRef]) -> EmbeddingOutput:
         infos, references = _arrays(media)
-        await self._put(references)
-        call = self._work(self._handle.embed.remote(request, current.get(), infos, *references))
-        references.clear()
         try:
+            await self._put(references)
+            call = self._work(self._handle.embed.remote(request, current.get(), infos, *references))
+            references.clear()
             output, encoded = await call
         except StageLost as error:
             if _any_brought(media):

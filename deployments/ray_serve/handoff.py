@@ -99,7 +99,7 @@ class ObjectStore:
 
     Args:
         put: stores an array and returns its reference.
-        keep_s: seconds for which this process keeps every reference. A busy receiver may be late to count a
+        keep_s: seconds for which :meth:`put` keeps its reference. A busy receiver may be late to count a
             reference inside a result as its own, and until then Ray frees an array without another reference.
     """
 
@@ -115,9 +115,9 @@ class ObjectStore:
 
     async def passed(self, value: Any) -> Any:
         """What a call may be given in place of ``value``: a reference to a large array, which Ray would copy
-        into the store on the caller's event loop; anything else as it is."""
+        into the store on the caller's event loop; anything else as it is. Ray counts arguments of calls."""
         large = isinstance(value, np.ndarray) and value.nbytes > _LARGE
-        return await self.put(value) if large else value
+        return await asyncio.to_thread(self._put, value) if large else value
 
 
 def _drop(reference: ray.ObjectRef) -> None:

@@ -402,6 +402,71 @@ async def test_large_arrays_that_came_by_a_line_are_put_into_the_store_on_a_thre
     assert len(makers) == (3 if given is str else 0) and here not in makers
 
 
+#: The ways by which arrays that came by a line go on by a call.
+PASSING = {
+    "encode": lambda handle, store, array: RemoteEncoder(handle, lambda: False, store).encode(
+        PixelsRef("item", array), "tenant", 5.0
+    ),
+    "embed": lambda handle, store, array: RemoteLanguageModel(handle, store).embed(
+        Pooling("one", EngineInput([1]), PoolingParams()), [RowsRef(RowsInfo("h", "float32"), array)]
+    ),
+    "hold": lambda handle, store, array: anext(
+        RemoteLanguageModel(handle, store).generate(generation(), [RowsRef(RowsInfo("h", "float32"), array)])
+    ),
+}
+
+
+@pytest.mark.parametrize("way", PASSING)
+async def test_a_full_store_is_no_defect_and_frees_what_it_had_no_room_for(way, caplog):
+    # Records of a test are kept, and with them the errors that they name.
+    caplog.set_level(logging.CRITICAL, "ray.serve")
+    found = []
+
+    def put(array):
+        raise ray.exceptions.ObjectStoreFullError("full")
+
+    async def work():
+        array = np.zeros((1 << 20) + 1, np.uint8)
+        found.append(weakref.ref(array))
+        await PASSING[way](Recorder(), ObjectStore(put), Brought(array))
+
+    gc.disable()
+    try:
+        with pytest.raises(Unavailable, match="no room for more images"):
+            await work()
+        del work
+        await wait_until(lambda: found[0]() is None, 10)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("way", PASSING)
+async def test_what_came_by_a_line_is_not_kept_while_its_call_lasts(way):
+    found, called = [], asyncio.Event()
+
+    async def lasting():
+        called.set()
+        await asyncio.Event().wait()
+
+    handle = SimpleNamespace(
+        **{way: SimpleNamespace(remote=lambda *_: asyncio.ensure_future(lasting()))},
+        updates=Recorder().updates,
+    )
+    stage = SimpleNamespace(options=lambda **_: handle)
+
+    def begin():
+        array = np.zeros(1)
+        found.append(weakref.ref(array))
+        return asyncio.ensure_future(PASSING[way](stage, None, Brought(array)))
+
+    task = begin()
+    await asyncio.wait_for(called.wait(), 60)
+    assert found[0]() is None
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 async def test_a_report_says_what_the_language_model_s_replica_has_encoded():
     handle = Recorder()
     handle.app_name, handle.deployment_name = "app", "LanguageModel"

@@ -9,6 +9,7 @@ import pytest
 from deployments.ray_serve.handoff import ObjectStore
 from deployments.ray_serve.packing import pack, unpack
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
+from tests.serving import wait_until
 
 
 class Reference:
@@ -24,6 +25,13 @@ async def test_the_maker_of_an_array_keeps_its_reference_for_a_while(seconds, ke
     asyncio.get_running_loop().call_later(0.001, later.set)
     await asyncio.wait_for(later.wait(), 60)
     assert (reference() is not None) == kept
+
+
+async def test_an_argument_of_a_call_is_kept_by_ray_alone():
+    store = ObjectStore(lambda array: Reference(), 60.0)
+    reference = weakref.ref(await store.passed(np.zeros((1 << 20) + 1, np.uint8)))
+    # The future of the thread ends a moment later.
+    await wait_until(lambda: reference() is None, 10)
 
 
 @pytest.mark.parametrize(
