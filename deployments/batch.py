@@ -91,7 +91,7 @@ class BatchFiles:
                 name, status = _answer_of(line)
             except (KeyError, RecursionError, TypeError, ValueError):
                 raise InTheWay(f"{self.answers.name}, line {number}, is no answer of a batch.") from None
-            if status == 200:
+            if name is not None and status == 200:
                 self._answered.add(name)
         self.answers.truncate(whole)
         self.answers.seek(whole)
@@ -157,10 +157,10 @@ def _answer_of(line: bytes) -> tuple[str | None, int | None]:
         KeyError, RecursionError, TypeError, ValueError: it has not.
     """
     made = json.loads(line)
-    if not made["id"].startswith(_ID):
+    name, response = made["custom_id"], made["response"]
+    if not isinstance(made["id"], str) or not made["id"].startswith(_ID) or not isinstance(name, str | None):
         raise ValueError
-    response = made["response"]
-    return made["custom_id"], None if response is None else response["status_code"]
+    return name, None if response is None else response["status_code"]
 
 
 def _is_text(value: str) -> bool:

@@ -77,6 +77,7 @@ async def test_a_run_that_was_cut_off_goes_on(running, tmp_path):
         (b"\n[]\n", 2),
         (b"[" * 100_000 + b"\n", 1),
         (b'{"response": {"status_code": 200}}\n', 1),
+        (b'{"id": "batch_req_1", "custom_id": [], "response": {"status_code": 200}}\n', 1),
         # The two files in each other's place, the last line without its end.
         ("\n".join(map(json.dumps, LINES)).encode(), 1),
         (json.dumps(LINES[0]).encode(), 1),
