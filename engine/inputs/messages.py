@@ -32,16 +32,18 @@ _ROWS_PART = "image_embeds"
 #: Longest ``uuid`` of a part.
 MAX_UUID = 256
 _DOCUMENT_PARTS = ("document_url", "document")
-#: The fields that tell the kind of a part without a type.
+#: The fields that tell the kind of a part without a type. Those of texts are last: a null tells the least.
 _NAMED_AS_KIND = (
-    "text",
     "image_url",
     "image",
+    "image_pil",
     "video_url",
     "video",
     "document_url",
+    "document",
     "file",
     _ROWS_PART,
+    "text",
     "refusal",
 )
 _KEPT = ("name", "tool_call_id", "reasoning_content")
@@ -130,7 +132,7 @@ def _part(part: Any, where: str, sources: list[MediaSource]) -> TextPart | Media
         return TextPart(part)
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind is None and isinstance(part, Mapping):
-        kind = next((name for name in _NAMED_AS_KIND if name in part), None)
+        kind = _named_kind(part, where)
     kind = kind if isinstance(kind, str) else ""
     if kind in _TEXT_PARTS:
         key = _TEXT_PARTS[kind]
@@ -157,6 +159,23 @@ def _part(part: Any, where: str, sources: list[MediaSource]) -> TextPart | Media
         )
     sources.append(replace(source, uuid=uuid))
     return MediaPart(index, source.kind)
+
+
+def _named_kind(part: Mapping[str, Any], where: str) -> str | None:
+    """The kind of a part without a type; None if no field tells it.
+
+    Raises:
+        InvalidRequest: fields of several kinds do, and all but one would be lost.
+    """
+    present = [name for name in _NAMED_AS_KIND if name in part]
+    # A boolean is an option of documents: whether their texts are shown.
+    given = [name for name in present if part[name] is not None and not isinstance(part[name], bool)]
+    if len(given) > 1:
+        raise InvalidRequest(
+            f"{where}.type is needed: the part has {' and '.join(given)}, and a part is one of them.",
+            param=f"{where}.type",
+        )
+    return next(iter(given or present), None)
 
 
 def _uuid(part: Mapping[str, Any], where: str) -> str:

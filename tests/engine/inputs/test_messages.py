@@ -111,6 +111,10 @@ def test_function_calls_in_the_older_form_are_tool_calls():
         ([{"role": "user", "content": "x", "name": 1}], "messages[0].name"),
         (user({"type": "text", "text": "a"}, {"type": "text"}), "messages[0].content[1].text"),
         (user({"texts": "a"}), "messages[0].content[0].type"),
+        # Whatever is taken, the other one would be lost.
+        (user({"text": "a", "image_url": "http://a"}), "messages[0].content[0].type"),
+        (user({"image_url": "http://a", "document": "http://a"}), "messages[0].content[0].type"),
+        (user({"text": None}), "messages[0].content[0].text"),
         (user({"text": 7}), "messages[0].content[0].text"),
         (user({"type": ["text"]}), "messages[0].content[0].type"),
         (user(None), "messages[0].content[0].type"),
@@ -186,10 +190,19 @@ def test_arguments_that_a_model_has_broken_off_stay_text(arguments):
 def test_a_part_without_a_type_is_what_its_field_says():
     """vLLM's server takes such parts."""
     url = "https://example.com/a"
-    parts = [{"text": "x"}, {"image_url": {"url": url}}, {"image_url": url, "uuid": "u"}, {"video_url": url}]
+    parts = [
+        {"text": "x"},
+        {"image_url": {"url": url}},
+        {"image_url": url, "uuid": "u", "text": None, "image": None},
+        {"video_url": url, "image_url": None},
+        # These name a kept image, and ask for a document's texts.
+        {"image_url": None, "uuid": "u", "text": None},
+        {"document_url": url, "text": True},
+    ]
     typed = [{"type": next(iter(part)), **part} for part in parts]
     found, wanted = (parse_messages([{"role": "user", "content": each}]) for each in (parts, typed))
-    assert found == wanted and [source.kind for source in found[1]] == ["image", "image", "video"]
+    assert found == wanted
+    assert [source.kind for source in found[1]] == ["image", "image", "video", "image", "document"]
 
 
 def test_a_thought_is_taken_under_both_of_its_names():
