@@ -8,6 +8,7 @@ import asyncio
 import json
 import math
 import string
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -72,7 +73,8 @@ async def decide(pipeline: Pipeline, name: str, body: DecisionRequest) -> tuple[
         The answers, in the order of the questions, and the tokens of all prompts.
 
     Raises:
-        SightlineError: under the caller's field names; before any expensive work if it is a refusal.
+        SightlineError: under the caller's field names. What can't be read is refused before any work, and
+            the first prompt before its media are encoded; a later one that is too long when its turn comes.
     """
     current_report().answer = name
     readings, sources = await asyncio.to_thread(_readings, pipeline, body)
@@ -98,21 +100,22 @@ async def _read(
     options = {"enable_thinking": False, **(body.chat_template_kwargs or {})}
 
     def build(items: list[MediaItem | PagesItem]) -> EngineInput:
-        return pipeline.builder.from_messages(
+        inputs = pipeline.builder.from_messages(
             reading.messages,
             [items[index] for index in reading.items],
             template_kwargs=options,
             cache_salt=body.cache_salt,
         )
-
-    with caller_fields(reading.names):
-        prompt = await pipeline.prepare(build, shared, params=params, salt=body.cache_salt)
-        if pipeline.format.begins_inside(prompt.text):
+        if pipeline.format.begins_inside(inputs.text):
             raise InvalidRequest(
                 "This model thinks before it answers, so its next token decides nothing. Choose a model that "
                 "answers at once.",
                 param="model",
             )
+        return inputs
+
+    with caller_fields(reading.names):
+        prompt = await pipeline.prepare(build, shared, params=params, salt=body.cache_salt)
     row, usage = await _next_token(pipeline, name, prompt, params, body.priority, reading.names)
     # Tokens that spell one label are one option.
     chances = [math.fsum(math.exp(row[token].logprob) for token in label) for label in reading.labels]
@@ -157,7 +160,9 @@ def _readings(pipeline: Pipeline, body: DecisionRequest) -> tuple[list[_Reading]
     with caller_fields(fields):
         messages, sources = parse_messages(given)
     sources = [replace(each, where=renamed(each.where, fields)) for each in sources]
-    shown, readings, spellings = len(sources), [], _spellings(pipeline.builder.tokenizer.encode_piece)
+    tokenizer = pipeline.builder.tokenizer
+    spellings = _spellings(tokenizer.encode_piece, tokenizer.role_id("unk_token"))
+    shown, readings = len(sources), list[_Reading]()
     for index, question in enumerate(body.questions):
         where = f"questions[{index}]"
         names = {"messages[0].content": f"{where}.instructions", "messages": where}
@@ -175,7 +180,9 @@ def _readings(pipeline: Pipeline, body: DecisionRequest) -> tuple[list[_Reading]
             for part in asked.parts
         ]
         asked = replace(asked, parts=_joined([*parts, TextPart(texts)], "\n"))
-        readings.append(_Reading(question, _with_question(messages, asked), items, labels, fields))
+        # The first prompt was not too long, so the input is not what makes a later one so.
+        known = {**fields, "prompt": where} if readings else fields
+        readings.append(_Reading(question, _with_question(messages, asked), items, labels, known))
     return readings, with_options(sources, body.mm_processor_kwargs, body.media_io_kwargs)
 
 
@@ -186,7 +193,7 @@ def _options(question: AnyQuestion, where: str, spellings: Spellings) -> tuple[s
         InvalidRequest: the tokenizer has no such tokens.
     """
     if isinstance(question, PredicateQuestion):
-        labels = [[*spellings(word), *spellings(word.title())] for word in ("yes", "no")]
+        labels = _told_apart([[*spellings(word), *spellings(word.title())] for word in ("yes", "no")])
         if not all(labels):
             raise InvalidRequest("This model's tokenizer has no token for yes or no.", param=where)
         return "Answer yes or no.", labels
@@ -198,7 +205,8 @@ def _options(question: AnyQuestion, where: str, spellings: Spellings) -> tuple[s
         options = [(each.label, each.description) for each in question.levels]
     most = 0
     for names in sets:
-        known = [(name, list(tokens)) for name in names if (tokens := spellings(name))]
+        labels = _told_apart([spellings(name) for name in names])
+        known = [(name, tokens) for name, tokens in zip(names, labels, strict=True) if tokens]
         used = known[: len(options)]
         if len(used) == len(options) and sum(len(tokens) for _, tokens in used) <= MAX_LOGPROB_TOKEN_IDS:
             lines = [
@@ -223,13 +231,22 @@ def _letters() -> Iterator[Sequence[str]]:
     yield [one + other for one in string.ascii_uppercase for other in string.ascii_uppercase]
 
 
-def _spellings(encode: Callable[[str], list[int]]) -> Spellings:
+def _spellings(encode: Callable[[str], list[int]], unknown: int | None) -> Spellings:
+    """Args: ``unknown`` is the token of all that the vocabulary lacks, which spells nothing."""
+
     @cache
     def spellings(label: str) -> tuple[int, ...]:
         found = (encode(text) for text in (label, f" {label}"))
-        return tuple(dict.fromkeys(ids[0] for ids in found if len(ids) == 1))
+        return tuple(dict.fromkeys(ids[0] for ids in found if len(ids) == 1 and ids[0] != unknown))
 
     return spellings
+
+
+def _told_apart(labels: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The tokens of labels, each once, without those that spell several labels."""
+    of_label = [dict.fromkeys(tokens) for tokens in labels]
+    counts = Counter(token for tokens in of_label for token in tokens)
+    return [[token for token in tokens if counts[token] == 1] for tokens in of_label]
 
 
 def _with_question(messages: Sequence[Message], asked: Message) -> list[Message]:

@@ -1,7 +1,7 @@
 """Decisions on the wire: OpenAI's questions about an input, and their answers as probabilities."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Discriminator, Field, StrictBool, StrictStr, Tag, field_validator
@@ -100,8 +100,16 @@ class DecisionRequest(RequestBody):
     }
     REFUSED: ClassVar[Mapping[str, str]] = {
         "chat_template": "it is set where the model is configured",
+        "background": "decisions are answered at once",
+        "conversation": "send the whole conversation as input",
+        "instructions": "write a system message into input",
         "joint": "each question is answered by itself",
+        "previous_response_id": "send the whole conversation as input",
+        "stream": "decisions are answered at once",
+        "temperature": "probabilities are the model's own; nothing is sampled",
+        "tools": "decisions call none",
     }
+    DEFAULTS: ClassVar[Mapping[str, Collection[Any]]] = {"temperature": (1,)}
     SILENT: ClassVar[Mapping[str, str]] = {
         "prompt_cache_key": "every prompt is cached; cache_salt keeps callers apart",
         "prompt_cache_options": "every prompt is cached",

@@ -95,8 +95,14 @@ def _cut(pipeline: Pipeline, pairs: Sequence[wire.Pair], body: wire.ScoringBody)
     @cache
     def cut(text: str, most: int) -> str:
         ids = tokenizer.encode_plain(text)
-        # The last token may hold a part of a character.
-        return text if len(ids) <= most else tokenizer.decode(ids[:most]).rstrip("\ufffd")
+        if len(ids) <= most:
+            return text
+        begin = tokenizer.decode(ids[:most])
+        if not text.startswith(begin):
+            # The last token may hold a part of a character.
+            begin = begin.rstrip("\ufffd")
+        # One character stays, though it has more tokens.
+        return begin or text[:1]
 
     def shortened(item: wire.Item, most: int) -> wire.Item:
         text = only_text(item)

@@ -416,6 +416,13 @@ async def test_texts_of_pairs_are_cut_to_as_many_tokens_as_were_asked_for(http):
     _, other = await post(http, "/v1/score", model="tests/vectors", text_1=long, text_2=[short, "a"])
     found = [each["score"] for each in made["data"]]
     assert found == pytest.approx([each["score"] for each in other["data"]], abs=1e-4)
+    # A character of several tokens is kept or left out whole, and a text is never empty.
+    limits = {"max_tokens_per_query": 2, "max_tokens_per_doc": 4}
+    cut, _ = await ranks("日", ["é日", "a\ufffdb"], **limits)
+    wanted, _ = await ranks("日", ["é", "a\ufffd"])
+    assert [each["relevance_score"] for each in cut] == pytest.approx(
+        [each["relevance_score"] for each in wanted], abs=1e-4
+    )
 
 
 async def test_scored_images_follow_the_processors_options(http):
