@@ -63,6 +63,7 @@ class SteppedParser:
 
     def __init__(self) -> None:
         self._buffer = ""
+        self._searched = 0
 
     def feed(self, text: str) -> list[Event]:
         self._buffer += text
@@ -74,6 +75,14 @@ class SteppedParser:
     def _step(self, events: list[Event]) -> bool:
         """Consume a part of the buffer and add what it says to ``events``; False if more text is needed."""
         raise NotImplementedError
+
+    def _search(self, markers: tuple[str, ...], start: int = 0) -> tuple[int, str] | None:
+        """Return :func:`first_marker` of the buffer at or after ``start``. Without one, the next search goes
+        on where this one ended: it must be for the same markers in the same buffer with more text."""
+        found = first_marker(self._buffer, markers, max(start, self._searched))
+        longest = max(map(len, markers))
+        self._searched = max(0, len(self._buffer) - longest + 1) if found is None else 0
+        return found
 
 
 def whole_characters(text: str) -> str:
@@ -93,9 +102,11 @@ def held_back(text: str, markers: tuple[str, ...]) -> int:
 
 def first_marker(text: str, markers: tuple[str, ...], start: int = 0) -> tuple[int, str] | None:
     """Position and text of the earliest marker at or after ``start``; the longest one where several begin."""
-    found = [(text.find(marker, start), marker) for marker in markers]
-    present = [(position, -len(marker), marker) for position, marker in found if position >= 0]
-    if not present:
-        return None
-    position, _, marker = min(present)
-    return position, marker
+    first: tuple[int, str] | None = None
+    for marker in markers:
+        # Behind one that was found the others don't count: a long text behind it is not searched.
+        end = len(text) if first is None else first[0] + len(marker)
+        position = text.find(marker, start, end)
+        if position >= 0 and (first is None or (position, -len(marker)) < (first[0], -len(first[1]))):
+            first = position, marker
+    return first

@@ -62,9 +62,10 @@ class GlmCalls(CallsInText):
         key_start = position + len(_KEY)
         key_end = self._buffer.find(_KEY_END, key_start)
         value_start = self._buffer.find(_VALUE, key_end) if key_end >= 0 else -1
-        value_end = self._buffer.find(_VALUE_END, value_start) if value_start >= 0 else -1
-        if value_end < 0:
+        ending = self._search((_VALUE_END,), value_start) if value_start >= 0 else None
+        if ending is None:
             return False
+        value_end = ending[0]
         key = self._arguments.key(self._buffer[key_start:key_end])
         value = self._buffer[value_start + len(_VALUE) : value_end]
         self._buffer = self._buffer[value_end + len(_VALUE_END) :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from engine.parsers.events import (
@@ -29,6 +29,10 @@ _FIRST_HEADER = re.compile(r"\s*to=([^\s<]+)<\|message\|>")
 _READERS = ("self", "user", None)
 #: Characters of the longest header.
 _MOST = 200
+#: A name in a tag, and its end. At the end of a text both may go on.
+_NAME = re.compile(r'([^<"]*)(">|"?\Z)?')
+#: Characters of the longest name in a tag that no schema has.
+_MOST_OF_NAME = 1000
 
 
 class MuseCalls(SteppedParser):
@@ -38,7 +42,8 @@ class MuseCalls(SteppedParser):
 
     Messages to ``self`` and ``user`` pass as they are, headers included: calls that they quote are text. In a
     message without a header calls count wherever they stand. A value is text for parameters that the schema
-    calls strings, JSON for all others; what is no JSON is passed on as a string.
+    calls strings, JSON for all others; what is no JSON is passed on as a string. The end of a message ends
+    all that is open in it: a value, a call, a tag.
 
     Args:
         schemas: JSON schema of the parameters of each function, by name.
@@ -53,6 +58,8 @@ class MuseCalls(SteppedParser):
         self._addressed = self._opened = False
         self._calls = 0
         self._arguments: TaggedArguments | None = None
+        #: The key whose value the buffer begins with.
+        self._key: str | None = None
 
     def finish(self) -> list[Event]:
         rest, self._buffer = self._buffer, ""
@@ -64,19 +71,18 @@ class MuseCalls(SteppedParser):
 
     def _cut_off(self, rest: str) -> list[Event]:
         """The part of an argument in a call that was cut off, whose arguments stay an open object."""
-        found = self._tag(rest, _PARAMETER)
-        if self._arguments is None or found is None:
+        if self._arguments is None or self._key is None:
             return []
-        key, start = found
-        value = rest[start:]
-        value = value[: len(value) - held_back(value, (PARAMETER_END,))]
-        part = self._arguments.part(self._arguments.key(key), value)
+        value = rest[: len(rest) - held_back(rest, (PARAMETER_END, END, START))]
+        part = self._arguments.part(self._key, value)
         return [CallArguments(self._calls, part)] if part else []
 
     def _step(self, events: list[Event]) -> bool:
         if self._state == "begin":
             return self._read_beginning(events)
-        return self._read_calls(events) if self._state == "calls" else self._read_text(events)
+        if self._state == "text":
+            return self._read_text(events)
+        return self._read_calls(events) if self._key is None else self._read_value(events)
 
     def _read_beginning(self, events: list[Event]) -> bool:
         """Find out to whom a message without a whole header is."""
@@ -136,8 +142,8 @@ class MuseCalls(SteppedParser):
 
     def _read_calls(self, events: list[Event]) -> bool:
         """Read the next tag; what stands between tags is dropped."""
-        ends = (INVOKE_END, CALLS_END, END, START)
-        found = first_marker(self._buffer, (_INVOKE if self._arguments is None else _PARAMETER, *ends))
+        tags = (_INVOKE,) if self._arguments is None else (_INVOKE, _PARAMETER)
+        found = self._search((*tags, INVOKE_END, CALLS_END, END, START))
         if found is None:
             return False
         position, marker = found
@@ -145,7 +151,7 @@ class MuseCalls(SteppedParser):
         if marker == _INVOKE:
             return self._open(events)
         if marker == _PARAMETER:
-            return self._read_argument(events)
+            return self._read_key()
         if marker == INVOKE_END:
             self._close(events)
         elif marker != CALLS_END:
@@ -159,11 +165,12 @@ class MuseCalls(SteppedParser):
         return True
 
     def _open(self, events: list[Event]) -> bool:
-        found = self._tag(self._buffer, _INVOKE)
-        if found is None:
-            return False
-        name, end = found
-        self._buffer, self._opened = self._buffer[end:], True
+        name = self._tag(_INVOKE, self._schemas)
+        if not name:
+            return name is not None
+        # A call without its end is over where the next one begins.
+        self._close(events)
+        self._opened = True
         # Functions whose names have no namespace are written in one of their own name.
         space, _, bare = name.partition(".")
         name = bare if name not in self._schemas and space == bare and bare in self._schemas else name
@@ -177,24 +184,49 @@ class MuseCalls(SteppedParser):
             self._calls += 1
             self._arguments = None
 
-    def _read_argument(self, events: list[Event]) -> bool:
-        found, end = self._tag(self._buffer, _PARAMETER), self._buffer.find(PARAMETER_END)
-        if found is None or end < 0:
-            return False
+    def _read_key(self) -> bool:
         assert self._arguments is not None
-        key, start = found
-        entry = self._arguments.entry(self._arguments.key(key), self._buffer[start:end])
-        self._buffer = self._buffer[end + len(PARAMETER_END) :]
-        if entry:
+        key = self._tag(_PARAMETER, self._arguments.stated)
+        if key:
+            self._key = self._arguments.key(key)
+        return key is not None
+
+    def _read_value(self, events: list[Event]) -> bool:
+        found = self._search((PARAMETER_END, END, START))
+        if found is None:
+            return False
+        assert self._arguments is not None and self._key is not None
+        position, marker = found
+        if entry := self._arguments.entry(self._key, self._buffer[:position]):
             events.append(CallArguments(self._calls, entry))
+        self._buffer = self._buffer[position + (len(marker) if marker == PARAMETER_END else 0) :]
+        self._key = None
         return True
 
-    @staticmethod
-    def _tag(text: str, opening: str) -> tuple[str, int] | None:
-        """The name in the first tag of a kind in ``text``, and the place behind the tag."""
-        start = text.find(opening)
-        end = text.find('">', start + len(opening)) if start >= 0 else -1
-        return None if end < 0 else (text[start + len(opening) : end], end + 2)
+    def _tag(self, opening: str, known: Collection[str]) -> str | None:
+        """Consume the tag that the buffer begins with and return its name; None if more text is needed. Of
+        what is no tag the ``opening`` is dropped, with an empty name.
+
+        Args:
+            known: names that may hold any character.
+        """
+        most = max(_MOST_OF_NAME, *(len(name) + 2 for name in known)) if known else _MOST_OF_NAME
+        text = self._buffer[len(opening) : len(opening) + most]
+        if any(f'{name}">'.startswith(text) and len(text) < len(name) + 2 for name in known):
+            return None
+        whole = [name for name in known if text.startswith(f'{name}">')]
+        if whole:
+            name, end = max(whole, key=len), '">'
+        else:
+            found = _NAME.match(text)
+            assert found is not None
+            name, end = found[1], found[2]
+            if end is not None and end != '">' and len(text) < most:
+                return None
+        if end != '">':
+            name = ""
+        self._buffer = self._buffer[len(opening) + (len(name) + 2 if name else 0) :]
+        return name
 
 
 def _is_open(text: str, role: str = "") -> bool:

@@ -120,10 +120,11 @@ class QwenXmlCalls(SteppedParser):
             self._calls += 1
             self._state, self._between, self._open = "text", True, True
             return True
-        value_end = self._buffer.find(_PARAMETER_END, position)
+        ending = self._search((_PARAMETER_END,), position)
         key_end = self._key_end(self._buffer, position + len(_PARAMETER))
-        if key_end < 0 or value_end < 0:
+        if key_end < 0 or ending is None:
             return False
+        value_end = ending[0]
         key = self._arguments.key(self._buffer[position + len(_PARAMETER) : key_end])
         value = self._buffer[key_end + 1 : value_end].removeprefix("\n").removesuffix("\n")
         self._buffer = self._buffer[value_end + len(_PARAMETER_END) :]

@@ -23,6 +23,7 @@ SCHEMAS = {
             "count": {"type": "integer"},
             "tags": {"type": "array"},
             "kind": {"enum": ["a", "b"]},
+            'a<"b': {"type": "string"},
         },
     }
 }
@@ -312,6 +313,9 @@ def test_cohere(text, visible, calls):
 
 _ATEM = "<atem:function_calls>\n{}\n</atem:function_calls>"
 _INVOKED = _ATEM.format('<atem:invoke name="f">\n<atem:parameter name="x">1</atem:parameter>\n</atem:invoke>')
+_OPEN = 'to=f<|message|><atem:function_calls><atem:invoke name="report">'
+_SAID = "<|start|>assistant to=user<|message|>Done."
+_NEXT = f"<|eom|>{_SAID}"
 _DARK = '<atem:parameter name="color"> dark\n"red"</atem:parameter>'
 
 
@@ -351,6 +355,23 @@ _DARK = '<atem:parameter name="color"> dark\n"red"</atem:parameter>'
             [("report", '{"color": "dark ')],
         ),
         ("to=f<|message|>I call it.<|eom|>", "", []),
+        # The end of a message ends what is open in it: a value, also one that is no JSON, and a tag.
+        (_OPEN + '<atem:parameter name="count">1' + _NEXT, _SAID, [("report", '{"count": 1}')]),
+        (
+            _OPEN + '<atem:parameter name="tags">[1, <|start|>b',
+            "<|start|>b",
+            [("report", '{"tags": "[1, "}')],
+        ),
+        (_OPEN + '<atem:parameter name="count' + _NEXT, _SAID, [("report", "{}")]),
+        (_OPEN + '<atem:parameter name="co"unt">' + _NEXT, _SAID, [("report", "{}")]),
+        ('to=f<|message|><atem:invoke name="report"' + _NEXT, _SAID, []),
+        (
+            _OPEN + '<atem:parameter name="color>dark</atem:parameter><atem:parameter name="count">1'
+            '</atem:parameter><atem:invoke name="f">' + _NEXT,
+            _SAID,
+            [("report", '{"count": 1}'), ("f", "{}")],
+        ),
+        (_OPEN + '<atem:parameter name="a<"b">x</atem:parameter>', "", [("report", '{"a<\\"b": "x"')]),
     ],
 )
 def test_muse(text, visible, calls):
@@ -380,6 +401,7 @@ PIECES = [
     "```", "```python\n", '{"name": "f", "arguments": ', '{"a": 1}', '{"name": "g"', "}", "{", "[", "]",
     "<|start|>assistant", " to=f", " to=user", "<|message|>", "<|eom|>", "<atem:function_calls>",
     '<atem:invoke name="report">', '<atem:parameter name="color">', "</atem:parameter>", "</atem:invoke>",
+    '<atem:parameter name="', '">',
     "<|tool_call>", "call:f{", "a:", '<|"|>', "<tool_call|>",
     "f(a=1)", "f(", ")", "'", '"', "\\", "\n", " ", ",", "text", "1", ":", "=", "<", "ü😀",
 ]  # fmt: skip

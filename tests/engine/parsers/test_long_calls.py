@@ -8,10 +8,13 @@ import pytest
 from engine.parsers import gemma4
 from engine.parsers.call_forms import whole_text
 from engine.parsers.events import CallArguments, Text
+from engine.parsers.glm import GlmCalls
 from engine.parsers.json_call import JsonCall
 from engine.parsers.leading_json import LeadingJsonCalls
 from engine.parsers.mistral import MistralCalls
+from engine.parsers.muse import MuseCalls
 from engine.parsers.pythonic import _CallScan
+from engine.parsers.qwen_xml import QwenXmlCalls
 
 LONG = "some words, " * 200
 
@@ -106,6 +109,49 @@ def test_values_and_keys_of_gemma4_are_scanned_once(monkeypatch, value, is_key):
     assert arguments.count("words") == 200
     # What may be the beginning of a marker is looked at again.
     assert sum(scanned) < 8 * len(text)
+
+
+class Searched(str):
+    """A text that counts the characters that are searched."""
+
+    searched = 0
+
+    def find(self, text, start=0, end=None):
+        end = len(self) if end is None else min(end, len(self))
+        position = super().find(text, start, end)
+        Searched.searched += (end if position < 0 else position + len(text)) - start
+        return position
+
+    def __add__(self, text):
+        return Searched(super().__add__(text))
+
+    def __getitem__(self, index):
+        return Searched(super().__getitem__(index))
+
+
+@pytest.mark.parametrize(
+    ("parser", "before", "after"),
+    [
+        (MuseCalls, ' to=f<|message|><atem:invoke name="f"><atem:parameter name="a">', "</atem:parameter>"),
+        (
+            MuseCalls,
+            " to=f<|message|>",
+            '<atem:invoke name="f"><atem:parameter name="a">words</atem:parameter>',
+        ),
+        (GlmCalls, "<tool_call>f\n<arg_key>a</arg_key><arg_value>", "</arg_value>"),
+        (QwenXmlCalls, "<function=f><parameter=a>", "</parameter>"),
+    ],
+    ids=["muse", "muse without tags", "glm", "qwen_xml"],
+)
+def test_values_between_tags_are_searched_once(monkeypatch, parser, before, after):
+    monkeypatch.setattr(Searched, "searched", 0)
+    calls = parser({})
+    calls._buffer = Searched()
+    text = before + 4 * LONG + after
+    events = [event for place in range(0, len(text), 3) for event in calls.feed(text[place : place + 3])]
+    assert "words" in "".join(event.text for event in events if isinstance(event, CallArguments))
+    # The tags before the value, and what may be the beginning of a marker, are looked at again.
+    assert len(text) <= Searched.searched < 60 * len(text)
 
 
 def test_a_name_of_gemma4_without_end_is_not_held():
