@@ -18,7 +18,6 @@ class LogprobTensors:
         top_ids: (N, k) int64, likeliest first.
         top_logprobs: (N, k) float32.
         wanted_logprobs: (N, w) float32, of tokens that the caller names; None if no row has any.
-        wanted_ranks: (N, w) int64, likewise.
     """
 
     token_logprobs: Tensor
@@ -26,7 +25,6 @@ class LogprobTensors:
     top_ids: Tensor
     top_logprobs: Tensor
     wanted_logprobs: Tensor | None = None
-    wanted_ranks: Tensor | None = None
 
 
 def compute_logprobs(logits: Tensor, tokens: Tensor, k: int, wanted: Tensor | None = None) -> LogprobTensors:
@@ -46,10 +44,7 @@ def compute_logprobs(logits: Tensor, tokens: Tensor, k: int, wanted: Tensor | No
     found = (chosen - normaliser)[:, 0], ranks, top_ids, top - normaliser
     if wanted is None:
         return LogprobTensors(*found)
-    named = logits.gather(1, wanted)
-    # As many are likelier as stand behind the token's place in ascending order.
-    likelier = logits.shape[1] - torch.searchsorted(logits.sort(dim=1).values, named, right=True)
-    return LogprobTensors(*found, named - normaliser, likelier + 1)
+    return LogprobTensors(*found, logits.gather(1, wanted) - normaliser)
 
 
 def prompt_logprobs(

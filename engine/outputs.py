@@ -17,7 +17,7 @@ class TokenLogprob:
     """Natural log-probability of one token by the raw logits (before temperature and masks).
 
     Attributes:
-        rank: 1 for the likeliest.
+        rank: 1 for the likeliest; None for a token that was asked for by its id and is none of the likeliest.
         decoded_token: the text that the token completes; its name where it adds no text. Joined together the
             texts of an answer's tokens are the answer.
         bytes: UTF-8 bytes that the token adds to the text, perhaps a part of a character. Empty for a token

@@ -96,7 +96,7 @@ class SamplingParams:
             goes on to the end of the context.
         logprobs: alternatives returned per token (0: the sampled one alone; None: none), at most 20.
         logprob_token_ids: ids whose log-probabilities are returned beside those of ``logprobs``, which is 0
-            then if it is None; at most 512.
+            then if it is None; at most 512. They have no ranks.
         prompt_logprobs: the same as ``logprobs`` for the tokens of the prompt.
         structured: a grammar that the whole answer follows; not together with ``min_tokens`` or
             ``ignore_eos``.

@@ -41,11 +41,10 @@ def token_row(
         if other != token
     }
     if wanted:
-        assert values.wanted_logprobs is not None and values.wanted_ranks is not None
-        named = values.wanted_logprobs[index].tolist(), values.wanted_ranks[index].tolist()
-        for other, value, rank in zip(wanted, *named, strict=False):
+        assert values.wanted_logprobs is not None
+        for other, value in zip(wanted, values.wanted_logprobs[index].tolist(), strict=False):
             if other != token and other not in others:
-                others[other] = TokenLogprob(value, rank, *texts.look(other))
+                others[other] = TokenLogprob(value, None, *texts.look(other))
     text, piece = texts.take(token) if adds_text else (texts.name(token), b"")
     chosen = TokenLogprob(float(values.token_logprobs[index]), int(values.ranks[index]), text, piece)
     return {token: chosen, **others}

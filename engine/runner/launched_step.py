@@ -78,5 +78,4 @@ def _download(found: LogprobTensors) -> LogprobTensors:
         download(found.top_ids),
         download(found.top_logprobs),
         None if found.wanted_logprobs is None else download(found.wanted_logprobs),
-        None if found.wanted_ranks is None else download(found.wanted_ranks),
     )
