@@ -17,6 +17,7 @@ from deployments.config import AppConfig, ModelSpec, ReplayConfig
 from deployments.media import Shown, prepare_media
 from deployments.metrics.collector import Measured
 from deployments.metrics.ingress import ModelMeter, arrival
+from deployments.protocol.generation import check_named_tokens
 from deployments.references import MediaKeeper, Owner, ReferenceConfig, References
 from deployments.replay import Patience, attempt_name, carried_on, deadline
 from deployments.report import ItemReport, current_report
@@ -223,7 +224,10 @@ class Pipeline:
             if count + least > limit:
                 raise ContextLengthExceeded.by(limit, count, least)
             if not charged:
-                charge(count + (_most_tokens(params, count, limit) if params is not None else 0))
+                most = _most_tokens(params, count, limit) if params is not None else 0
+                if params is not None:
+                    check_named_tokens(params, most)
+                charge(count + most)
                 charged = True
 
             def of_prompt(rows: Mapping[str, Rows]) -> tuple[Rows, ...]:

@@ -44,6 +44,32 @@ SAMPLING = (
 )
 _SAMPLING = frozenset(SAMPLING)
 
+#: Most tokens whose log-probabilities a caller may ask for by their ids; as in vLLM.
+MAX_NAMED_TOKENS = 128
+
+#: Most log-probabilities of named tokens that a request may ask for. Each takes a quarter of a kilobyte here,
+#: and about 60 bytes of the response.
+MAX_NAMED_LOGPROBS = 1 << 20
+
+
+def check_named_tokens(params: SamplingParams, num_tokens: int) -> None:
+    """Check how many log-probabilities ``params.logprob_token_ids`` ask for.
+
+    Args:
+        num_tokens: most tokens of all answers to the request.
+
+    Raises:
+        InvalidRequest: too many.
+    """
+    named = len(params.logprob_token_ids)
+    if named * num_tokens > MAX_NAMED_LOGPROBS:
+        raise InvalidRequest(
+            f"logprob_token_ids has {named} tokens, for each of up to {num_tokens} tokens of answers: more "
+            f"than {MAX_NAMED_LOGPROBS} log-probabilities. Lower max_tokens or n, or name fewer tokens.",
+            param="logprob_token_ids",
+        )
+
+
 _NO_SUCH_SAMPLER = "use temperature, top_p, top_k or min_p"
 
 #: Fields that constrain an answer's form.
@@ -213,7 +239,7 @@ class GenerationBody(RequestBody):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     skip_special_tokens: bool | None = None
-    logprob_token_ids: list[int] | None = None
+    logprob_token_ids: list[int] | None = Field(default=None, max_length=MAX_NAMED_TOKENS)
     prompt_logprobs: int | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None

@@ -5,11 +5,11 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from deployments import sse
 from deployments.answers import Call, ChoiceDelta, FinishedChoice, WholeAnswer, piece_of_text
@@ -19,10 +19,9 @@ from deployments.pipeline import Pipeline
 from deployments.protocol import chat as wire
 from deployments.resumption import Resumption, resumption
 from deployments.routers.models import read_request
-from deployments.routers.values import content_logprobs, prompt_row, token_name, usage_body
+from deployments.routers.values import content_logprobs, prompt_row, token_name, usage_body, whole_response
 from engine.outputs import StreamUpdate
 from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Text
-from engine.sampling_params import SamplingParams
 
 router = APIRouter()
 
@@ -43,7 +42,8 @@ async def create_chat_completion(request: Request) -> Response:
         answer.id, answer.created = answer.resumption.answer, answer.resumption.created
     running = await start(pipeline, name, given)
     if not body.stream:
-        return JSONResponse(_whole(answer, await running.whole(), running))
+        found = await running.whole()
+        return await whole_response(partial(_whole, answer, found, running), running.params)
     # What fails before the first token is still an error of its own, not an event in a stream.
     first = await anext(running.updates)
     return sse.EventResponse(_events(answer, first, running), sse.error_event, sse.DONE, running.relay)
@@ -179,15 +179,14 @@ def _beginning(count: int) -> bytes:
 
 
 def _whole(answer: Answer, found: WholeAnswer, running: RunningAnswer) -> dict:
-    """The finished response."""
+    """The finished response; its log-probabilities are iterators."""
     completion = wire.ChatCompletion(
         id=answer.id,
         created=answer.created,
         model=answer.model,
-        choices=[_choice(answer, choice, running.params) for choice in found.choices],
+        choices=[_choice(answer, choice) for choice in found.choices],
         usage=usage_body(found.usage, found.reasoning_tokens, running.usage_extras()),
         service_tier=answer.body.service_tier,
-        prompt_logprobs=[prompt_row(row) for row in found.prompt_logprobs],
         **answer.prompt_fields(running),
     )
     absent = {"prompt_logprobs"} if running.params.prompt_logprobs is None else set()
@@ -197,7 +196,13 @@ def _whole(answer: Answer, found: WholeAnswer, running: RunningAnswer) -> dict:
         if getattr(completion, name) is None
     }
     response = completion.model_dump(exclude=absent)
-    for choice in response["choices"]:
+    if running.params.prompt_logprobs is not None:
+        response["prompt_logprobs"] = map(prompt_row, found.prompt_logprobs)
+    namer = token_name(answer.body)
+    for choice, made in zip(response["choices"], found.choices, strict=True):
+        if made.logprobs is not None:
+            content = content_logprobs(made.token_ids, made.logprobs, running.params, name=namer)
+            choice["logprobs"] = {"content": content, "refusal": None}
         # Fields of thoughts, calls and ids that aren't there are left out.
         message = choice["message"]
         for name in ("reasoning_content", "reasoning", "tool_calls", "function_call"):
@@ -208,7 +213,7 @@ def _whole(answer: Answer, found: WholeAnswer, running: RunningAnswer) -> dict:
     return response
 
 
-def _choice(answer: Answer, found: FinishedChoice, params: SamplingParams) -> wire.Choice:
+def _choice(answer: Answer, found: FinishedChoice) -> wire.Choice:
     message = wire.ChatMessage(content=found.text)
     if found.reasoning:
         message.reasoning_content = message.reasoning = found.reasoning
@@ -220,15 +225,9 @@ def _choice(answer: Answer, found: FinishedChoice, params: SamplingParams) -> wi
             message.tool_calls = [
                 _tool_call(answer.call_id(found.index, index), call) for index, call in enumerate(found.calls)
             ]
-    logprobs = None
-    if found.logprobs is not None:
-        name = token_name(answer.body)
-        content = content_logprobs(found.token_ids, found.logprobs, params, name=name)
-        logprobs = wire.Logprobs(content=content)
     return wire.Choice(
         index=found.index,
         message=message,
-        logprobs=logprobs,
         finish_reason=answer.finish_reason(found.finish_reason),
         stop_reason=found.stop_reason,
         token_ids=found.token_ids if answer.body.return_token_ids else None,
@@ -315,7 +314,7 @@ def _delta_events(
     if delta.logprobs is not None:
         name = token_name(answer.body)
         content = content_logprobs(delta.token_ids, delta.logprobs, running.params, name=name)
-        choices[0].logprobs = wire.Logprobs(content=content)
+        choices[0].logprobs = wire.Logprobs.model_validate({"content": list(content)})
     if ids:
         choices[0].token_ids = delta.token_ids
     if delta.finish_reason is not None:

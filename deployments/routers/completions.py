@@ -5,21 +5,31 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from deployments import sse
-from deployments.answers import AnswerReader, FinishedChoice, gather, piece_of_text
+from deployments.answers import AnswerReader, FinishedChoice, WholeAnswer, gather, piece_of_text
 from deployments.caller_fields import caller_fields
 from deployments.openapi import described
 from deployments.pipeline import EncodedPrompt, Pipeline
 from deployments.protocol import completions as wire
+from deployments.protocol.generation import check_named_tokens
 from deployments.protocol.usage import usage_extras
 from deployments.report import current_report
 from deployments.routers.models import read_request
-from deployments.routers.values import TokenName, finite, is_asked, prompt_row, token_name, usage_body
+from deployments.routers.values import (
+    TokenName,
+    finite,
+    is_asked,
+    prompt_row,
+    token_name,
+    usage_body,
+    whole_response,
+)
 from deployments.tasks import all_or_none, merged
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage, merge_updates
 from engine.prompt import EngineInput, MediaItem, PagesItem
@@ -55,6 +65,7 @@ async def create_completion(request: Request) -> Response:
         names = {"structured": constraint_field}
     with caller_fields(names):
         params = replace(body.sampling_params(pipeline.sampling_defaults), structured=constraint)
+    check_named_tokens(params, len(body.prompts) * params.n * (params.max_tokens or 0))
     tokenizer = pipeline.builder.tokenizer
     answer = Answer(
         f"cmpl-{uuid.uuid4().hex}",
@@ -85,7 +96,8 @@ async def create_completion(request: Request) -> Response:
             text = given if isinstance(given, str) else tokenizer.decode(ids)
         running.append(_Running(number, text, ids, updates))
     if not body.stream:
-        return JSONResponse(await _whole(answer, running))
+        found = await all_or_none(gather(each.updates, AnswerReader(lambda: None)) for each in running)
+        return await whole_response(partial(_whole, answer, running, found), params)
     streams = [each.updates for each in running]
     events = merged(streams) if len(streams) > 1 else _numbered(*streams)
     # What fails before the first token is still an error of its own, not an event in a stream.
@@ -215,27 +227,32 @@ class Answer:
         )
 
 
-async def _whole(answer: Answer, running: list[_Running]) -> dict:
-    """The finished response: the choices of the first prompt, then those of the second, and so on."""
-    found = await all_or_none(gather(each.updates, AnswerReader(lambda: None)) for each in running)
-    choices = [
-        _choice(answer, each, choice, whole.prompt_logprobs)
+def _whole(answer: Answer, running: Sequence[_Running], found: Sequence[WholeAnswer]) -> dict:
+    """The finished response: the choices of the first prompt, then those of the second, and so on. Its
+    log-probabilities are iterators."""
+    made = [
+        (each, choice, whole.prompt_logprobs)
         for each, whole in zip(running, found, strict=True)
         for choice in whole.choices
     ]
+    choices = [_choice(answer, each, choice) for each, choice, _ in made]
     total = sum((whole.usage for whole in found), Usage())
     usage_sent = usage_body(total, extras=answer.usage_extras())
     body = answer.completion(choices, usage=usage_sent).model_dump(exclude={"system_fingerprint"})
-    for choice in body["choices"]:
+    for choice, (each, ended, prompt_logprobs) in zip(body["choices"], made, strict=True):
+        if ended.logprobs is not None:
+            before, start = _echoed(answer, each, prompt_logprobs)
+            rows = zip(ended.token_ids, ended.logprobs, strict=False)
+            choice["logprobs"] = dict(_logprobs(answer, [*before, *rows], start)[0])
+        if answer.body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = map(prompt_row, prompt_logprobs)
         for name in ("token_ids", "prompt_token_ids", "prompt_logprobs"):
             if choice[name] is None:
                 del choice[name]
     return body
 
 
-def _choice(
-    answer: Answer, each: _Running, choice: FinishedChoice, prompt_logprobs: list
-) -> wire.CompletionChoice:
+def _choice(answer: Answer, each: _Running, choice: FinishedChoice) -> wire.CompletionChoice:
     body = answer.body
     made = wire.CompletionChoice(
         index=each.number * answer.params.n + choice.index,
@@ -243,12 +260,6 @@ def _choice(
         finish_reason=choice.finish_reason,
         stop_reason=choice.stop_reason,
     )
-    if choice.logprobs is not None:
-        before, start = _echoed(answer, each, prompt_logprobs)
-        rows = zip(choice.token_ids, choice.logprobs, strict=False)
-        made.logprobs, _ = _logprobs(answer, [*before, *rows], start)
-    if body.prompt_logprobs is not None:
-        made.prompt_logprobs = [prompt_row(row) for row in prompt_logprobs]
     if body.return_token_ids:
         made.token_ids, made.prompt_token_ids = choice.token_ids, each.token_ids
     return made

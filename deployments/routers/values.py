@@ -1,9 +1,13 @@
 """Values of the engine in the form that several endpoints send."""
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from deployments.protocol.chat import ChatCompletionRequest, ChatLogprob, TopLogprob
+from fastapi.responses import JSONResponse, Response
+
+from deployments.protocol.chat import ChatCompletionRequest
 from deployments.protocol.completions import CompletionRequest
 from deployments.protocol.usage import CompletionTokensDetails, PromptTokensDetails, UsageBody
 from engine.outputs import TokenLogprob, Usage
@@ -28,6 +32,32 @@ def token_name(body: ChatCompletionRequest | CompletionRequest) -> TokenName:
     return token_id if body.return_tokens_as_token_ids else token_text
 
 
+async def whole_response(make: Callable[[], dict[str, Any]], params: SamplingParams) -> Response:
+    """The response of an answer that is not streamed.
+
+    Args:
+        make: makes its JSON. Where ``params`` ask for log-probabilities, which may take seconds to write, it
+            is called on a thread, and its lists may be iterators.
+    """
+    if params.logprobs is None and params.prompt_logprobs is None:
+        return JSONResponse(make())
+    # Each piece is small: the encoder holds the interpreter's lock until a piece is done.
+    data = await asyncio.to_thread(lambda: _in_pieces(make(), 5).encode())
+    return Response(data, media_type="application/json")
+
+
+def _in_pieces(value: Any, depth: int) -> str:
+    """JSON text, of which all that lies deeper than ``depth`` lists and objects is encoded at a time."""
+    if depth and isinstance(value, dict):
+        members = (
+            f"{_in_pieces(str(name), 0)}:{_in_pieces(each, depth - 1)}" for name, each in value.items()
+        )
+        return "{" + ",".join(members) + "}"
+    if depth and isinstance(value, list | Iterator):
+        return "[" + ",".join(_in_pieces(each, depth - 1) for each in value) + "]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def usage_body(usage: Usage, reasoning_tokens: int = 0, extras: Mapping[str, Any] = {}) -> UsageBody:
     """Token counts as they are sent.
 
@@ -50,25 +80,26 @@ def content_logprobs(
     params: SamplingParams,
     *,
     name: TokenName = token_text,
-) -> list[ChatLogprob]:
+) -> Iterator[dict[str, Any]]:
     """Each token of the content with the tokens at its position that ``params`` ask for.
 
     Tokens that add nothing to the content, such as the one that ends it, are left out: bytes and texts join
-    up to the content.
+    up to the content. Plain data in the form of :class:`~deployments.protocol.chat.ChatLogprob`: there may be
+    a million of them.
     """
-    found = []
     for token, row in zip(token_ids, rows, strict=False):
         if not row[token].bytes:
             continue
         tops = [_top(other, value, name) for other, value in row.items() if is_asked(other, value, params)]
-        tops.sort(key=lambda top: -top.logprob)
-        found.append(ChatLogprob(**_top(token, row[token], name).model_dump(), top_logprobs=tops))
-    return found
+        tops.sort(key=lambda top: -top["logprob"])
+        yield {**_top(token, row[token], name), "top_logprobs": tops}
 
 
 def is_asked(token: int, value: TokenLogprob, params: SamplingParams) -> bool:
     """Return whether a token is one of the likeliest that ``params`` ask for, or is named there."""
-    return (value.rank or 0) <= (params.logprobs or 0) or token in params.logprob_token_ids
+    rank = value.rank
+    # A named token has no rank, unless it is among the likeliest, too.
+    return rank is None or rank <= (params.logprobs or 0) or token in params.logprob_token_ids
 
 
 def prompt_row(row: Mapping[int, TokenLogprob] | None) -> dict[int, dict[str, Any]] | None:
@@ -86,7 +117,7 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def _top(token: int, value: TokenLogprob, name: TokenName) -> TopLogprob:
+def _top(token: int, value: TokenLogprob, name: TokenName) -> dict[str, Any]:
     """``bytes`` is null for a token that is no text, as OpenAI has it."""
     own_bytes = list(value.bytes) or None
-    return TopLogprob(token=name(token, value), logprob=finite(value.logprob), bytes=own_bytes)
+    return {"token": name(token, value), "logprob": finite(value.logprob), "bytes": own_bytes}

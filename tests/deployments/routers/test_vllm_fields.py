@@ -2,14 +2,17 @@
 
 import base64
 import json
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from deployments.routers.values import whole_response
 from deployments.vectors import encoded
 from engine.parsers.formats import REASONING_TAGS
+from engine.sampling_params import SamplingParams
 from tests.deployments.parameters import BODIES
 from tests.deployments.pictures import circle, data_url
 
@@ -84,7 +87,11 @@ async def test_log_probabilities_of_tokens_by_id(http):
     tops = most["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     ids = [*(int(tops[rank]["token"].removeprefix("token_id:")) for rank in (3, 10, 3)), 600, 601]
     names = {f"token_id:{token}" for token in ids}
+    _, two = await post(http, "/v1/chat/completions", **CHAT, **wanted, logprob_token_ids=ids, n=2)
     _, made = await post(http, "/v1/chat/completions", **CHAT, **wanted, logprob_token_ids=ids)
+    for choice in two["choices"]:
+        row, alone = choice["logprobs"]["content"][0], made["choices"][0]["logprobs"]["content"][0]
+        assert [top["token"] for top in row["top_logprobs"]] == [t["token"] for t in alone["top_logprobs"]]
     known = 0
     for row, likeliest in zip(
         *(each["choices"][0]["logprobs"]["content"] for each in (made, most)), strict=True
@@ -112,12 +119,35 @@ async def test_log_probabilities_of_tokens_by_id(http):
     for path, fields in (
         ("/v1/chat/completions", {**CHAT, "logprob_token_ids": ids}),
         ("/v1/chat/completions", {**CHAT, "logprobs": True, "logprob_token_ids": [100_000]}),
-        ("/v1/chat/completions", {**CHAT, "logprobs": True, "logprob_token_ids": [5] * 513}),
+        ("/v1/chat/completions", {**CHAT, "logprobs": True, "logprob_token_ids": [5] * 129}),
+        # More than a million log-probabilities.
+        (
+            "/v1/chat/completions",
+            {**CHAT, **wanted, "n": 128, "max_tokens": 65, "logprob_token_ids": [5] * 128},
+        ),
+        ("/v1/completions", {**given, "n": 128, "max_tokens": 65, "logprob_token_ids": [5] * 128}),
         ("/v1/completions", {"model": "pocket", "prompt": "a", "logprob_token_ids": ids}),
         ("/v1/completions", {**given, "logprob_token_ids": ids, "echo": True}),
     ):
         status, made = await post(http, path, **fields)
         assert (status, made["error"]["param"]) == (400, "logprob_token_ids")
+
+
+async def test_long_responses_are_written_on_a_thread():
+    makers = []
+
+    def make():
+        makers.append(threading.get_ident())
+        return {"a": [{"b": {"c": iter([{"d": [1]}, None])}}], "e": {5: "\u20ac"}, "f": None}
+
+    for params in ({"logprobs": 0}, {"prompt_logprobs": 0}):
+        response = await whole_response(make, SamplingParams(**params))
+        assert json.loads(response.body) == {
+            "a": [{"b": {"c": [{"d": [1]}, None]}}],
+            "e": {"5": "\u20ac"},
+            "f": None,
+        }
+        assert makers.pop() != threading.get_ident()
 
 
 async def test_a_streamed_completion_begins_with_the_ids_of_its_prompt(http):
