@@ -1,10 +1,11 @@
 """One model's way from a request to an answer: prepare the media, build the prompt, encode, generate."""
 
+import asyncio
 import itertools
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from copy import copy
@@ -78,12 +79,14 @@ class SharedMedia:
     Attributes:
         sources: of all prompts.
         media, items, rows: what the first prompt has made of them; ``rows`` by the hashes of their items.
+        renewal: held while lost ``rows`` are made again, for all prompts.
     """
 
     sources: Sequence[MediaSource] = ()
     media: _Media | None = None
     items: list[MediaItem | PagesItem] = field(default_factory=list)
     rows: dict[str, Rows] | None = None
+    renewal: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Pipeline:
@@ -230,20 +233,32 @@ class Pipeline:
                 charge(count + most)
                 charged = True
 
+            def kept(rows: dict[str, Rows]) -> dict[str, Rows]:
+                # Each of several prompts takes them.
+                return {name: row.kept() for name, row in rows.items()} if shared is sources else rows
+
             def of_prompt(rows: Mapping[str, Rows]) -> tuple[Rows, ...]:
                 if shared is not sources:
                     return tuple(rows.values())
                 hashes = {span.item.hash for span in inputs.spans}
                 return tuple(row for name, row in rows.items() if name in hashes)
 
-            async def encode_again() -> tuple[Rows, ...]:
-                rows, _ = await self._encode(await self._same_pixels(media, inputs), salt_of_caller)
-                return of_prompt(rows)
-
             if shared.rows is None:
-                shared.rows, reports = await self._encode(_pixels(shown), salt_of_caller)
+                rows, reports = await self._encode(_pixels(shown), salt_of_caller)
+                shared.rows = kept(rows)
                 current_report().prepared(reports)
-            return EncodedPrompt(inputs, text, of_prompt(shared.rows), encode_again)
+            given = shared.rows
+
+            async def encode_again() -> tuple[Rows, ...]:
+                nonlocal given
+                async with shared.renewal:
+                    if shared.rows is None or shared.rows is given:
+                        pixels = await self._same_pixels(media, given)
+                        shared.rows = kept((await self._encode(pixels, salt_of_caller))[0])
+                    given = shared.rows
+                return of_prompt(given)
+
+            return EncodedPrompt(inputs, text, of_prompt(given), encode_again)
 
         return await patience.call(prepare)
 
@@ -318,14 +333,17 @@ class Pipeline:
                 await self.references.keep(owner, source, each.kept)
         return shown
 
-    async def _same_pixels(self, media: _Media, inputs: EngineInput) -> Sequence[Pixels]:
-        """The pixels of a prompt's media once more.
+    async def _same_pixels(self, media: _Media, hashes: Collection[str]) -> Sequence[Pixels]:
+        """The pixels of a request's media once more.
+
+        Args:
+            hashes: of its items.
 
         Raises:
             Unavailable: an address gives another image than before.
         """
         pixels = _pixels(await self._shown(media))
-        if {span.item.hash for span in inputs.spans} - {each.item.hash for each in pixels}:
+        if set(hashes) - {each.item.hash for each in pixels}:
             raise Unavailable(
                 "A part of the server stopped while it worked on this request, and the address of one of its "
                 "images gives another image now. Send the request again."

@@ -78,8 +78,8 @@ class Pixels(Protocol):
 
 
 #: Embedding rows of one item, in this process or behind a reference; ``cached`` is true if they were computed
-#: for an earlier request. Made by the encoder stage, and read by the language model stage of the same
-#: implementation only.
+#: for an earlier request, and ``kept()`` gives them for several prompts. Made by the encoder stage, and read
+#: by the language model stage of the same implementation only.
 Rows = Any
 
 

@@ -232,3 +232,7 @@ class EmbeddedMedia:
     rows: np.ndarray
     dtype: str
     cached: bool = False
+
+    def kept(self) -> EmbeddedMedia:
+        """These for several prompts."""
+        return self

@@ -93,6 +93,10 @@ class RowsRef:
         """True if the rows were computed for an earlier request; False as long as it isn't known."""
         return isinstance(self.info, RowsInfo) and self.info.cached
 
+    def kept(self) -> "RowsRef":
+        """These for several prompts; errors as of :func:`taken`."""
+        return RowsRef(self.info, taken(self.array))
+
 
 class ObjectStore:
     """Puts arrays into Ray's object store.

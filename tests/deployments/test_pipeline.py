@@ -14,7 +14,9 @@ from deployments.access import Caller, KeyConfig, visit
 from deployments.config import AppConfig, ModelSpec, ReplayConfig
 from deployments.conversations import Conversation, start
 from deployments.metrics.ingress import STAGES, arrival
-from deployments.pipeline import Pipeline
+from deployments.pipeline import Pipeline, SharedMedia
+from deployments.ray_serve.handoff import Brought, RowsRef, taken
+from deployments.ray_serve.packing import RowsInfo
 from deployments.references import ReferenceConfig, References, UnknownReference
 from deployments.stages import RowsLost, StageLost, Stages
 from deployments.tools import ToolUse
@@ -25,7 +27,7 @@ from engine.media.ledger import Ledger
 from engine.media.source import MediaSource
 from engine.outputs import OutputDelta, StreamUpdate, Usage
 from engine.parsers.formats import REASONING_TAGS
-from engine.prompt import EmbeddedMedia, EngineInput, MediaItem, PlaceholderRun, PreparedMedia
+from engine.prompt import EmbeddedMedia, EngineInput, MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
 from engine.sampling_params import SamplingParams
 from tests.engine.tokenizers import KINDS
 from tests.serving import app_args
@@ -248,6 +250,33 @@ async def test_a_request_keeps_the_media_that_it_names(spec):
     prompt = await served.prepare(build, [MediaSource(0, "", uuid="a")])
     await served.prepare(build, [MediaSource(0, "", url="data:,1", uuid="b")])
     assert [rows.hash for rows in await prompt.encode_again()] == ["a"]
+
+
+async def test_prompts_of_one_request_have_its_media_in_common(spec):
+    """Also those that may be taken once. Each prompt has the rows of its own media; lost ones are made again
+    once for all prompts."""
+
+    class ByLine(Encoder):
+        async def encode(self, pixels, salt, asked):
+            found = await super().encode(pixels, salt, asked)
+            return RowsRef(RowsInfo(found.hash, "float32"), Brought(found.rows))
+
+    def shows(*indices):
+        return lambda items: EngineInput([1] * 4, [MediaSpan(items[i], n, 1) for n, i in enumerate(indices)])
+
+    def taken_from(media):
+        assert all(taken(rows.array).shape == (1, 1) for rows in media)
+        return [rows.info.hash for rows in media]
+
+    preprocessor, encoder = Preprocessor(), ByLine()
+    served, shared = pipeline(spec, preprocessor, encoder), SharedMedia(SOURCES)
+    prompts = [await served.prepare(shows(*shown), shared) for shown in ((0, 1), (0, 2), (0, 2))]
+    hashes = [["data:,0", "data:,1"], ["data:,0", "data:,2"], ["data:,0", "data:,2"]]
+    assert [taken_from(prompt.media) for prompt in prompts] == hashes
+    for losses in (1, 2):
+        again = await asyncio.gather(*(prompt.encode_again() for prompt in prompts))
+        assert [taken_from(media) for media in again] == hashes
+        assert (preprocessor.calls, len(encoder.seen)) == (1 + losses, 3 * (1 + losses))
 
 
 async def test_the_first_item_that_fails_ends_the_others(spec):
