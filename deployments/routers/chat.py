@@ -19,7 +19,14 @@ from deployments.pipeline import Pipeline
 from deployments.protocol import chat as wire
 from deployments.resumption import Resumption, resumption
 from deployments.routers.models import read_request
-from deployments.routers.values import content_logprobs, prompt_row, token_name, usage_body, whole_response
+from deployments.routers.values import (
+    content_logprobs,
+    content_rows,
+    prompt_row,
+    token_name,
+    usage_body,
+    whole_response,
+)
 from engine.outputs import StreamUpdate
 from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Text
 
@@ -201,7 +208,7 @@ def _whole(answer: Answer, found: WholeAnswer, running: RunningAnswer) -> dict:
     namer = token_name(answer.body)
     for choice, made in zip(response["choices"], found.choices, strict=True):
         if made.logprobs is not None:
-            content = content_logprobs(made.token_ids, made.logprobs, running.params, name=namer)
+            content = content_rows(made.token_ids, made.logprobs, running.params, name=namer)
             choice["logprobs"] = {"content": content, "refusal": None}
         # Fields of thoughts, calls and ids that aren't there are left out.
         message = choice["message"]
@@ -314,7 +321,7 @@ def _delta_events(
     if delta.logprobs is not None:
         name = token_name(answer.body)
         content = content_logprobs(delta.token_ids, delta.logprobs, running.params, name=name)
-        choices[0].logprobs = wire.Logprobs.model_validate({"content": list(content)})
+        choices[0].logprobs = wire.Logprobs(content=content)
     if ids:
         choices[0].token_ids = delta.token_ids
     if delta.finish_reason is not None:

@@ -83,8 +83,8 @@ async def events_of(
                 logprobs: list[Json] = []
                 if read.logprobs is not None:
                     begin = read.num_thought
-                    rows = read.token_ids[begin:], read.logprobs[begin:]
-                    logprobs = list(content_logprobs(*rows, running.params))
+                    found = content_logprobs(read.token_ids[begin:], read.logprobs[begin:], running.params)
+                    logprobs = [entry.model_dump() for entry in found]
                 for event in builder.add(read, logprobs):
                     yield event
                 reason = read.finish_reason or reason

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response
 
-from deployments.protocol.chat import ChatCompletionRequest
+from deployments.protocol.chat import ChatCompletionRequest, ChatLogprob
 from deployments.protocol.completions import CompletionRequest
 from deployments.protocol.usage import CompletionTokensDetails, PromptTokensDetails, UsageBody
 from engine.outputs import TokenLogprob, Usage
@@ -75,6 +75,17 @@ def usage_body(usage: Usage, reasoning_tokens: int = 0, extras: Mapping[str, Any
 
 
 def content_logprobs(
+    token_ids: Sequence[int],
+    rows: Sequence[Mapping[int, TokenLogprob]],
+    params: SamplingParams,
+    *,
+    name: TokenName = token_text,
+) -> list[ChatLogprob]:
+    """Those of :func:`content_rows` as they are sent."""
+    return [ChatLogprob(**row) for row in content_rows(token_ids, rows, params, name=name)]
+
+
+def content_rows(
     token_ids: Sequence[int],
     rows: Sequence[Mapping[int, TokenLogprob]],
     params: SamplingParams,
