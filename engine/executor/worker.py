@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+from collections import deque
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -19,6 +20,7 @@ from engine.errors import SightlineError, Unavailable
 from engine.executor.rank import ModelRank, rank_device
 from engine.executor.wire import BatchReceiver, MakeRunner, MeasureBlocks, Setup
 from engine.families.registry import resolve
+from engine.runner.launched_step import LaunchedStep
 from engine.runner.model_runner import ModelRunner
 from engine.startup import StartTimes
 
@@ -81,10 +83,14 @@ def _run_steps(connection: Connection, runner: ModelRunner) -> None:
         mask[...], settled = connection.recv()
         return settled
 
+    launched: deque[LaunchedStep] = deque()
     while True:
         message = connection.recv()
-        # Tokens stay on the device for the next step. All ranks sample the same; rank 0 alone reads them.
-        runner.execute(receiver.batch(message), grammar_mask if message.masked else None)
+        # Tokens stay on the device for the next step. All ranks sample the same; rank 0 alone needs them.
+        launched.append(runner.execute(receiver.batch(message), grammar_mask if message.masked else None))
+        while launched and launched[0].ready():
+            # It gives the step's memory back.
+            launched.popleft().result()
 
 
 def _end_with_parent(folder: str) -> None:

@@ -14,9 +14,10 @@ from engine.runner.step_buffer import HostMemory
 from engine.scheduling.batch import StepResult
 from engine.transfers import download
 
-#: Seconds between two looks whether a step is computed. An event that wakes the thread does so later, and
-#: takes the process more time.
+#: Seconds between two looks whether a step is computed: at least this, and this share of the time that was
+#: waited already, so that a long step takes few looks. An event that wakes the thread does so later.
 _LOOK_S = 5e-5
+_LOOK_SHARE = 0.02
 
 
 @dataclass(slots=True)
@@ -61,8 +62,9 @@ class LaunchedStep:
     def result(self) -> StepResult:
         """Wait for the step's result; called once."""
         if (event := self._memory.event) is not None:
+            start = time.monotonic()
             while self._idle_wait and not event.query():
-                time.sleep(_LOOK_S)
+                time.sleep(max(_LOOK_S, _LOOK_SHARE * (time.monotonic() - start)))
             event.synchronize()
         tokens = self._tokens.copy()
         self._give_back(self._memory)

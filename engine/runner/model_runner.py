@@ -183,6 +183,7 @@ class ModelRunner:
 
         If it raises, the step can be forgotten: its slots are written again when they are admitted again.
         """
+        assert torch.is_inference_mode_enabled()
         for slot in batch.released:
             self._release(slot)
         for admission in batch.admitted:
@@ -215,6 +216,7 @@ class ModelRunner:
 
     def compute(self, step: PreparedStep, grammar_mask: GrammarMask | None = None) -> LaunchedStep:
         """Enqueue a prepared step; arguments as for :meth:`execute`. The caller is in inference mode."""
+        assert torch.is_inference_mode_enabled()
         batch, plan, others = step.batch, step.plan, step.others
         self._write(step)
         prompts = PromptResults([], [], [])

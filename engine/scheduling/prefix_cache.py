@@ -36,17 +36,18 @@ class BlockHasher:
         self._model_key = model_key.encode()
         self._secret = secret
         self._told_apart = told_apart
-        # The last one, since few callers have salts.
+        # The last one, since few callers have salts. Several threads read and write it, each in one go.
         self._root: tuple[str, int, bytes] | None = None
 
     def root(self, salt: str, rope_variant: int = 0) -> bytes:
         """The parent of a sequence's first block, for a tenant's salt and rotary frequencies."""
         if (held := self._root) is not None and held[:2] == (salt, rope_variant):
             return held[2]
-        digest = blake2b(self._model_key, digest_size=_DIGEST, key=self._secret)
-        digest.update(b"\0" + rope_variant.to_bytes(8, "big") + salt.encode())
-        self._root = salt, rope_variant, digest.digest()
-        return self._root[2]
+        hashed = blake2b(self._model_key, digest_size=_DIGEST, key=self._secret)
+        hashed.update(b"\0" + rope_variant.to_bytes(8, "big") + salt.encode())
+        digest = hashed.digest()
+        self._root = salt, rope_variant, digest
+        return digest
 
     def extend(
         self,

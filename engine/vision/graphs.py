@@ -154,7 +154,7 @@ class TowerGraphs:
             # The last image must have left the memory.
             self._sent.synchronize()
         self._image.write(self._written[: self._image.size(pixels)].numpy(), pixels)
-        return self._run(replays, tokens, segments, None, pause)
+        return self._run(replays, tokens, segments, None, pause, written=True)
 
     def _run(
         self,
@@ -163,14 +163,18 @@ class TowerGraphs:
         segments: VisionSegments,
         windows: VisionSegments | None,
         pause: Callable[[], None],
+        *,
+        written: bool = False,
     ) -> list[torch.Tensor]:
+        """With ``written`` the first stage reads the written memory."""
         if self._filled is None or self._filled[0] is not segments or self._filled[1] is not windows:
             # If copying fails half-way, the next replay copies again.
             self._filled = None
             self._copy(segments, windows, tokens)
             self._filled = segments, windows
         outputs = replays[0]()
-        self._note_sent()
+        if written:
+            self._note_sent()
         for replay in replays[1:]:
             pause()
             outputs = replay()

@@ -56,6 +56,44 @@ def test_rows_equal_transformers(path):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+class SentEvent:
+    """Stands in for the event behind what reads an image's bytes: until it is waited for, they are needed."""
+
+    def __init__(self):
+        self.needed = False
+
+    def record(self):
+        self.needed = True
+
+    def synchronize(self):
+        self.needed = False
+
+
+def test_bytes_of_an_image_stay_until_the_tower_has_read_them(path, monkeypatch):
+    """Batches of several images don't read them."""
+    ours = media_processor(path)
+    kept = load_vision_encoder(*parse(path), device=torch.device("cpu"), dtype=torch.float32)
+    kept.capture_graphs(rerun)
+    graphs, sent = kept.tower._graphs, SentEvent()
+    written, write = [], graphs._image.write
+
+    def checked(memory, pixels):
+        assert not sent.needed
+        written.append(pixels.shape)
+        write(memory, pixels)
+
+    monkeypatch.setattr(graphs, "_sent", sent)
+    monkeypatch.setattr(graphs, "_image", replace(graphs._image, write=checked))
+    one, other = (ours.prepare(picture(60, 44, seed)) for seed in range(2))
+    kept.encode([one])
+    assert sent.needed
+    kept.encode([other])
+    assert sent.needed and len(written) == 2
+    sent.synchronize()
+    kept.encode([one, other])
+    assert not sent.needed and len(written) == 2
+
+
 def test_plans_of_a_grid_serve_its_next_image(path):
     """Captured passes don't copy segments again that the last image used. Nobody waits for the device between
     two images."""

@@ -240,15 +240,16 @@ def test_add_layer_norm(device, dtype, rows, size):
         assert_close(one, other)
 
 
-@pytest.mark.parametrize("parts", [(0, 0), (2, 3)])
-def test_a_layer_norm_adds_a_pair_one_after_the_other(device, dtype, parts):
-    """Of whole numbers, so that every order of a sum's parts has the same total; without a shift."""
-    sums = [torch.randint(-999, 999, (max(1, count), 5, 96), device=device).float() / 64 for count in parts]
+@pytest.mark.parametrize(("parts", "size"), [((0, 0), 96), ((2, 3), 96), ((0, 0), 1300)])
+def test_a_layer_norm_adds_a_pair_one_after_the_other(device, dtype, parts, size):
+    """Of whole numbers, so that every order of a sum's parts has the same total; without a shift. A row is
+    one chunk, or two."""
+    sums = [torch.randint(-999, 999, (max(1, count), 5, size), device=device).float() / 64 for count in parts]
     results = [
         SplitSums(each, dtype) if count else each[0].to(dtype)
         for each, count in zip(sums, parts, strict=True)
     ]
-    residual, weight = torch.randn(5, 96).to(device, dtype), torch.randn(96).to(device, dtype)
+    residual, weight = torch.randn(5, size).to(device, dtype), torch.randn(size).to(device, dtype)
     normed, total = add_layer_norm_triton(Pair(*results), residual, weight, None, 1e-6)
     first, second = (each.sum(0).to(dtype) for each in sums)
     assert torch.equal(total, residual + first + second)
