@@ -90,6 +90,22 @@ class Checkpoint:
         return self.json("config.json")
 
     @cached_property
+    def architectures(self) -> list[str]:
+        """The names in config.json's ``architectures``; none if it states none.
+
+        Raises:
+            CheckpointError: it is no list of names.
+        """
+        stated = self.config.get("architectures")
+        if stated is None:
+            return []
+        if not isinstance(stated, list) or not all(isinstance(name, str) for name in stated):
+            raise CheckpointError(
+                f"config.json: architectures should be a list of names, not {stated!r}", param="architectures"
+            )
+        return stated
+
+    @cached_property
     def generation_config(self) -> dict[str, Any]:
         return self.json("generation_config.json")
 
@@ -134,6 +150,8 @@ class Checkpoint:
     def _processor(self, part: str, file: str) -> dict[str, Any]:
         """Options nested as ``part`` in processor_config.json, else those in ``file``."""
         nested = self.json("processor_config.json").get(part)
+        if not isinstance(nested, dict | None):
+            raise CheckpointError(f"processor_config.json: {part} should be an object", param=part)
         return self.json(file) if nested is None else dict(nested)
 
     @cached_property

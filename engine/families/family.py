@@ -108,8 +108,12 @@ class Family:
         Raises:
             CheckpointError: naming the field that is missing or not supported.
         """
-        named = checkpoint.config.get("architectures") or []
-        served = (name for stated in named for name in with_head(stated) if name in self.architectures)
+        served = (
+            name
+            for stated in checkpoint.architectures
+            for name in with_head(stated)
+            if name in self.architectures
+        )
         architecture = next(served, self.architectures[0])
         return self.reader.read(checkpoint, self.name, architecture)
 

@@ -119,13 +119,12 @@ def resolve(checkpoint: Checkpoint) -> Family:
     Raises:
         CheckpointError: the architecture is not supported; the message lists those that are.
     """
-    architectures = checkpoint.config.get("architectures") or []
-    for architecture in architectures:
+    for architecture in checkpoint.architectures:
         for served in with_head(architecture):
             for name, supported in _FAMILIES.items():
                 if served in supported:
                     return family_named(name)
-    named = ", ".join(map(str, architectures)) or "(none named in config.json)"
+    named = ", ".join(checkpoint.architectures) or "(none named in config.json)"
     raise CheckpointError(
         f"architecture {named} is not supported; supported are {', '.join(supported_architectures())}"
     )

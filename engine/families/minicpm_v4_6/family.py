@@ -40,7 +40,7 @@ _MARKS = {
 def _vision(raw: Json, processor: Json, hidden: int) -> MergedVisionConfig:
     stated = raw.get("vision_config") or {}
     for part, field in ((raw, "merge_kernel_size"), (stated, "window_kernel_size")):
-        if list(part.get(field, (2, 2))) != [2, 2]:
+        if part.get(field, [2, 2]) != [2, 2]:
             raise CheckpointError(
                 f"config.json: {field} {part[field]!r} is not supported; [2, 2] is", param=field
             )

@@ -211,10 +211,10 @@ def _upsizes(stated: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
     """Whether small images are enlarged, by the option ``small_image_upsize`` or the field of that name."""
     known, field = {"always": True, "never": False}, "small_image_upsize"
     if field in options:
-        if options[field] not in known:
+        if options[field] not in tuple(known):
             raise bad_option(field, options[field], "always or never")
         return known[options[field]]
-    if stated[field] not in known:
+    if stated[field] not in tuple(known):
         raise CheckpointError(
             f"preprocessor_config.json: {field} {stated[field]!r} is not supported; always and never are, "
             f"also as mm_processor_kwargs.{field}",

@@ -24,6 +24,10 @@ ACTIVATION_NAMES: dict[Any, str] = {
     "swish": "silu",
 }
 
+#: Fields that count layers. Lists as long are made of them, so they have a bound.
+_LAYERS = ("num_hidden_layers", "depth", "num_layers")
+_MOST_LAYERS = 10_000
+
 
 def with_aliases(config: Json, aliases: Mapping[str, str]) -> dict[str, Any]:
     """``config``, where each missing field of ``aliases`` has the value of the field that it maps to."""
@@ -40,6 +44,10 @@ def integer(config: Json, field: str, *, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise CheckpointError(f"config.json: {field} should be {wanted}, not {value!r}", param=field)
+    if field in _LAYERS and value > _MOST_LAYERS:
+        raise CheckpointError(
+            f"config.json: {field} should be at most {_MOST_LAYERS}, not {value}", param=field
+        )
     return value
 
 

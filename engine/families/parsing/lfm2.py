@@ -138,20 +138,22 @@ def lfm3_fields(raw: Json) -> Json:
         "layer_types": [_FULL if kind == _CONV else kind for kind in kinds],
         "linear_layers": tuple(layer for layer, kind in enumerate(kinds) if kind == _CONV),
         "rope_scaling": None,
-        "rope_parameters": _lfm3_ropes(raw.get("rope_parameters") or _ROPES),
+        "rope_parameters": _lfm3_ropes(raw.get("rope_parameters") or _ROPES, config["rope_theta"]),
     }
 
 
-def _lfm3_ropes(stated: Any) -> dict[str, Any]:
+def _lfm3_ropes(stated: Any, theta: Any) -> dict[str, Any]:
     if not isinstance(stated, dict) or not all(isinstance(each, dict | None) for each in stated.values()):
         raise CheckpointError(
             f"config.json: rope_parameters should be objects by {_FULL} and {_SLIDING}",
             param="rope_parameters",
         )
     full = stated.get(_FULL) or {}
+    # Stated parameters without a base have the same one for both kinds of layers.
+    sliding = {"rope_theta": theta, **(stated.get(_SLIDING) or {})}
     if full.get("rope_type", "default") == "default" and full.get("partial_rotary_factor", 1.0) != 1.0:
         full = {**full, "rope_type": "proportional"}
-    return {**stated, _FULL: full}
+    return {**stated, _FULL: full, _SLIDING: sliding}
 
 
 def lfm3_switches(config: Json) -> dict[str, Any]:

@@ -138,7 +138,12 @@ def axial_theta(raw: Mapping[str, Any]) -> float:
     Raises:
         CheckpointError: the base is no number, or the embedding is of another type.
     """
-    stated = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    stated = raw.get(field) or {}
+    if not isinstance(stated, Mapping):
+        raise CheckpointError(
+            f"config.json: {field} of the vision part should be an object", param="vision_config"
+        )
     kind = stated.get("rope_type", stated.get("type", "axial"))
     if kind not in ("axial", "default"):
         raise CheckpointError(
@@ -168,7 +173,7 @@ def _parse(filled: Mapping[str, Any], feature_layer: Any, *, clip: bool) -> Squa
         patch_dim=3 * patch * patch,
         patch_bias=not clip,
         activation=vision_activation(filled["hidden_act"]),
-        norm_eps=float(filled["layer_norm_eps"]),
+        norm_eps=number(filled, "layer_norm_eps"),
         class_token=clip,
         num_positions=(image // patch) ** 2 + clip,
         pre_norm=clip,

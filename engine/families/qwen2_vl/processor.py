@@ -395,9 +395,20 @@ def _check(raw: Mapping[str, Any], vision: NativeVisionConfig, *temporal: int) -
 
 def _stated_bounds(raw: Mapping[str, Any], rules: ImageRules | VideoRules) -> tuple[int, int]:
     size = raw.get("size") or {}
+    if not isinstance(size, Mapping):
+        raise CheckpointError(
+            f"preprocessor_config.json: size should be an object, not {size!r}", param="size"
+        )
     named = raw if rules.named_bounds else {}
     low = named.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or rules.bounds[0]
     high = named.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or rules.bounds[1]
+    for field, value in (("min_pixels", low), ("max_pixels", high)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise CheckpointError(
+                f"preprocessor_config.json: {field}, or size that states it, should be a positive number, "
+                f"not {value!r}",
+                param=field,
+            )
     return low, high
 
 

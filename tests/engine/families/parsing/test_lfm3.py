@@ -23,6 +23,14 @@ def test_a_stated_share_of_a_head_turns(kind, share):
     assert (rope.type, rope.turning) == (("default", 0) if share == 1 else ("proportional", 32))
 
 
+def test_stated_parameters_without_a_base_have_that_of_full_attention():
+    """By the configuration class of Transformers; without any parameters windows have one of their own."""
+    ropes = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}}
+    stated, unstated = (parse_decoder(fields, "lfm3") for fields in ({"rope_parameters": ropes}, {}))
+    assert [rope and rope.theta for rope in (stated.rope, stated.local_rope)] == [1e6, 1e6]
+    assert [rope and rope.theta for rope in (unstated.rope, unstated.local_rope)] == [1e6, 1e4]
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
