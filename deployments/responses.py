@@ -30,7 +30,7 @@ class ResponseBuilder:
         self._last: Event | None = None
         self._text: list[str] = []
         self._logprobs: list[Json] = []
-        # Of tokens that have given no text yet: a part of a character, or what may become a stop string.
+        # Of texts that have not come yet.
         self._waiting: list[Json] = []
         self._namespaces = names_in_namespaces(response["tools"])
 
@@ -42,17 +42,16 @@ class ResponseBuilder:
         """Append what the answer gained.
 
         Args:
-            logprobs: of the delta's tokens behind those of a thought, in the form that the events carry.
+            logprobs: of the tokens of the next visible text, in the form that the events carry.
         """
-        self._waiting = [*(() if delta.num_thought else self._waiting), *logprobs]
+        self._waiting = [*self._waiting, *logprobs]
         for event in delta.events:
             if not continues(self._last, event):
                 yield from self._end_item()
                 yield from self._begin_item(event)
             self._last = event
             yield from self._extend(event)
-            if not isinstance(event, Reasoning):
-                # Those of calls and of tags are no part of a text.
+            if isinstance(event, Text):
                 self._waiting = []
 
     def finish(

@@ -54,7 +54,7 @@ SERVER_FLOORS = [
         "tasks",
         "threads",
     ],
-    ["direct", "resumption", "routing", "stage_config", "stages", "tools"],
+    ["direct", "resumption", "routing", "stage_config", "stages", "text_tokens", "tools"],
     ["answer_format", "config", "request_log"],
     ["protocol"],
     ["charges"],

@@ -12,6 +12,7 @@ from deployments.response_store import Json, ResponseStore, StoredResponse
 from deployments.responses import ResponseBuilder
 from deployments.resumption import EvenCuts
 from deployments.routers.values import content_logprobs
+from deployments.text_tokens import TextTokens, TokenByToken
 from deployments.tools import name_in_namespace
 from engine.outputs import StreamUpdate
 from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Text
@@ -75,16 +76,16 @@ async def events_of(
             yield event
         update = first if first is not None else await anext(running.updates, None)
         reason = None
+        single, of_text = TokenByToken(), TextTokens()
         while update is not None:
-            for delta in update.deltas:
+            for delta in (piece for each in update.deltas for piece in single.cut(each)):
                 read = running.reader.read(delta)
+                tokens = of_text.add(read)
                 if cuts is not None:
                     read = cuts.cut(read)
-                logprobs: list[Json] = []
-                if read.logprobs is not None:
-                    begin = read.num_thought
-                    found = content_logprobs(read.token_ids[begin:], read.logprobs[begin:], running.params)
-                    logprobs = [entry.model_dump() for entry in found]
+                ids, rows = [token for token, _ in tokens], [row for _, row in tokens]
+                found = content_logprobs(ids, rows, running.params)
+                logprobs = [entry.model_dump() for entry in found]
                 for event in builder.add(read, logprobs):
                     yield event
                 reason = read.finish_reason or reason
