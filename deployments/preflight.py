@@ -186,9 +186,9 @@ def check_options(config: Mapping[str, Any]) -> None:
         faults = [_fault("", each, ServeDeploySchema) for each in error.errors()]
         raise InTheWay(" ".join(faults)) from None
     for index, application in enumerate(config["applications"]):
-        prefix = application.get("route_prefix") or "/"
+        prefix = application.get("route_prefix")
         # Its form doesn't look at it: Ray Serve does so when it deploys the application.
-        if not re.fullmatch(r"/|(/[^/{}]+)+", prefix):
+        if prefix is not None and not re.fullmatch(r"/|/[^{}]*[^/{}]", prefix):
             raise InTheWay(
                 f"applications[{index}].route_prefix must be / or a path such as /vision, without a / behind "
                 f"it, not {prefix!r}."

@@ -231,8 +231,16 @@ def test_a_port_that_is_none(tmp_path, capsys, port):
             lambda given: given["applications"][1].update(route_prefix="/a/"),
             "applications[1].route_prefix must",
         ),
+        (
+            lambda given: given["applications"][1].update(route_prefix="/{a}"),
+            "applications[1].route_prefix must",
+        ),
+        (
+            lambda given: given["applications"][1].update(route_prefix=""),
+            "applications[1].route_prefix must",
+        ),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_options_of_ray_serve_that_it_would_ignore_or_refuse_at_length(tmp_path, capsys, change, fault):
     file = Path(config(tmp_path, port=free_port()))

@@ -102,9 +102,12 @@ def _with_hyphens(text: str, layer: Any) -> str:
     if _HYPHEN not in text:
         return text
     # A font that doesn't say what its letters mean may have a letter of that number.
-    places = (i for i in range(layer.count_chars()) if raw.FPDFText_GetUnicode(layer.raw, i) == ord(_HYPHEN))
-    known = all(raw.FPDFText_IsHyphen(layer.raw, place) for place in places)
-    return text.replace(_HYPHEN, "-\n") if known else text
+    places = [i for i in range(layer.count_chars()) if raw.FPDFText_GetUnicode(layer.raw, i) == ord(_HYPHEN)]
+    first, *others = text.split(_HYPHEN)
+    if len(places) != len(others):
+        return text
+    joints = ["-\n" if raw.FPDFText_IsHyphen(layer.raw, place) else _HYPHEN for place in places]
+    return first + "".join(joint + piece for joint, piece in zip(joints, others, strict=True))
 
 
 @contextmanager

@@ -287,6 +287,7 @@ REFUSED = {
     ),
     "container": ({"container": "a"}, 400, "invalid_request_error", "container"),
     "prompt_logprobs": ({"prompt_logprobs": 1}, 400, "invalid_request_error", "prompt_logprobs"),
+    "token ids": ({"return_token_ids": True}, 400, "invalid_request_error", "/v1/chat/completions or"),
     "stop": ({"stop_sequences": ["a"] * 17}, 400, "invalid_request_error", "stop_sequences has 17"),
     "overflow": (
         {"messages": [{"role": "user", "content": "red " * 2000}]},

@@ -87,13 +87,13 @@ def test_texts_are_read_in_lines(reader):
     # PDFium writes U+0002 for the hyphen and the end of its line.
     cut = b"BT /F 12 Tf 20 60 Td (a well-) Tj 0 -20 Td (known page of 2019-) Tj 0 -20 Td (2020) Tj ET"
     # The font gives letter 2 no meaning.
-    unknown = rb"BT /F 12 Tf 20 60 Td (a\002b) Tj ET"
+    unknown = rb"BT /F 12 Tf 20 60 Td (a\002b well-) Tj 0 -20 Td (known) Tj ET"
     box = b"/MediaBox [0 0 200 100]"
     with reader.open(pdf([(box, lines), page(), (box, cut), (box, unknown)]), WHERE) as document:
         assert document.text(0) == "first line\nsecond line"
         assert document.text(1) == ""
         assert document.text(2) == "a well-\nknown page of 2019-\n2020"
-        assert document.text(3) == "a\x02b"
+        assert document.text(3) == "a\x02b well-\nknown"
 
 
 @pytest.mark.parametrize(

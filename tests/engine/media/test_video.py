@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import random
 import signal
 from fractions import Fraction
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from av.sidedata.sidedata import Type
 from PIL import Image, ImageColor
 
 from engine.errors import MediaError, MediaTooLarge
 from engine.media.video.container import UnreadableVideo, VideoFile
 from engine.media.video.decoder import VideoDecoder
+from engine.media.video.display import Display
 from engine.media.video.limits import VideoLimits
 from tests.engine.media.clips import FILM, NTSC, clip, colour, decoded, filmed, shown_by
 
@@ -102,6 +106,16 @@ def test_frames_are_upright_and_not_mirrored(matrix):
     assert video.info.size == (width, height)
     for frame in video.frames(range(3)):
         assert (frame == wanted).all()
+
+
+@pytest.mark.parametrize(("degrees", "nearest"), [(30, 0), (60, 90), (-60, -90), (120, 90), (150, 180)])
+def test_a_tilted_frame_is_shown_at_the_nearest_quarter_turn(degrees, nearest):
+    def display(angle: int) -> Display:
+        c, s = (round(65536 * f(math.radians(angle))) for f in (math.cos, math.sin))
+        matrix = np.array([c, s, 0, -s, c, 0, 0, 0, 1 << 30], np.int32)
+        return Display.of(SimpleNamespace(side_data={Type.DISPLAYMATRIX: matrix.tobytes()}))
+
+    assert display(degrees) == display(nearest)
 
 
 @pytest.mark.parametrize(
