@@ -69,6 +69,8 @@ CLIPS = [
 ]
 
 
+#: Degrees, counter-clockwise, by which a player turns the frames of a file with each display matrix.
+TURNS = {(0, -1, 1, 0): 90, (-1, 0, 0, -1): 180, (0, 1, -1, 0): 270}
 #: Files of each container that is read, upright and turned: what :func:`clip` is asked for.
 FILES: list[dict[str, Any]] = [
     {"container": "mov", "codec": "mpeg4"},
@@ -77,9 +79,7 @@ FILES: list[dict[str, Any]] = [
     {"container": "webm", "codec": "libvpx-vp9"},
     {"container": "avi", "codec": "mpeg4"},
     {"container": "avi", "codec": "libx264"},
-    {"rotation": 90},
-    {"rotation": 180},
-    {"rotation": 270},
+    *({"matrix": matrix} for matrix in TURNS),
     {"sound": True},
 ]
 
@@ -357,7 +357,7 @@ def test_files_of_every_container_equal_transformers(samplers, kind, tmp_path):
             data = clip(25 + number, rate, size=(48, 32), **asked)
             source = MediaSource(0, "here", "video", data=data)
             media = preparation.prepare(preparation.for_prompt([source]), source, [data])
-            frames = turned(samplers, family, data, rate, asked.get("rotation", 0))
+            frames = turned(samplers, family, data, rate, TURNS.get(asked.get("matrix"), 0))
             patches, grid = reference.video(frames)
             assert media.item.grid == tuple(grid[0].tolist()), asked
             ours = vision.patchify(torch.from_numpy(media.pixels.copy()))
@@ -419,7 +419,7 @@ def test_squares_of_frames_equal_transformers(samplers, clips, tmp_path, request
     given = [(data, asked, seen(samplers, family, data, asked)[0]) for data, asked in clips]
     for asked in FILES:
         data = clip(40, rate, size=(48, 32), **asked)
-        given.append((data, USUAL, turned(samplers, family, data, rate, asked.get("rotation", 0))))
+        given.append((data, USUAL, turned(samplers, family, data, rate, TURNS.get(asked.get("matrix"), 0))))
     preparation = MediaPreparation(media_processor(make(tmp_path)), processes=1)
     request.addfinalizer(preparation.close)
     for data, asked, frames in given:
