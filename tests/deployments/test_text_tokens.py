@@ -24,6 +24,8 @@ CALL = ["<tool_call>", '\n{"name": "report", "arg', 'uments": {"color": "red"}}'
         (["Oh", *CALL, "\nHi", " <", "b"], [["Oh"], ["\nHi", " <", "b"]]),
         (["<think>", "hm", "</think>", "\n\n", "Look", *CALL], [["\n\n", "Look"]]),
         (["<think>", "hm</think>\nLook", " here"], [[" here"]]),
+        ([*CALL[:2], f"{CALL[2]}{CALL[3]}Hi", " you"], [[f"{CALL[2]}{CALL[3]}Hi", " you"]]),
+        (["<thi", "nk>", "</think>", "Look"], [["Look"]]),
         (["a ", "<", "tool", ">", " b"], [["a ", "<", "tool", ">", " b"]]),
     ],
 )
