@@ -2,7 +2,7 @@
 
 python -m benchmarks [autoscaling_sim] [channel] [conversation] [ends] [host] [ingress] [kernels] [load]
     [media_memory] [memory] [multi_gpu] [offline] [overload] [preparation] [routing] [scaling] [serve]
-    [slow_hosts] [start] [steps] [streams] [tiles] [windows]
+    [slow_hosts] [start] [step_parts] [steps] [streams] [tiles] [windows]
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ BENCHMARKS = {
     "media_memory": ("", "--requests 300"),
     "slow_hosts": ("", "--images 5 --rounds 1"),
     "start": ("--gpu --shape qwen2-vl-2b", "--starts 1"),
+    "step_parts": ("--shape qwen2-vl-2b", "--answers 8 --steps 100 --cold-mib 0"),
     "steps": ("--shape qwen2-vl-7b --prompt-lookup 8", "--scale 64"),
     "streams": ("", "--streams 8 --tokens 100 --rounds 2"),
     "tiles": ("", ""),

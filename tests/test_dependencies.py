@@ -16,7 +16,7 @@ from tests.test_architecture import ROOT, Imports, loading_paths, read_imports, 
 #: Modules that load an optional package when they are imported. Only functions, or helper processes, import
 #: them.
 OPTIONAL_LOADED_BY = {
-    "av": {"engine.media.video.container", "engine.media.video.process"},
+    "av": {"engine.media.video.container", "engine.media.video.display", "engine.media.video.process"},
     "pypdfium2": {"engine.media.documents.pdf", "engine.media.documents.process"},
 }
 

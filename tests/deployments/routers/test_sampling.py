@@ -26,7 +26,7 @@ def ids(llm) -> list[int]:
 
 
 def test_every_parameter_has_a_field():
-    spelled_by_endpoints = {"max_tokens", "logprobs", "structured"}
+    spelled_by_endpoints = {"max_tokens", "logprobs", "structured", "repetition_detection"}
     # What a checkpoint's generation_config says where a request is silent.
     defaults = {"default_max_tokens"}
     # It follows from what the answer shows.
@@ -72,7 +72,7 @@ NAMES = list(cases([0] * 9))
 
 def test_every_parameter_has_a_case():
     covered = {name for case in cases([0] * 9).values() for name in case}
-    assert set(SAMPLING) - covered == {"n", "prompt_logprobs", "max_length"}
+    assert set(SAMPLING) - covered == {"n", "prompt_logprobs", "logprob_token_ids", "max_length"}
 
 
 @pytest.mark.parametrize("name", NAMES)
