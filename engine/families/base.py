@@ -242,6 +242,31 @@ class ImagesOnly:
         )
 
 
+class SquareImages(ImagesOnly):
+    """The part of a processor whose model is shown every image as a square of one size, and takes no videos.
+
+    Attributes:
+        side: of the square, in pixels.
+        rows: embedding rows per image.
+        image_token_id: the token that rows replace.
+    """
+
+    __slots__ = ()
+    side: int
+    rows: int
+    image_token_id: int
+
+    @property
+    def embedding_field(self) -> None:
+        return None
+
+    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
+        return self._item(key, (self.side, self.side))
+
+    def _item(self, key: str, size: tuple[int, int]) -> MediaItem:
+        return MediaItem.of_rows("image", key, self.image_token_id, self.rows, grid=(1,), size=size)
+
+
 @runtime_checkable
 class EmbeddingProcessor(Protocol):
     """A :class:`MediaProcessor` whose images may also come as embedding rows."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
-from engine.families.base import ImagesOnly, ModelConfig
+from engine.families.base import ModelConfig, SquareImages
 from engine.families.parsing.processor import mean_colour, require_steps, stated_size
 from engine.media.image_ops import rgb_array
 from engine.media.keys import content_hash
 from engine.media.padding import centred
 from engine.media.resize import resized
-from engine.prompt import MediaItem, PreparedMedia
+from engine.prompt import PreparedMedia
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.normalisation import CLIP_NORMALISATION
 
@@ -27,7 +27,7 @@ _DEFAULT_SIDE, _DEFAULT_LEAST = 384, 14
 
 
 @dataclass(frozen=True, slots=True)
-class DeepseekVLProcessor(ImagesOnly):
+class DeepseekVLProcessor(SquareImages):
     """See :class:`engine.families.base.MediaProcessor`.
 
     Attributes:
@@ -89,13 +89,3 @@ class DeepseekVLProcessor(ImagesOnly):
         options = {"side": self.side, "rows": self.rows}
         key = content_hash(pixels, family="deepseek_vl", options=options, kind="image", size=image.size)
         return PreparedMedia(self._item(key, image.size), pixels)
-
-    @property
-    def embedding_field(self) -> None:
-        return None
-
-    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
-        return self._item(key, (self.side, self.side))
-
-    def _item(self, key: str, size: tuple[int, int]) -> MediaItem:
-        return MediaItem.of_rows("image", key, self.image_token_id, self.rows, grid=(1,), size=size)

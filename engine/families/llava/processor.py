@@ -10,14 +10,14 @@ import numpy as np
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
-from engine.families.base import ImagesOnly, ModelConfig
+from engine.families.base import ModelConfig, SquareImages
 from engine.families.parsing.processor import mean_colour, stated_size
 from engine.media.centre import FILTERS, centre_of_resized, centre_square
 from engine.media.image_ops import check_aspect_ratio
 from engine.media.keys import content_hash
 from engine.media.padding import resize_in_square
 from engine.media.resize import resize
-from engine.prompt import MediaItem, PreparedMedia
+from engine.prompt import PreparedMedia
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.normalisation import CLIP_NORMALISATION
 
@@ -35,7 +35,7 @@ _DEFAULT_SIZES: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class LlavaProcessor(ImagesOnly):
+class LlavaProcessor(SquareImages):
     """See :class:`engine.families.base.MediaProcessor`. The steps are: pad to a square, resize, cut out the
     centre square.
 
@@ -101,16 +101,6 @@ class LlavaProcessor(ImagesOnly):
         options = {"side": self.side, "rows": self.rows}
         key = content_hash(pixels, family="llava", options=options, kind="image", size=image.size)
         return PreparedMedia(self._item(key, image.size), pixels)
-
-    @property
-    def embedding_field(self) -> None:
-        return None
-
-    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
-        return self._item(key, (self.side, self.side))
-
-    def _item(self, key: str, size: tuple[int, int]) -> MediaItem:
-        return MediaItem.of_rows("image", key, self.image_token_id, self.rows, grid=(1,), size=size)
 
     def _square(self, image: Image.Image) -> np.ndarray:
         """uint8 ``(side, side, 3)``."""
